@@ -1,0 +1,59 @@
+// The primitives are not differentiable. Without a kernel of their own under Autograd they would silently be constants;
+// this one runs them and gives what they return a history that raises, in words, when something differentiates it.
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/refuse.h"
+
+namespace npu_xent::autograd {
+namespace {
+
+using torch::jit::Stack;
+
+void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+  const auto& schema = op.schema();
+  const size_t n_arguments = schema.arguments().size();
+  std::vector<at::Tensor> differentiable;
+  bool mutates = false;
+  if (at::GradMode::is_enabled()) {
+    for (size_t i = 0; i < n_arguments; ++i) {
+      const auto& value = torch::jit::peek(*stack, i, n_arguments);
+      if (value.isTensor() && value.toTensor().defined() && value.toTensor().requires_grad()) {
+        differentiable.push_back(value.toTensor());
+        const auto* alias = schema.arguments()[i].alias_info();
+        mutates |= alias != nullptr && alias->isWrite();
+      }
+    }
+  }
+  const auto message = schema.operator_name().name +
+                       " is not differentiable: double backward through npu_xent is not supported, and its first "
+                       "derivative comes from npu_xent.cross_entropy. Use torch.nn.functional.cross_entropy where a "
+                       "second derivative is needed.";
+  TORCH_CHECK(!mutates, message);
+  {
+    at::AutoDispatchBelowAutograd below;
+    op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
+  }
+  if (differentiable.empty()) {
+    return;
+  }
+  const auto edges = torch::autograd::collect_next_edges(differentiable);
+  for (auto& value : torch::jit::last(*stack, schema.returns().size())) {
+    const auto& output = value.toTensor();
+    if (output.defined() && at::isFloatingType(output.scalar_type())) {
+      set_refusing_history(output, message, edges);
+    }
+  }
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
+  for (const char* name :
+       {"row_stats", "row_grad", "row_grad_", "row_stats_grad", "row_stats_grad_", "reduce_rows", "scale_"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
+  }
+}
+
+}  // namespace npu_xent::autograd

@@ -1,0 +1,184 @@
+// What the operators demand of their arguments: checked before any work and before any memory is allocated, in the same
+// words on every device. ValueError for shapes and ranges, TypeError for dtypes.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymBool.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+
+#include <cmath>
+
+#include "ops.h"
+#include "row_math.h"
+
+// A ValueError about a size that may be symbolic.
+#define CHECK_SYM_VALUE(cond, ...) TORCH_CHECK_VALUE((cond).expect_true(__FILE__, __LINE__), __VA_ARGS__)
+
+namespace npu_xent {
+
+inline Reduction parse_reduction(std::string_view name) {
+  if (name == "mean") {
+    return Reduction::mean;
+  }
+  if (name == "sum") {
+    return Reduction::sum;
+  }
+  TORCH_CHECK_VALUE(name == "none", "npu_xent: reduction must be \"mean\", \"sum\" or \"none\", but is \"", name,
+                    "\".");
+  return Reduction::none;
+}
+
+inline void check_options(double label_smoothing, double lse_square_scale) {
+  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1,
+                    "npu_xent: label_smoothing must lie in [0, 1], but is ", label_smoothing, ".");
+  TORCH_CHECK_VALUE(lse_square_scale >= 0 && std::isfinite(lse_square_scale),
+                    "npu_xent: lse_square_scale must be finite and not negative, but is ", lse_square_scale, ".");
+}
+
+inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight,
+                                    const c10::SymInt& num_classes, c10::Device device) {
+  TORCH_CHECK_VALUE(target.dim() == 1, "npu_xent: target must have shape [N], but has ", target.dim(),
+                    " dimensions: ", target.sym_sizes(), ".");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ", target.scalar_type(),
+                   "; convert it with target.long().");
+  TORCH_CHECK_VALUE(target.device() == device, "npu_xent: target must be on the logits' device ", device,
+                    ", but is on ", target.device(), ".");
+  if (weight) {
+    TORCH_CHECK_VALUE(weight->dim() == 1, "npu_xent: weight must have shape [C], but has ", weight->dim(),
+                      " dimensions: ", weight->sym_sizes(), ".");
+    CHECK_SYM_VALUE(weight->sym_size(0).sym_eq(num_classes), "npu_xent: weight must have one value for each of the ",
+                    num_classes, " classes, but has ", weight->sym_size(0), ".");
+    TORCH_CHECK_VALUE(weight->device() == device, "npu_xent: weight must be on the logits' device ", device,
+                      ", but is on ", weight->device(), ".");
+  }
+}
+
+inline void check_weight_dtype(const OptionalTensor& weight, at::ScalarType logits) {
+  TORCH_CHECK_TYPE(!weight || weight->scalar_type() == at::kFloat || weight->scalar_type() == logits,
+                   "npu_xent: weight must be float32 or of the logits' dtype ", logits, ", but is ",
+                   weight->scalar_type(), ".");
+}
+
+// The arguments that every sweep has. Returns the number of classes of all shards.
+inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                              const c10::SymInt& class_start, const std::optional<c10::SymInt>& num_classes) {
+  TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
+                    " dimensions: ", logits.sym_sizes(), ".");
+  const auto dtype = logits.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                   "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", dtype, ".");
+  const auto columns = logits.sym_size(1);
+  CHECK_SYM_VALUE(columns.sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
+                  logits.sym_sizes(), ".");
+  const auto classes = num_classes ? *num_classes : class_start + columns;
+  CHECK_SYM_VALUE(class_start.sym_ge(0), "npu_xent: class_start must not be negative, but is ", class_start, ".");
+  CHECK_SYM_VALUE(classes.sym_ge(class_start + columns), "npu_xent: the shard's classes ", class_start, " to ",
+                  class_start + columns, " must lie within num_classes, which is ", classes, ".");
+  check_target_and_weight(target, weight, classes, logits.device());
+  check_weight_dtype(weight, dtype);
+  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)), "npu_xent: target must have one value for each of the ",
+                  logits.sym_size(0), " rows of the logits, but has ", target.sym_size(0), ".");
+  return classes;
+}
+
+// One value a row, in the statistics dtype; `name` for the message.
+inline void check_stats(const Tensor& stats, const char* name, const c10::SymInt& n, at::ScalarType dtype,
+                        c10::Device device) {
+  TORCH_CHECK_VALUE(stats.dim() == 1 && stats.device() == device, "npu_xent: ", name, " must have shape [N] and be on ",
+                    device, ", but has ", stats.dim(), " dimensions and is on ", stats.device(), ".");
+  TORCH_CHECK_TYPE(stats.scalar_type() == dtype, "npu_xent: ", name, " must be ", dtype, ", but is ",
+                   stats.scalar_type(), ".");
+  CHECK_SYM_VALUE(stats.sym_size(0).sym_eq(n), "npu_xent: ", name, " must have ", n, " values, but has ",
+                  stats.sym_size(0), ".");
+}
+
+inline void check_totals(const Tensor& totals, c10::Device device) {
+  TORCH_CHECK_VALUE(totals.dim() == 1 && totals.device() == device,
+                    "npu_xent: totals must have shape [3] and be on ", device, ", but has ", totals.dim(),
+                    " dimensions and is on ", totals.device(), ".");
+  TORCH_CHECK_TYPE(totals.scalar_type() == at::kFloat || totals.scalar_type() == at::kDouble,
+                   "npu_xent: totals must be float32 or float64, but is ", totals.scalar_type(), ".");
+  CHECK_SYM_VALUE(totals.sym_size(0).sym_eq(kTotals), "npu_xent: totals must have 3 values, but has ",
+                  totals.sym_size(0), ".");
+}
+
+// The gradient of loss or z_loss: [N] for Reduction::none, else one value.
+inline void check_upstream(const OptionalTensor& grad, const char* name, Reduction reduction, const c10::SymInt& n,
+                           c10::Device device) {
+  if (!grad) {
+    return;
+  }
+  TORCH_CHECK_VALUE(grad->device() == device, "npu_xent: ", name, " must be on ", device, ", but is on ",
+                    grad->device(), ".");
+  TORCH_CHECK_TYPE(at::isFloatingType(grad->scalar_type()), "npu_xent: ", name, " must be a floating-point tensor, but is ",
+                   grad->scalar_type(), ".");
+  CHECK_SYM_VALUE(grad->sym_numel().sym_eq(reduction == Reduction::none ? n : c10::SymInt(1)), "npu_xent: ", name,
+                  " must have one value for each loss, but has ", grad->sym_numel(), ".");
+}
+
+inline void check_row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
+                           const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                           Reduction reduction, double label_smoothing, double lse_square_scale,
+                           const c10::SymInt& class_start, const std::optional<c10::SymInt>& num_classes) {
+  check_options(label_smoothing, lse_square_scale);
+  check_rows(logits, target, weight, class_start, num_classes);
+  check_stats(lse, "lse", logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
+  check_totals(totals, logits.device());
+  check_upstream(grad_loss, "grad_loss", reduction, logits.sym_size(0), logits.device());
+  check_upstream(grad_z_loss, "grad_z_loss", reduction, logits.sym_size(0), logits.device());
+}
+
+inline void check_row_stats_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                 const Tensor& totals, Reduction reduction, double label_smoothing,
+                                 double lse_square_scale) {
+  check_options(label_smoothing, lse_square_scale);
+  check_rows(logits, target, weight, 0, std::nullopt);
+  check_totals(totals, logits.device());
+  TORCH_CHECK_VALUE(reduction != Reduction::none,
+                    "npu_xent: row_stats_grad needs the upstream gradient beforehand, so reduction must be \"mean\" or "
+                    "\"sum\"; call row_stats and row_grad instead.");
+}
+
+// Memory that is to be overwritten: every element has a place of its own, and they follow one another.
+inline void check_dense(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.is_non_overlapping_and_dense() && logits.is_contiguous(),
+                    "npu_xent: logits that are overwritten with their gradient must be contiguous, but have shape ",
+                    logits.sym_sizes(), " and strides ", logits.sym_strides(), "; pass logits.contiguous().");
+}
+
+inline void check_scale(const Tensor& self, const Tensor& factor) {
+  const auto dtype = self.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                   "npu_xent: scale_ takes float32, bfloat16, float16 or float64, but self is ", dtype, ".");
+  check_dense(self);
+  CHECK_SYM_VALUE(factor.sym_numel().sym_eq(1), "npu_xent: factor must have one value, but has ", factor.sym_numel(),
+                  ".");
+}
+
+inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
+                              const OptionalTensor& picked, const OptionalTensor& wsum, const OptionalTensor& totals,
+                              double label_smoothing, double lse_square_scale, const c10::SymInt& num_classes) {
+  check_options(label_smoothing, lse_square_scale);
+  CHECK_SYM_VALUE(num_classes.sym_gt(0), "npu_xent: num_classes must be positive, but is ", num_classes, ".");
+  check_target_and_weight(target, weight, num_classes, target.device());
+  TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()), "npu_xent: weight must be a floating-point tensor.");
+  if (!lse) {
+    return;
+  }
+  TORCH_CHECK_VALUE(picked && totals && (wsum || label_smoothing == 0),
+                    "npu_xent: reduce_rows with lse also needs picked and totals, and wsum when label_smoothing is not "
+                    "0.");
+  const auto dtype = lse->scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "npu_xent: lse must be float32 or float64, but is ",
+                   dtype, ".");
+  const auto n = target.sym_size(0);
+  check_stats(*lse, "lse", n, dtype, target.device());
+  check_stats(*picked, "picked", n, dtype, target.device());
+  if (label_smoothing != 0) {
+    check_stats(*wsum, "wsum", n, dtype, target.device());
+  }
+  check_totals(*totals, target.device());
+}
+
+}  // namespace npu_xent

@@ -1,0 +1,303 @@
+// One chunk of one row, vectorised with at::vec. This file is compiled once per instruction set, with
+// CPU_CAPABILITY naming it, and everything in it lives in a namespace of that name or is anonymous: a symbol
+// shared between variants would let the linker put AVX512 code on a machine without it.
+//
+// Why one exp an element is enough: `stats` keeps exp(t x - max of the chunk) while the chunk is in cache, and the
+// gradient only scales it by exp(max of the chunk - lse).
+#include "cpu/kernels/chunk_kernels.h"
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+namespace npu_xent::cpu::CPU_CAPABILITY {
+namespace {
+
+template <typename T>
+using Vec = at::vec::Vectorized<T>;
+
+// Storage types as at::vec knows them.
+template <typename scalar_t>
+struct vec_type {
+  using type = scalar_t;
+};
+template <>
+struct vec_type<bf16> {
+  using type = c10::BFloat16;
+};
+template <>
+struct vec_type<f16> {
+  using type = c10::Half;
+};
+template <typename scalar_t>
+using vec_t = typename vec_type<scalar_t>::type;
+
+template <typename scalar_t>
+const vec_t<scalar_t>* as_vec(const scalar_t* p) {
+  return reinterpret_cast<const vec_t<scalar_t>*>(p);
+}
+template <typename scalar_t>
+vec_t<scalar_t>* as_vec(scalar_t* p) {
+  return reinterpret_cast<vec_t<scalar_t>*>(p);
+}
+
+template <typename acc>
+struct Pair {
+  Vec<acc> lo, hi;
+};
+
+// Every loop works on blocks of two accumulator vectors, which is one vector of a 16-bit type.
+template <typename acc>
+constexpr int64_t kBlock = 2 * Vec<acc>::size();
+
+// The first n elements of a block; the rest are zeros.
+template <typename scalar_t>
+Pair<acc_t<scalar_t>> load(const scalar_t* p, int64_t n) {
+  using acc = acc_t<scalar_t>;
+  constexpr int64_t width = Vec<acc>::size();
+  if constexpr (std::is_same_v<scalar_t, acc>) {
+    if (n == kBlock<acc>) {
+      return {Vec<acc>::loadu(p), Vec<acc>::loadu(p + width)};
+    }
+    return {Vec<acc>::loadu(p, std::min(n, width)), n > width ? Vec<acc>::loadu(p + width, n - width) : Vec<acc>(0)};
+  } else {
+    using stored = vec_t<scalar_t>;
+    const auto v = n == kBlock<acc> ? Vec<stored>::loadu(as_vec(p)) : Vec<stored>::loadu(as_vec(p), n);
+    const auto [lo, hi] = at::vec::convert_to_float<stored>(v);
+    return {lo, hi};
+  }
+}
+
+template <typename scalar_t>
+void store(scalar_t* p, const Pair<acc_t<scalar_t>>& v, int64_t n) {
+  using acc = acc_t<scalar_t>;
+  constexpr int64_t width = Vec<acc>::size();
+  if constexpr (std::is_same_v<scalar_t, acc>) {
+    v.lo.store(p, std::min(n, width));
+    if (n > width) {
+      v.hi.store(p + width, n - width);
+    }
+  } else {
+    at::vec::convert_from_float<vec_t<scalar_t>>(v.lo, v.hi).store(as_vec(p), n);
+  }
+}
+
+// Lanes at n and beyond become `value`.
+template <typename acc>
+Pair<acc> keep_first(const Pair<acc>& v, int64_t n, acc value) {
+  constexpr int64_t width = Vec<acc>::size();
+  const Vec<acc> other(value);
+  return {Vec<acc>::set(other, v.lo, std::min(n, width)), Vec<acc>::set(other, v.hi, std::max<int64_t>(n - width, 0))};
+}
+
+inline Vec<float> exp(const Vec<float>& x) {
+  // Within 2 ulp for x in [-87, 0], which is all that a softmax asks for; exp_u20(-inf) is 0. exp_u20(NaN) is +inf:
+  // no caller passes a NaN, rows with one are recognised by their maximum.
+  return x.exp_u20();
+}
+inline Vec<double> exp(const Vec<double>& x) {
+  return x.exp();
+}
+
+template <typename acc>
+acc lane_sum(const Vec<acc>& v) {
+  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
+}
+
+// max of t x over the chunk, NaN if there is one.
+template <typename scalar_t>
+acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, acc_t<scalar_t> t) {
+  using acc = acc_t<scalar_t>;
+  constexpr acc lowest = -std::numeric_limits<acc>::infinity();
+  const Vec<acc> scale(t);
+  Pair<acc> top{Vec<acc>(lowest), Vec<acc>(lowest)};
+  int64_t i = 0;
+  for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
+    const auto v = load(x + i, kBlock<acc>);
+    top.lo = at::vec::maximum(top.lo, v.lo * scale);
+    top.hi = at::vec::maximum(top.hi, v.hi * scale);
+  }
+  if (i < n) {
+    const auto v = load(x + i, n - i);
+    const auto scaled = keep_first<acc>({v.lo * scale, v.hi * scale}, n - i, lowest);
+    top.lo = at::vec::maximum(top.lo, scaled.lo);
+    top.hi = at::vec::maximum(top.hi, scaled.hi);
+  }
+  alignas(64) acc lanes[kBlock<acc>];
+  top.lo.store(lanes);
+  top.hi.store(lanes + Vec<acc>::size());
+  acc result = lowest;
+  for (const acc lane : lanes) {
+    result = std::isnan(lane) || lane > result ? lane : result;
+    if (std::isnan(result)) {
+      break;
+    }
+  }
+  return result;
+}
+
+template <typename scalar_t, bool need_wsum, bool keep_exps>
+void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t>* exps,
+          ChunkStats<acc_t<scalar_t>>& stats) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> scale(t), minus_max(-stats.max), zero(0);
+  Pair<acc> sum{zero, zero}, wsum{zero, zero};
+  const auto block = [&](const Pair<acc>& v, const Pair<acc>& weight, int64_t valid) {
+    Pair<acc> e{exp(at::vec::fmadd(v.lo, scale, minus_max)), exp(at::vec::fmadd(v.hi, scale, minus_max))};
+    if (valid < kBlock<acc>) {
+      e = keep_first<acc>(e, valid, 0);
+    }
+    sum.lo = sum.lo + e.lo;
+    sum.hi = sum.hi + e.hi;
+    if constexpr (need_wsum) {
+      wsum.lo = at::vec::fmadd(v.lo * scale, weight.lo, wsum.lo);
+      wsum.hi = at::vec::fmadd(v.hi * scale, weight.hi, wsum.hi);
+    }
+    return e;
+  };
+  const Pair<acc> ones{Vec<acc>(1), Vec<acc>(1)};
+  const bool weighted = need_wsum && w != nullptr;
+  int64_t i = 0;
+  for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
+    const auto e = block(load(x + i, kBlock<acc>), weighted ? load(w + i, kBlock<acc>) : ones, kBlock<acc>);
+    if constexpr (keep_exps) {
+      store(exps + i, e, kBlock<acc>);
+    }
+  }
+  if (i < n) {
+    // The padding lanes of v are zeros: they add nothing to wsum.
+    const auto e = block(load(x + i, n - i), weighted ? load(w + i, n - i) : ones, n - i);
+    if constexpr (keep_exps) {
+      store(exps + i, e, n - i);
+    }
+  }
+  stats.sum = lane_sum(sum.lo + sum.hi);
+  stats.wsum = need_wsum ? lane_sum(wsum.lo + wsum.hi) : acc(0);
+}
+
+template <typename scalar_t>
+ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t,
+                                  bool need_wsum, acc_t<scalar_t>* exps) {
+  using acc = acc_t<scalar_t>;
+  ChunkStats<acc> result{chunk_max(x, n, t), 0, 0};
+  const bool finite = std::isfinite(result.max);
+  if (!finite) {
+    if (exps != nullptr) {
+      std::fill_n(exps, n, acc(0));
+    }
+    if (!need_wsum) {
+      return result;
+    }
+    // All -inf, or a +inf or NaN: only wsum is worth having, and it is what the arithmetic gives.
+    const acc max = result.max;
+    result.max = 0;
+    sums<scalar_t, true, false>(x, w, n, t, nullptr, result);
+    result.max = max;
+    result.sum = 0;
+    return result;
+  }
+  if (need_wsum) {
+    exps ? sums<scalar_t, true, true>(x, w, n, t, exps, result) : sums<scalar_t, true, false>(x, w, n, t, exps, result);
+  } else {
+    exps ? sums<scalar_t, false, true>(x, w, n, t, exps, result)
+         : sums<scalar_t, false, false>(x, w, n, t, exps, result);
+  }
+  return result;
+}
+
+// Applies f(block of x, block of w) -> block of out; w null means ones.
+template <typename in_t, typename scalar_t, typename F>
+void map(const in_t* x, const acc_t<scalar_t>* w, int64_t n, scalar_t* out, const F& f) {
+  using acc = acc_t<scalar_t>;
+  const Pair<acc> ones{Vec<acc>(1), Vec<acc>(1)};
+  int64_t i = 0;
+  for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
+    store(out + i, f(load(x + i, kBlock<acc>), w ? load(w + i, kBlock<acc>) : ones), kBlock<acc>);
+  }
+  if (i < n) {
+    store(out + i, f(load(x + i, n - i), w ? load(w + i, n - i) : ones), n - i);
+  }
+}
+
+// exps * scale - offset * w. `with_offset` false (no label smoothing) leaves the weights unread.
+template <typename acc>
+Pair<acc> grad_block(const Pair<acc>& e, const Pair<acc>& w, const Vec<acc>& scale, const Vec<acc>& minus_offset,
+                     bool with_offset) {
+  Pair<acc> g{e.lo * scale, e.hi * scale};
+  if (with_offset) {
+    g = {at::vec::fmadd(w.lo, minus_offset, g.lo), at::vec::fmadd(w.hi, minus_offset, g.hi)};
+  }
+  return g;
+}
+
+template <typename scalar_t>
+void grad_from_exps(const acc_t<scalar_t>* exps, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> scale,
+                    acc_t<scalar_t> offset, scalar_t* out) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> s(scale), o(-offset);
+  const bool with_offset = offset != 0;
+  map(exps, with_offset ? w : nullptr, n, out,
+      [&](const Pair<acc>& e, const Pair<acc>& weight) { return grad_block(e, weight, s, o, with_offset); });
+}
+
+template <typename scalar_t>
+void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> shift,
+          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> logit_scale(t), minus_shift(-shift), s(scale), o(-offset);
+  const bool with_offset = offset != 0;
+  map(x, with_offset ? w : nullptr, n, out, [&](const Pair<acc>& v, const Pair<acc>& weight) {
+    const Pair<acc> e{exp(at::vec::fmadd(v.lo, logit_scale, minus_shift)),
+                      exp(at::vec::fmadd(v.hi, logit_scale, minus_shift))};
+    return grad_block(e, weight, s, o, with_offset);
+  });
+}
+
+template <typename scalar_t>
+void log_prob(const scalar_t* x, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> lse, scalar_t* out) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> scale(t), minus_lse(-lse);
+  map(x, static_cast<const acc*>(nullptr), n, out, [&](const Pair<acc>& v, const Pair<acc>&) {
+    return Pair<acc>{at::vec::fmadd(v.lo, scale, minus_lse), at::vec::fmadd(v.hi, scale, minus_lse)};
+  });
+}
+
+template <typename scalar_t>
+void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> s(factor);
+  map(out, static_cast<const acc*>(nullptr), n, out, [&](const Pair<acc>& v, const Pair<acc>&) {
+    return Pair<acc>{v.lo * s, v.hi * s};
+  });
+}
+
+template <typename scalar_t>
+acc_t<scalar_t> load_one(const scalar_t* x) {
+  return static_cast<acc_t<scalar_t>>(*as_vec(x));
+}
+
+template <typename scalar_t>
+void store_one(scalar_t* out, acc_t<scalar_t> value) {
+  *as_vec(out) = static_cast<vec_t<scalar_t>>(value);
+}
+
+template <typename scalar_t>
+void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value) {
+  std::fill_n(as_vec(out), n, static_cast<vec_t<scalar_t>>(value));
+}
+
+template <typename scalar_t>
+constexpr ChunkKernels<scalar_t> kernels() {
+  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,     log_prob<scalar_t>,
+          scale<scalar_t>, fill<scalar_t>,           load_one<scalar_t>, store_one<scalar_t>};
+}
+
+}  // namespace
+
+extern const KernelTable table;
+const KernelTable table{kernels<float>(), kernels<double>(), kernels<bf16>(), kernels<f16>()};
+
+}  // namespace npu_xent::cpu::CPU_CAPABILITY

@@ -1,0 +1,93 @@
+// The vectorised loops of the CPU implementation: what happens to one chunk of one row of logits.
+// Compiled once per instruction set; the table for this machine is chosen at run time by cpu_capability().
+// Raw pointers and plain structs only, so that these files port to any host without torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+namespace npu_xent::cpu {
+
+// 16-bit storage types, named here so that nobody who includes this file needs torch's.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Statistics are kept in fp32, in fp64 for fp64 logits.
+template <typename scalar_t>
+struct acc_type {
+  using type = float;
+};
+template <>
+struct acc_type<double> {
+  using type = double;
+};
+template <typename scalar_t>
+using acc_t = typename acc_type<scalar_t>::type;
+
+template <typename acc>
+struct ChunkStats {
+  acc max;   // of t x; NaN if any element is NaN
+  acc sum;   // of exp(t x - max); 0 when max is not finite
+  acc wsum;  // of w t x, 0 unless asked for
+};
+
+// x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; t: the logit scale.
+template <typename scalar_t>
+struct ChunkKernels {
+  using acc = acc_t<scalar_t>;
+
+  // Statistics; `exps` (null: not wanted) receives exp(t x - max), all 0 when max is not finite.
+  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, acc t, bool need_wsum, acc* exps);
+  // out = scale exps - offset w
+  void (*grad_from_exps)(const acc* exps, const acc* w, int64_t n, acc scale, acc offset, scalar_t* out);
+  // out = scale exp(t x - shift) - offset w; out may be x
+  void (*grad)(const scalar_t* x, const acc* w, int64_t n, acc t, acc shift, acc scale, acc offset, scalar_t* out);
+  // out = t x - lse
+  void (*log_prob)(const scalar_t* x, int64_t n, acc t, acc lse, scalar_t* out);
+  // out *= scale
+  void (*scale)(scalar_t* out, int64_t n, acc scale);
+  void (*fill)(scalar_t* out, int64_t n, acc value);
+  acc (*load)(const scalar_t* x);
+  void (*store)(scalar_t* out, acc value);
+};
+
+struct KernelTable {
+  ChunkKernels<float> f32;
+  ChunkKernels<double> f64;
+  ChunkKernels<bf16> bf16_;
+  ChunkKernels<f16> f16_;
+
+  template <typename scalar_t>
+  const ChunkKernels<scalar_t>& of() const;
+};
+
+template <>
+inline const ChunkKernels<float>& KernelTable::of<float>() const {
+  return f32;
+}
+template <>
+inline const ChunkKernels<double>& KernelTable::of<double>() const {
+  return f64;
+}
+template <>
+inline const ChunkKernels<bf16>& KernelTable::of<bf16>() const {
+  return bf16_;
+}
+template <>
+inline const ChunkKernels<f16>& KernelTable::of<f16>() const {
+  return f16_;
+}
+
+// The table for `capability`, one of torch's names (DEFAULT, AVX2, AVX512, SVE256); the baseline for any
+// name that this library holds no variant for.
+const KernelTable& kernel_table(const std::string& capability);
+
+// The variants in this library, separated by spaces.
+std::string compiled_capabilities();
+
+}  // namespace npu_xent::cpu

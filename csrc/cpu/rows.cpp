@@ -1,0 +1,449 @@
+// See rows.h. Scalar code: it runs once a row or a chunk, and decides what the vectorised loops are given.
+#include "cpu/rows.h"
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <vector>
+
+namespace npu_xent::cpu {
+namespace {
+
+// 16 KiB of fp32: a chunk and its exponentials stay in a first-level cache from one loop over it to the next.
+constexpr int64_t kChunk = 4096;
+// The exponentials of a row are kept while they fit in a second-level cache; of longer rows they are computed twice,
+// which gives the same bits.
+constexpr int64_t kMaxExpBytes = int64_t{1} << 20;
+// Elements below which a task is not worth handing to another thread.
+constexpr int64_t kGrain = 16384;
+// Rows whose losses are summed by one task, whatever the number of threads.
+constexpr int64_t kSumBlock = 4096;
+
+int64_t div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// log sum exp over chunks.
+class LogSumExp {
+ public:
+  void add(double max, double sum) {
+    if (!std::isfinite(max)) {
+      special_ += max < 0 ? 0 : max;  // -inf adds nothing, NaN wins over +inf
+    } else if (max > max_) {
+      sum_ = sum_ * std::exp(max_ - max) + sum;
+      max_ = max;
+    } else {
+      sum_ += sum * std::exp(max - max_);
+    }
+  }
+  double value() const { return special_ == 0 ? max_ + std::log(sum_) : special_; }
+
+ private:
+  double max_ = -std::numeric_limits<double>::infinity(), sum_ = 0, special_ = 0;
+};
+
+// What a thread needs for one row; kept from row to row and from call to call.
+template <typename acc>
+struct Scratch {
+  std::vector<ChunkStats<acc>> chunks;
+
+  acc* exps_of(int64_t n) {
+    if (exps_.size() < static_cast<size_t>(n)) {
+      exps_.resize(n);
+    }
+    return exps_.data();
+  }
+  static Scratch& of_this_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
+  }
+
+ private:
+  std::vector<acc> exps_;
+};
+
+// One operation over the rows of one tensor: how it is cut and shared out, and what is common to the three sweeps.
+template <typename scalar_t>
+class Sweep {
+ public:
+  using acc = acc_t<scalar_t>;
+
+  Sweep(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const Parallel& parallel)
+      : k_(kernels), r_(rows), parallel_(parallel), n_chunks_(div_up(rows.n_cols, kChunk)) {}
+
+  // Rows are too few to occupy the threads: share out chunks.
+  bool by_chunks() const { return parallel_.threads > 1 && r_.n_rows < 4 * parallel_.threads && n_chunks_ > 1; }
+
+  template <typename F>
+  void for_each_row(const F& row) const {
+    const int64_t block = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, r_.n_cols));
+    parallel_.run(div_up(r_.n_rows, block), [&](int64_t task) {
+      for (int64_t n = task * block, end = std::min(r_.n_rows, n + block); n < end; ++n) {
+        row(n);
+      }
+    });
+  }
+  template <typename F>
+  void for_each_chunk(const F& chunk) const {
+    if (by_chunks()) {
+      parallel_.run(r_.n_rows * n_chunks_, [&](int64_t task) { chunk(task / n_chunks_, task % n_chunks_); });
+    } else {
+      for_each_row([&](int64_t n) {
+        for (int64_t c = 0; c < n_chunks_; ++c) {
+          chunk(n, c);
+        }
+      });
+    }
+  }
+
+  int64_t n_chunks() const { return n_chunks_; }
+  int64_t size(int64_t c) const { return std::min(kChunk, r_.n_cols - c * kChunk); }
+  const scalar_t* logits(int64_t n, int64_t c) const { return r_.logits + n * r_.row_stride + c * kChunk; }
+  const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.class_start + c * kChunk : nullptr; }
+  bool ignored(int64_t n) const { return r_.target[n] == r_.ignore_index; }
+  double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
+  // The target's column, or -1 if there is none here: an ignored row, or a class of another shard.
+  int64_t target_column(int64_t n) const {
+    const int64_t column = r_.target[n] - r_.class_start;
+    return !ignored(n) && column >= 0 && column < r_.n_cols ? column : -1;
+  }
+  double target_logit(int64_t n) const {
+    const int64_t column = target_column(n);
+    return column < 0 ? 0 : static_cast<acc>(r_.logit_scale) * k_.load(logits(n, 0) + column);
+  }
+
+  ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
+    return k_.stats(logits(n, c), weight(c), size(c), static_cast<acc>(r_.logit_scale), need_wsum, exps);
+  }
+
+  // Joins what `chunk` yields for each chunk of row n and stores it; returns lse before its rounding to acc.
+  double join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
+    LogSumExp lse;
+    double wsum = 0;
+    for (int64_t c = 0; c < n_chunks_; ++c) {
+      lse.add(chunks[c].max, chunks[c].sum);
+      wsum += chunks[c].wsum;
+    }
+    out.lse[n] = static_cast<acc>(lse.value());
+    out.picked[n] = static_cast<acc>(target_logit(n));
+    if (out.wsum) {
+      out.wsum[n] = static_cast<acc>(wsum);
+    }
+    return lse.value();
+  }
+  void store_unread(int64_t n, const Stats<scalar_t>& out) const {
+    out.lse[n] = out.picked[n] = 0;
+    if (out.wsum) {
+      out.wsum[n] = 0;
+    }
+  }
+
+  // What a, b and s make of the target's own column, exact for confident predictions: a p - b would cancel there.
+  acc target_grad(int64_t n, const RowCoefficients& k, double u, double lse, double picked) const {
+    return static_cast<acc>(u * (k.a * std::expm1(picked - lse) + (k.a - k.b) - k.s * target_weight(n)));
+  }
+
+  // Writes chunk c of the gradient of row n, with p = exp(t x - shift) factor; exps holds the exponentials if not null.
+  void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, double lse, double picked, double shift,
+                  double factor, const acc* exps, scalar_t* grad) const {
+    const int64_t target = target_column(n) - c * kChunk;
+    const acc scale = static_cast<acc>(u * k.a * factor), offset = static_cast<acc>(u * k.s);
+    if (!std::isfinite(lse)) {
+      k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN());
+      return;
+    }
+    if (exps) {
+      k_.grad_from_exps(exps, weight(c), size(c), scale, offset, grad);
+    } else {
+      k_.grad(logits(n, c), weight(c), size(c), static_cast<acc>(r_.logit_scale), static_cast<acc>(shift), scale,
+              offset, grad);
+    }
+    if (target >= 0 && target < size(c)) {
+      k_.store(grad + target, target_grad(n, k, u, lse, picked));
+    }
+  }
+
+ private:
+  const ChunkKernels<scalar_t>& k_;
+  const Rows<scalar_t>& r_;
+  const Parallel& parallel_;
+  int64_t n_chunks_;
+};
+
+// What a mean divides by: the kept weight for l, the kept rows for z.
+double loss_divisor(const GradOptions& o) {
+  return o.row.reduction == Reduction::mean ? o.totals[kKeptWeight] : 1;
+}
+double z_divisor(const GradOptions& o) {
+  return o.row.reduction == Reduction::mean ? o.totals[kKeptRows] : 1;
+}
+
+// Chunk c of a row seen from its own maximum: p = exps * factor(max). A chunk of nothing but -inf has p = 0, and no
+// maximum to subtract.
+double chunk_shift(double max) {
+  return std::isfinite(max) ? max : 0;
+}
+double chunk_factor(double max, double lse) {
+  return std::isfinite(max) ? std::exp(max - lse) : 0;
+}
+
+}  // namespace
+
+template <typename scalar_t>
+void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
+               const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Sweep<scalar_t> sweep(kernels, rows, parallel);
+  const int64_t n_chunks = sweep.n_chunks();
+  const bool need_wsum = out.wsum != nullptr;
+  const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
+  const auto write_log_prob = [&](int64_t n, int64_t c) {
+    scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
+    if (std::isfinite(out.lse[n])) {
+      kernels.log_prob(sweep.logits(n, c), sweep.size(c), static_cast<acc>(rows.logit_scale), out.lse[n], chunk);
+    } else {
+      kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN());
+    }
+  };
+  if (!sweep.by_chunks()) {
+    sweep.for_each_row([&](int64_t n) {
+      if (skipped(n)) {
+        sweep.store_unread(n, out);
+        return;
+      }
+      auto& chunks = Scratch<acc>::of_this_thread().chunks;
+      chunks.resize(n_chunks);
+      for (int64_t c = 0; c < n_chunks; ++c) {
+        chunks[c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
+      }
+      sweep.join(n, out, chunks.data());
+      for (int64_t c = 0; log_prob && c < n_chunks; ++c) {
+        write_log_prob(n, c);
+      }
+    });
+    return;
+  }
+  std::vector<ChunkStats<acc>> chunks(rows.n_rows * n_chunks);
+  sweep.for_each_chunk([&](int64_t n, int64_t c) {
+    if (!skipped(n)) {
+      chunks[n * n_chunks + c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
+    }
+  });
+  for (int64_t n = 0; n < rows.n_rows; ++n) {
+    if (skipped(n)) {
+      sweep.store_unread(n, out);
+    } else {
+      sweep.join(n, out, &chunks[n * n_chunks]);
+    }
+  }
+  if (log_prob) {
+    sweep.for_each_chunk(write_log_prob);
+  }
+}
+
+template <typename scalar_t>
+void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
+              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, scalar_t* grad, int64_t grad_stride,
+              const Parallel& parallel) {
+  const Sweep<scalar_t> sweep(kernels, rows, parallel);
+  const double class_weight = options.totals[kClassWeight];
+  sweep.for_each_chunk([&](int64_t n, int64_t c) {
+    scalar_t* out = grad + n * grad_stride + c * kChunk;
+    if (sweep.ignored(n)) {
+      kernels.fill(out, sweep.size(c), 0);
+      return;
+    }
+    const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
+    const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
+    const auto k = row_coefficients(options.row, sweep.target_weight(n), class_weight, lse[n],
+                                    from_loss / loss_divisor(options), (from_loss + from_z) / z_divisor(options));
+    // The target's logit is read here, before its chunk is overwritten when grad is the logits.
+    const int64_t target = sweep.target_column(n) - c * kChunk;
+    const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
+    sweep.chunk_grad(n, c, k, options.outer_factor, lse[n], picked, lse[n], 1, nullptr, out);
+  });
+}
+
+template <typename scalar_t>
+void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
+                    const GradOptions& options, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Sweep<scalar_t> sweep(kernels, rows, parallel);
+  const int64_t n_chunks = sweep.n_chunks();
+  const bool need_wsum = out.wsum != nullptr;
+  const double grad_loss = 1 / loss_divisor(options), grad_z = 1 / z_divisor(options);
+  const auto coefficients = [&](int64_t n, double lse) {
+    return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse, grad_loss, grad_z);
+  };
+  const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, double lse, double max,
+                              const acc* exps) {
+    sweep.chunk_grad(n, c, k, options.outer_factor, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
+                     grad + n * grad_stride + c * kChunk);
+  };
+  const auto zero_chunk = [&](int64_t n, int64_t c) {
+    kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0);
+  };
+  if (!sweep.by_chunks()) {
+    const bool keep_exps = rows.n_cols * static_cast<int64_t>(sizeof(acc)) <= kMaxExpBytes;
+    sweep.for_each_row([&](int64_t n) {
+      if (sweep.ignored(n) && !read_ignored) {
+        sweep.store_unread(n, out);
+      } else {
+        auto& scratch = Scratch<acc>::of_this_thread();
+        auto& chunks = scratch.chunks;
+        chunks.resize(n_chunks);
+        acc* exps = keep_exps && !sweep.ignored(n) ? scratch.exps_of(rows.n_cols) : nullptr;
+        for (int64_t c = 0; c < n_chunks; ++c) {
+          chunks[c] = sweep.chunk_stats(n, c, need_wsum, exps ? exps + c * kChunk : nullptr);
+        }
+        const double lse = sweep.join(n, out, chunks.data());
+        if (!sweep.ignored(n)) {
+          const auto k = coefficients(n, lse);
+          for (int64_t c = 0; c < n_chunks; ++c) {
+            grad_chunk(n, c, k, lse, chunks[c].max, exps ? exps + c * kChunk : nullptr);
+          }
+          return;
+        }
+      }
+      for (int64_t c = 0; c < n_chunks; ++c) {
+        zero_chunk(n, c);
+      }
+    });
+    return;
+  }
+  std::vector<ChunkStats<acc>> chunks(rows.n_rows * n_chunks);
+  std::vector<double> lse(rows.n_rows);
+  const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
+  sweep.for_each_chunk([&](int64_t n, int64_t c) {
+    if (!skipped(n)) {
+      chunks[n * n_chunks + c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
+    }
+  });
+  for (int64_t n = 0; n < rows.n_rows; ++n) {
+    if (skipped(n)) {
+      sweep.store_unread(n, out);
+    } else {
+      lse[n] = sweep.join(n, out, &chunks[n * n_chunks]);
+    }
+  }
+  sweep.for_each_chunk([&](int64_t n, int64_t c) {
+    if (sweep.ignored(n)) {
+      zero_chunk(n, c);
+    } else {
+      grad_chunk(n, c, coefficients(n, lse[n]), lse[n], chunks[n * n_chunks + c].max, nullptr);
+    }
+  });
+}
+
+template <typename scalar_t>
+void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel) {
+  parallel.run(div_up(n, kGrain), [&](int64_t task) {
+    const int64_t begin = task * kGrain;
+    kernels.scale(x + begin, std::min(kGrain, n - begin), static_cast<acc_t<scalar_t>>(factor));
+  });
+}
+
+template <typename acc>
+void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
+                   const Parallel& parallel) {
+  const int64_t n_blocks = div_up(n_rows, kSumBlock);
+  std::vector<double> kept_weight(n_blocks), kept_rows(n_blocks);
+  parallel.run(n_blocks, [&](int64_t block) {
+    double sum = 0;
+    int64_t kept = 0;
+    for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
+      if (target[n] != options.ignore_index) {
+        sum += weight ? weight[target[n]] : acc(1);
+        ++kept;
+      }
+    }
+    kept_weight[block] = sum;
+    kept_rows[block] = static_cast<double>(kept);
+  });
+  totals[kKeptWeight] = totals[kKeptRows] = 0;
+  for (int64_t block = 0; block < n_blocks; ++block) {
+    totals[kKeptWeight] += kept_weight[block];
+    totals[kKeptRows] += kept_rows[block];
+  }
+  totals[kClassWeight] = weight ? 0 : static_cast<double>(options.num_classes);
+  for (int64_t c = 0; weight && c < options.num_classes; ++c) {
+    totals[kClassWeight] += weight[c];
+  }
+}
+
+template <typename acc>
+void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
+                 const acc* picked, const acc* wsum, const double* totals, double* loss, double* z_loss,
+                 const Parallel& parallel) {
+  const int64_t n_blocks = div_up(n_rows, kSumBlock);
+  const bool none = options.reduction == Reduction::none;
+  const bool mean = options.reduction == Reduction::mean;
+  std::vector<RowLoss> sums(none ? 0 : n_blocks);
+  parallel.run(n_blocks, [&](int64_t block) {
+    RowLoss sum{0, 0};
+    for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
+      RowLoss row{0, 0};
+      if (target[n] != options.ignore_index) {
+        row = row_loss(options, weight ? weight[target[n]] : acc(1), totals[kClassWeight], lse[n], picked[n],
+                       wsum ? wsum[n] : acc(0));
+      }
+      if (none) {
+        loss[n] = row.loss + row.z_loss;
+        z_loss[n] = row.z_loss;
+      }
+      sum.loss += row.loss;
+      sum.z_loss += row.z_loss;
+    }
+    if (!none) {
+      sums[block] = sum;
+    }
+  });
+  if (none) {
+    return;
+  }
+  RowLoss sum{0, 0};
+  for (const RowLoss& block : sums) {
+    sum.loss += block.loss;
+    sum.z_loss += block.z_loss;
+  }
+  // l is divided by the kept weight, z by the kept rows: they are added only then.
+  *z_loss = mean ? sum.z_loss / totals[kKeptRows] : sum.z_loss;
+  *loss = mean ? sum.loss / totals[kKeptWeight] : sum.loss;
+  if (options.lse_square_scale != 0) {
+    *loss += *z_loss;
+  }
+}
+
+int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index) {
+  for (int64_t n = 0; n < n_rows; ++n) {
+    if ((target[n] < 0 || target[n] >= num_classes) && target[n] != ignore_index) {
+      return n;
+    }
+  }
+  return -1;
+}
+
+#define INSTANTIATE(scalar_t)                                                                                       \
+  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,       \
+                          scalar_t*, const Parallel&);                                                              \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,                  \
+                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&);   \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&,      \
+                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                        \
+  template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(bf16)
+INSTANTIATE(f16)
+#undef INSTANTIATE
+
+#define INSTANTIATE(acc)                                                                                              \
+  template void reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&);      \
+  template void reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,           \
+                            const acc*, const double*, double*, double*, const Parallel&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace npu_xent::cpu

@@ -1,0 +1,93 @@
+// Rows out of chunks: the CPU implementation between the vectorised loops (kernels/) and torch (the files beside this
+// one). Torch-free: threads come in as a `Parallel`.
+//
+// A row is cut into chunks whose width is fixed, and what chunks yield is joined in ascending order. Threads take whole
+// rows, or single chunks when rows are few; either way the same numbers meet in the same order, so no result depends on
+// the number of threads, to the bit.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <functional>
+
+#include "cpu/kernels/chunk_kernels.h"
+#include "row_math.h"
+
+namespace npu_xent::cpu {
+
+// Runs task(0), ..., task(n_tasks - 1), in any order, on up to `threads` threads.
+struct Parallel {
+  int64_t threads;
+  std::function<void(int64_t n_tasks, const std::function<void(int64_t)>& task)> run;
+};
+
+// The logits of n_rows rows, or of one class shard of them, and what they are measured against.
+template <typename scalar_t>
+struct Rows {
+  const scalar_t* logits;
+  int64_t row_stride, n_rows, n_cols;
+  const int64_t* target;          // [n_rows], each in [0, number of classes) or ignore_index
+  const acc_t<scalar_t>* weight;  // of all classes, or null for all ones
+  int64_t class_start;            // the class of column 0
+  int64_t ignore_index;
+  double logit_scale;
+};
+
+// One value a row.
+template <typename scalar_t>
+struct Stats {
+  acc_t<scalar_t>*lse, *picked;
+  acc_t<scalar_t>* wsum;  // null: not wanted
+};
+
+// What turns statistics into a gradient.
+struct GradOptions {
+  RowOptions row;
+  double outer_factor;   // u of row_math.h
+  const double* totals;  // [kTotals]
+};
+
+// What reaches each row from above, before the division of a mean. Null stands for zeros; stride 0 for one value for all.
+template <typename scalar_t>
+struct Upstream {
+  const acc_t<scalar_t>*grad_loss, *grad_z_loss;
+  int64_t loss_stride, z_loss_stride;
+};
+
+// Statistics of every row, and log_prob [n_rows, n_cols] unless null. Ignored rows count as zeros and are not read
+// unless `read_ignored`.
+template <typename scalar_t>
+void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
+               const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
+
+// The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the logits themselves.
+template <typename scalar_t>
+void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
+              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, scalar_t* grad, int64_t grad_stride,
+              const Parallel& parallel);
+
+// Both in one sweep, with an upstream gradient of 1.
+template <typename scalar_t>
+void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
+                    const GradOptions& options, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const Parallel& parallel);
+
+// x[0:n] *= factor
+template <typename scalar_t>
+void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel);
+
+// totals[kTotals] over all rows.
+template <typename acc>
+void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
+                   const Parallel& parallel);
+
+// The loss and z-loss: one value a row for Reduction::none, else one value each.
+template <typename acc>
+void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
+                 const acc* picked, const acc* wsum, const double* totals, double* loss, double* z_loss,
+                 const Parallel& parallel);
+
+// The first row whose target is neither a class nor ignore_index, or -1.
+int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index);
+
+}  // namespace npu_xent::cpu

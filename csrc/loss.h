@@ -1,0 +1,74 @@
+// The options of cross_entropy, and the loss without a gradient: what autograd and inference share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+
+#include <string>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace npu_xent {
+
+struct LossOptions {
+  std::string reduction;
+  int64_t ignore_index;
+  double label_smoothing, lse_square_scale, logit_scale;
+  std::optional<double> grad_scale;
+  at::ScalarType loss_dtype;
+  bool need_lse, need_log_prob, differentiable_z_loss;
+
+  bool need_wsum() const { return label_smoothing != 0; }
+};
+
+// Everything that can be wrong, checked before the first sweep.
+inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                       const LossOptions& o) {
+  parse_reduction(o.reduction);
+  check_options(o.label_smoothing, o.lse_square_scale);
+  check_rows(logits, target, weight, 0, std::nullopt);
+  TORCH_CHECK_TYPE(at::isFloatingType(o.loss_dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ",
+                   o.loss_dtype, ".");
+  TORCH_CHECK(!(weight && weight->requires_grad() && at::GradMode::is_enabled()),
+              "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach().");
+}
+
+inline Tensor totals_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                        const LossOptions& o) {
+  auto [loss, z_loss, totals] =
+      reduce_rows(target, weight, std::nullopt, std::nullopt, std::nullopt, std::nullopt, o.reduction, o.ignore_index,
+                  o.label_smoothing, o.lse_square_scale, logits.sym_size(1), stats_dtype(logits.scalar_type()));
+  return totals;
+}
+
+// (loss, z_loss) out of statistics.
+inline std::pair<Tensor, Tensor> loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                         const Tensor& lse, const Tensor& picked, const Tensor& wsum,
+                                         const Tensor& totals, const LossOptions& o) {
+  auto [loss, z_loss, _] = reduce_rows(target, weight, lse, picked, wsum, totals, o.reduction, o.ignore_index,
+                                       o.label_smoothing, o.lse_square_scale, logits.sym_size(1), o.loss_dtype);
+  return {loss, z_loss};
+}
+
+struct LossAndStats {
+  Tensor loss, z_loss, lse, log_prob, totals;
+};
+
+// Two launches of size N around one sweep that reads.
+inline LossAndStats loss_by_reading(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                                    const LossOptions& o) {
+  auto totals = totals_of(logits, target, weight, o);
+  auto [lse, picked, wsum, log_prob] =
+      row_stats(logits, target, weight, o.ignore_index, o.logit_scale, 0, std::nullopt, o.need_wsum(), o.need_log_prob,
+                /*read_ignored=*/o.need_lse || o.need_log_prob);
+  auto [loss, z_loss] = loss_of(logits, target, weight, lse, picked, wsum, totals, o);
+  return {loss, z_loss, lse, log_prob, totals};
+}
+
+// An output that was not asked for.
+inline Tensor not_wanted(const Tensor& like) {
+  return at::empty({0}, like.options());
+}
+
+}  // namespace npu_xent

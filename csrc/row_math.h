@@ -1,0 +1,71 @@
+// What a loss option means, as three numbers a row. With x the logits of row n, t the logit scale, y its target,
+// k = 1 unless the row is ignored, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss scale:
+//
+//   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c t x_c
+//   l   = k [ (1-e) w_y (lse - picked) + (e/C) (W lse - wsum) ]        z = k zs lse^2
+//   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
+//   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
+//
+// G is what reaches the row's l and Z what reaches its z; u is t unless the caller asks for another factor. Plain
+// C++17 without torch, shared by every implementation that is not made of aten operations.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace npu_xent {
+
+enum class Reduction : int64_t { none, mean, sum };
+
+// N-sized facts that the rows share, in this order in the `totals` tensor.
+enum Totals : int64_t { kKeptWeight, kKeptRows, kClassWeight, kTotals };
+
+struct RowOptions {
+  Reduction reduction;
+  int64_t ignore_index;
+  double label_smoothing;
+  double lse_square_scale;
+  int64_t num_classes;  // of all class shards together
+};
+
+// l and z, not added up: a mean divides them by different numbers.
+struct RowLoss {
+  double loss, z_loss;
+};
+
+// The loss of a kept row. A row whose lse is not finite (a NaN, a +inf, or nothing but -inf) has no distribution: NaN.
+inline RowLoss row_loss(const RowOptions& o, double weight, double class_weight, double lse, double picked,
+                        double wsum) {
+  if (!std::isfinite(lse)) {
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    return {nan, nan};
+  }
+  double loss = (1 - o.label_smoothing) * weight * (lse - picked);
+  if (o.label_smoothing != 0) {
+    loss += o.label_smoothing / static_cast<double>(o.num_classes) * (class_weight * lse - wsum);
+  }
+  const double z_loss = o.lse_square_scale * lse * lse;
+  return {loss, z_loss};
+}
+
+// a, b and s of a kept row.
+struct RowCoefficients {
+  double a, b, s;
+};
+
+inline RowCoefficients row_coefficients(const RowOptions& o, double weight, double class_weight, double lse,
+                                        double grad_loss, double grad_z) {
+  const double per_class = o.label_smoothing / static_cast<double>(o.num_classes);
+  const double b = grad_loss * (1 - o.label_smoothing) * weight;
+  double a = b;
+  if (o.label_smoothing != 0) {
+    a += grad_loss * per_class * class_weight;
+  }
+  if (o.lse_square_scale != 0) {
+    a += grad_z * 2 * o.lse_square_scale * lse;
+  }
+  return {a, b, grad_loss * per_class};
+}
+
+}  // namespace npu_xent

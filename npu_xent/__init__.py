@@ -1,0 +1,26 @@
+"""Fused cross entropy for Huawei Atlas NPUs and for CPUs.
+
+    npu_xent.cross_entropy              in the place of torch.nn.functional.cross_entropy
+    npu_xent.CrossEntropyLoss           in the place of torch.nn.CrossEntropyLoss
+    npu_xent.npu_cross_entropy_loss     in the place of torch_npu.npu_cross_entropy_loss
+
+Importing this package never imports torch_npu.
+"""
+
+from __future__ import annotations
+
+from . import _loading
+
+_loading.load_operators()
+
+from ._constraints import ConstraintError  # noqa: E402
+from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
+from .modules import CrossEntropyLoss  # noqa: E402
+
+__all__ = [
+    "ConstraintError",
+    "CrossEntropyLoss",
+    "CrossEntropyOutput",
+    "cross_entropy",
+    "npu_cross_entropy_loss",
+]

@@ -1,0 +1,165 @@
+"""The functions: thin over torch.ops.npu_xent, whose C++ checks every argument again before it touches memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._constraints import check_documented_constraints
+
+# What a target may be besides int64, which the operators take.
+_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
+class CrossEntropyOutput(NamedTuple):
+    """What cross_entropy returns when an extra is asked for; an extra that was not is None."""
+
+    loss: Tensor
+    lse: Tensor | None
+    z_loss: Tensor | None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    return_lse: bool = False,
+    return_z_loss: bool = False,
+    consume_logits: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """Cross entropy between logits and class indices, as torch.nn.functional.cross_entropy computes it.
+
+    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights (1 without):
+
+        l_n = k_n [ (1 - e) w[target_n] (-lp[n, target_n]) + e/C sum_c(-w_c lp[n, c]) ]
+        "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]
+
+    Args:
+        input: logits, [N, C], C > 0, float32, bfloat16, float16 or float64. Rows may be strided; columns that are not
+            adjacent in memory cost one copy.
+        target: classes in [0, C) or ignore_index, [N], any integer dtype.
+        weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
+        ignore_index: rows with this target take no part: loss 0, gradient 0, not counted. Their logits are not read
+            (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient.
+        reduction: "mean", "sum" or "none".
+        label_smoothing: e above, in [0, 1].
+        lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to the
+            loss**; "mean" divides it by the number of kept rows. (PaLM, https://arxiv.org/abs/2204.02311, section 5.)
+        return_lse: also return logsumexp of every row, ignored ones included.
+        return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already: adding it would
+            count it twice.
+        consume_logits: write the gradient over the logits instead of into new memory: during the forward, or for
+            float16 and reduction "none" during the backward. Whoever reads `input` afterwards sees the gradient;
+            operations that saved it for their own backward raise. A second backward is refused.
+
+    Returns:
+        The loss, [] or for "none" [N], in the dtype of input (float32 under autocast). If an extra is asked for, a
+        CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss shaped as the loss.
+        Only the loss is differentiable, once: a second derivative is refused.
+
+        Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is NaN,
+        with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
+
+    Raises:
+        ValueError: a shape, reduction, label_smoothing or lse_square_scale that breaks the rules above; consume_logits
+            for a leaf, for memory that is not contiguous, or where no gradient is needed.
+        TypeError: a dtype that is not listed.
+        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out of
+            bounds either, but looking would mean waiting: the row's loss and gradient are NaN.
+        RuntimeError: weight requires a gradient; a second backward after consume_logits; a second derivative.
+    """
+    op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
+    loss, z_loss, lse, _ = op.default(
+        input,
+        _index_target(target),
+        weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        need_lse=return_lse,
+    )
+    if not (return_lse or return_z_loss):
+        return loss
+    if return_z_loss and lse_square_scale == 0.0:
+        z_loss = torch.zeros_like(loss, requires_grad=False)
+    return CrossEntropyOutput(loss, lse if return_lse else None, z_loss if return_z_loss else None)
+
+
+def npu_cross_entropy_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale_for_zloss: float = 0.0,
+    return_zloss: bool = False,
+    *,
+    strict: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cross entropy with the documented contract of torch_npu.npu_cross_entropy_loss.
+
+    The loss is that of `cross_entropy`. With strict=True (the default) every documented constraint is enforced, so that
+    what passes here also runs on the vendor's operator; the constraints are marked (strict) below.
+
+    Args:
+        input: logits, [N, C], float16, float32 or bfloat16, C > 0; (strict) 0 < N <= 200000. float64 without strict.
+        target: classes in [0, C) or ignore_index, [N], int64; any integer dtype without strict.
+        weight: a weight for each class, [C], float32, (strict) values in (0, 1]. Values are looked at on the CPU only.
+        reduction: "mean", "sum" or "none".
+        ignore_index: rows with this target take no part; (strict) less than C.
+        label_smoothing: in [0, 1]; (strict) in [0, 1).
+        lse_square_scale_for_zloss: scale of the z-loss, which is added to the loss; (strict) must be 0, since the
+            vendor has not enabled it.
+        return_zloss: also return the z-loss, as part of the loss and by itself; (strict) must be False.
+        strict: enforce the documented constraints. They include, when input requires a gradient and gradients are
+            enabled: "mean" takes weight, ignore_index and label_smoothing at their defaults only; "sum" and "none" take
+            label_smoothing at its default only.
+
+    Returns:
+        (loss, log_prob, zloss, lse_for_zloss), all in the dtype of input, autocast or not: loss [1], or [N] for "none";
+        log_prob [N, C] = log_softmax(input); zloss of shape [0], shaped as the loss if return_zloss; lse_for_zloss of
+        shape [0], [N] if lse_square_scale_for_zloss is not 0. Only loss and zloss are differentiable, once.
+
+    Raises:
+        ConstraintError: (strict) a documented constraint is broken. It is a ValueError.
+        ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
+    """
+    if strict:
+        check_documented_constraints(
+            input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
+        )
+    loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
+        input,
+        _index_target(target),
+        weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale_for_zloss,
+        loss_dtype=input.dtype,
+        need_lse=lse_square_scale_for_zloss != 0.0,
+        need_log_prob=True,
+        differentiable_z_loss=return_zloss,
+    )
+    if reduction != "none":
+        loss = loss.view(1)
+    if not return_zloss:
+        z_loss = z_loss.new_empty(0)
+    elif lse_square_scale_for_zloss == 0.0:
+        z_loss = torch.zeros_like(loss, requires_grad=False)
+    elif reduction != "none":
+        z_loss = z_loss.view(1)
+    return loss, log_prob, z_loss, lse.to(input.dtype)
+
+
+def _index_target(target: Tensor) -> Tensor:
+    return target.long() if target.dtype in _INTEGERS else target
