@@ -35,6 +35,7 @@ class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; the library lands where setuptools expects the extension."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Run CMake for the torch of this environment."""
         try:
             import torch
             from torch.utils.cpp_extension import include_paths, library_paths

@@ -36,8 +36,8 @@ inline void check_options(double label_smoothing, double lse_square_scale) {
                     "npu_xent: lse_square_scale must be finite and not negative, but is ", lse_square_scale, ".");
 }
 
-inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight,
-                                    const c10::SymInt& num_classes, c10::Device device) {
+inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight, const c10::SymInt& num_classes,
+                                    c10::Device device) {
   TORCH_CHECK_VALUE(target.dim() == 1, "npu_xent: target must have shape [N], but has ", target.dim(),
                     " dimensions: ", target.sym_sizes(), ".");
   TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ", target.scalar_type(),
@@ -77,8 +77,9 @@ inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const 
                   class_start + columns, " must lie within num_classes, which is ", classes, ".");
   check_target_and_weight(target, weight, classes, logits.device());
   check_weight_dtype(weight, dtype);
-  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)), "npu_xent: target must have one value for each of the ",
-                  logits.sym_size(0), " rows of the logits, but has ", target.sym_size(0), ".");
+  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)),
+                  "npu_xent: target must have one value for each of the ", logits.sym_size(0),
+                  " rows of the logits, but has ", target.sym_size(0), ".");
   return classes;
 }
 
@@ -94,9 +95,8 @@ inline void check_stats(const Tensor& stats, const char* name, const c10::SymInt
 }
 
 inline void check_totals(const Tensor& totals, c10::Device device) {
-  TORCH_CHECK_VALUE(totals.dim() == 1 && totals.device() == device,
-                    "npu_xent: totals must have shape [3] and be on ", device, ", but has ", totals.dim(),
-                    " dimensions and is on ", totals.device(), ".");
+  TORCH_CHECK_VALUE(totals.dim() == 1 && totals.device() == device, "npu_xent: totals must have shape [3] and be on ",
+                    device, ", but has ", totals.dim(), " dimensions and is on ", totals.device(), ".");
   TORCH_CHECK_TYPE(totals.scalar_type() == at::kFloat || totals.scalar_type() == at::kDouble,
                    "npu_xent: totals must be float32 or float64, but is ", totals.scalar_type(), ".");
   CHECK_SYM_VALUE(totals.sym_size(0).sym_eq(kTotals), "npu_xent: totals must have 3 values, but has ",
@@ -111,8 +111,8 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
   }
   TORCH_CHECK_VALUE(grad->device() == device, "npu_xent: ", name, " must be on ", device, ", but is on ",
                     grad->device(), ".");
-  TORCH_CHECK_TYPE(at::isFloatingType(grad->scalar_type()), "npu_xent: ", name, " must be a floating-point tensor, but is ",
-                   grad->scalar_type(), ".");
+  TORCH_CHECK_TYPE(at::isFloatingType(grad->scalar_type()), "npu_xent: ", name,
+                   " must be a floating-point tensor, but is ", grad->scalar_type(), ".");
   CHECK_SYM_VALUE(grad->sym_numel().sym_eq(reduction == Reduction::none ? n : c10::SymInt(1)), "npu_xent: ", name,
                   " must have one value for each loss, but has ", grad->sym_numel(), ".");
 }
@@ -162,7 +162,8 @@ inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight
   check_options(label_smoothing, lse_square_scale);
   CHECK_SYM_VALUE(num_classes.sym_gt(0), "npu_xent: num_classes must be positive, but is ", num_classes, ".");
   check_target_and_weight(target, weight, num_classes, target.device());
-  TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()), "npu_xent: weight must be a floating-point tensor.");
+  TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()),
+                   "npu_xent: weight must be a floating-point tensor.");
   if (!lse) {
     return;
   }

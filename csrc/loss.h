@@ -23,8 +23,7 @@ struct LossOptions {
 };
 
 // Everything that can be wrong, checked before the first sweep.
-inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                       const LossOptions& o) {
+inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const LossOptions& o) {
   parse_reduction(o.reduction);
   check_options(o.label_smoothing, o.lse_square_scale);
   check_rows(logits, target, weight, 0, std::nullopt);

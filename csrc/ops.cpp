@@ -147,9 +147,9 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const T
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
                                                const OptionalTensor& lse, const OptionalTensor& picked,
                                                const OptionalTensor& wsum, const OptionalTensor& totals,
-                                               std::string_view reduction, int64_t ignore_index,
-                                               double label_smoothing, double lse_square_scale,
-                                               c10::SymInt num_classes, at::ScalarType loss_dtype) {
+                                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
+                                               double lse_square_scale, c10::SymInt num_classes,
+                                               at::ScalarType loss_dtype) {
   static const auto op = find<decltype(reduce_rows)>("npu_xent::reduce_rows");
   return op.call(target, weight, lse, picked, wsum, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
                  std::move(num_classes), loss_dtype);
@@ -173,8 +173,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(bool inplace, const Ten
   static const auto fresh = find<Signature>("npu_xent::cross_entropy");
   static const auto over_logits = find<Signature>("npu_xent::cross_entropy_");
   return (inplace ? over_logits : fresh)
-      .call(logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, logit_scale,
-            grad_scale, loss_dtype, need_lse, need_log_prob, differentiable_z_loss);
+      .call(logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale,
+            loss_dtype, need_lse, need_log_prob, differentiable_z_loss);
 }
 
 }  // namespace npu_xent

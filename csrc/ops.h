@@ -53,9 +53,9 @@ std::tuple<Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const T
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
                                                const OptionalTensor& lse, const OptionalTensor& picked,
                                                const OptionalTensor& wsum, const OptionalTensor& totals,
-                                               std::string_view reduction, int64_t ignore_index,
-                                               double label_smoothing, double lse_square_scale,
-                                               c10::SymInt num_classes, at::ScalarType loss_dtype);
+                                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
+                                               double lse_square_scale, c10::SymInt num_classes,
+                                               at::ScalarType loss_dtype);
 
 void scale_(const Tensor& self, const Tensor& factor);
 

@@ -1,5 +1,6 @@
 // What a loss option means, as three numbers a row. With x the logits of row n, t the logit scale, y its target,
-// k = 1 unless the row is ignored, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss scale:
+// k = 1 unless the row is ignored, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss
+// scale:
 //
 //   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c t x_c
 //   l   = k [ (1-e) w_y (lse - picked) + (e/C) (W lse - wsum) ]        z = k zs lse^2

@@ -39,11 +39,9 @@ def check_documented_constraints(
     lse_square_scale_for_zloss: float,
     return_zloss: bool,
 ) -> None:
-    """Raise ConstraintError for the first documented rule that the arguments break; ranges of values are for the CPU."""
+    """Raise ConstraintError for the first documented rule that the arguments break."""
     _require(input.dim() == 2, "input must have shape [N, C]", f"its shape is {list(input.shape)}")
-    _require(
-        input.dtype in DTYPES, "the dtype of input must be float16, float32 or bfloat16", f"it is {input.dtype}"
-    )
+    _require(input.dtype in DTYPES, "the dtype of input must be float16, float32 or bfloat16", f"it is {input.dtype}")
     rows, classes = input.shape
     _require(0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", f"N is {rows}")
     _require(classes > 0, "C, the columns of input, must be greater than 0", f"C is {classes}")
@@ -56,9 +54,7 @@ def check_documented_constraints(
     if weight is not None:
         _check_weight(weight, classes)
     _require(reduction in REDUCTIONS, 'reduction must be "mean", "sum" or "none"', f"it is {reduction!r}")
-    _require(
-        ignore_index < classes, "ignore_index must be less than C", f"it is {ignore_index} and C is {classes}"
-    )
+    _require(ignore_index < classes, "ignore_index must be less than C", f"it is {ignore_index} and C is {classes}")
     _require(0.0 <= label_smoothing < 1.0, "label_smoothing must lie in [0, 1)", f"it is {label_smoothing}")
     _require(
         lse_square_scale_for_zloss == 0.0,
@@ -77,12 +73,14 @@ def _check_weight(weight: Tensor, classes: int) -> None:
         f"its shape is {list(weight.shape)} and C is {classes}",
     )
     _require(weight.dtype == torch.float32, "the dtype of weight must be float32", f"it is {weight.dtype}")
-    # Values are looked at where looking is free: not under a compiler, and not on a device that would have to be waited for.
+    # Values are looked at where that is free: not under a compiler, and not on a device that would have to be waited for.
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
-            raise ConstraintError("the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}")
+            raise ConstraintError(
+                "the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}"
+            )
 
 
 def _check_training(weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float) -> None:

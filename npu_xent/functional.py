@@ -36,7 +36,7 @@ def cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy between logits and class indices, as torch.nn.functional.cross_entropy computes it.
 
-    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights (1 without):
+    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights:
 
         l_n = k_n [ (1 - e) w[target_n] (-lp[n, target_n]) + e/C sum_c(-w_c lp[n, c]) ]
         "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]
@@ -50,8 +50,8 @@ def cross_entropy(
             (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient.
         reduction: "mean", "sum" or "none".
         label_smoothing: e above, in [0, 1].
-        lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to the
-            loss**; "mean" divides it by the number of kept rows. (PaLM, https://arxiv.org/abs/2204.02311, section 5.)
+        lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to
+            the loss**; "mean" divides it by the number of kept rows. (PaLM, https://arxiv.org/abs/2204.02311, sec. 5.)
         return_lse: also return logsumexp of every row, ignored ones included.
         return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already: adding it would
             count it twice.
@@ -61,18 +61,18 @@ def cross_entropy(
 
     Returns:
         The loss, [] or for "none" [N], in the dtype of input (float32 under autocast). If an extra is asked for, a
-        CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss shaped as the loss.
-        Only the loss is differentiable, once: a second derivative is refused.
+        CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss shaped as the
+        loss. Only the loss is differentiable, once: a second derivative is refused.
 
-        Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is NaN,
-        with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
+        Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is
+        NaN, with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
 
     Raises:
         ValueError: a shape, reduction, label_smoothing or lse_square_scale that breaks the rules above; consume_logits
             for a leaf, for memory that is not contiguous, or where no gradient is needed.
         TypeError: a dtype that is not listed.
-        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out of
-            bounds either, but looking would mean waiting: the row's loss and gradient are NaN.
+        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
+            of bounds either, but looking would mean waiting: the row's loss and gradient are NaN.
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a second derivative.
     """
     op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy

@@ -11,7 +11,8 @@ class CrossEntropyLoss(nn.Module):
     """`cross_entropy` as a module, in the place of torch.nn.CrossEntropyLoss.
 
     Args:
-        weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module and is in its state_dict.
+        weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
+            state_dict.
         ignore_index, reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits: as
             `cross_entropy` takes them.
 
@@ -68,5 +69,7 @@ class CrossEntropyLoss(nn.Module):
             "return_z_loss": False,
             "consume_logits": False,
         }
-        options = [f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default]
+        options = [
+            f"{name}={getattr(self, name)!r}" for name, default in defaults.items() if getattr(self, name) != default
+        ]
         return ", ".join([*(["weight=..."] if self.weight is not None else []), *options])

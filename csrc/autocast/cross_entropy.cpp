@@ -22,10 +22,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_autocast(
 
 }  // namespace
 
-#define AUTOCAST(KEY)                                                                        \
-  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                     \
-    m.impl("cross_entropy", cross_entropy_autocast<c10::DispatchKey::KEY, false>);           \
-    m.impl("cross_entropy_", cross_entropy_autocast<c10::DispatchKey::KEY, true>);           \
+#define AUTOCAST(KEY)                                                              \
+  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                           \
+    m.impl("cross_entropy", cross_entropy_autocast<c10::DispatchKey::KEY, false>); \
+    m.impl("cross_entropy_", cross_entropy_autocast<c10::DispatchKey::KEY, true>); \
   }
 AUTOCAST(AutocastCPU)
 AUTOCAST(AutocastPrivateUse1)

@@ -29,7 +29,8 @@ void check_consumable(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.requires_grad() && at::GradMode::is_enabled(),
                     "npu_xent: consume_logits writes the gradient over the logits, but these logits need no gradient; "
                     "leave it off.");
-  const bool leaf = logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
+  const bool leaf =
+      logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
   TORCH_CHECK_VALUE(!leaf,
                     "npu_xent: consume_logits would overwrite a leaf of the autograd graph (a parameter, or a tensor "
                     "whose .grad you asked for); leave it off, or pass the output of an operation.");

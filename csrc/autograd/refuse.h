@@ -24,8 +24,7 @@ auto make_node(std::string message, torch::autograd::edge_list edges) {
 
 // `output` becomes a function of whatever `edges` lead to; its derivative raises `message`.
 inline void set_refusing_history(const at::Tensor& output, std::string message, torch::autograd::edge_list edges) {
-  torch::autograd::set_history(output,
-                               make_node<torch::autograd::Error>(std::move(message), std::move(edges)));
+  torch::autograd::set_history(output, make_node<torch::autograd::Error>(std::move(message), std::move(edges)));
 }
 
 }  // namespace npu_xent::autograd

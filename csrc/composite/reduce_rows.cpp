@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
   const auto denominators = totals->to(dtype);
   auto loss = (1 - label_smoothing) * kept_weight * (*lse - *picked);
   if (label_smoothing != 0) {
-    loss = loss + label_smoothing / static_cast<double>(num_classes) *
-                      (denominators.select(0, kClassWeight) * *lse - *wsum);
+    loss = loss +
+           label_smoothing / static_cast<double>(num_classes) * (denominators.select(0, kClassWeight) * *lse - *wsum);
   }
   auto z_loss = lse_square_scale * lse->square();
   const auto finish = [&](const Tensor& row) {

@@ -54,9 +54,9 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
 
 void row_grad_over_logits_composite(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                     const Tensor& lse, const Tensor& totals, const OptionalTensor& grad_loss,
-                                    const OptionalTensor& grad_z_loss, std::string_view reduction,
-                                    int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                                    double logit_scale, std::optional<double> grad_scale, int64_t class_start,
+                                    const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+                                    double label_smoothing, double lse_square_scale, double logit_scale,
+                                    std::optional<double> grad_scale, int64_t class_start,
                                     std::optional<int64_t> num_classes) {
   check_dense(logits);
   logits.copy_(row_grad_composite(logits, target, weight, lse, totals, grad_loss, grad_z_loss, reduction, ignore_index,

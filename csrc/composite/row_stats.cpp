@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_composite(const Tensor& log
   const int64_t n_cols = logits.size(1);
   const Targets targets(target, ignore_index, class_start, n_cols, class_count(logits, class_start, num_classes));
   const auto x = scaled(logits, logit_scale);
-  const auto unread = target.eq(ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob),
-                                                                   targets.kept.options()));
+  const auto unread =
+      target.eq(ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob), targets.kept.options()));
   const auto true_lse = x.logsumexp(1);
   const auto lse = true_lse.masked_fill(unread, 0);
   const auto picked = x.gather(1, targets.column.unsqueeze(1))

@@ -7,13 +7,10 @@
 namespace npu_xent::composite {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_composite(const Tensor& logits, const Tensor& target,
-                                                                    const OptionalTensor& weight, const Tensor& totals,
-                                                                    std::string_view reduction, int64_t ignore_index,
-                                                                    double label_smoothing, double lse_square_scale,
-                                                                    double logit_scale,
-                                                                    std::optional<double> grad_scale,
-                                                                    bool read_ignored) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_composite(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
+    std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
+    double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
   check_row_stats_grad(logits, target, weight, totals, parse_reduction(reduction), label_smoothing, lse_square_scale);
   auto [lse, picked, wsum, _] = row_stats(logits, target, weight, ignore_index, logit_scale, 0, std::nullopt,
                                           /*need_wsum=*/label_smoothing != 0, /*need_log_prob=*/false, read_ignored);

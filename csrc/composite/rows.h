@@ -50,7 +50,8 @@ inline Tensor scaled(const Tensor& logits, double logit_scale) {
 
 // The weight of each row's target.
 inline Tensor target_weight(const OptionalTensor& weight, const Targets& targets, at::ScalarType dtype) {
-  return weight ? weight->to(dtype).index_select(0, targets.safe) : at::full({1}, 1.0, targets.kept.options().dtype(dtype));
+  return weight ? weight->to(dtype).index_select(0, targets.safe)
+                : at::full({1}, 1.0, targets.kept.options().dtype(dtype));
 }
 
 }  // namespace npu_xent::composite

@@ -46,7 +46,8 @@ const scalar_t* const_data(const Tensor& t) {
   return static_cast<const scalar_t*>(t.const_data_ptr());
 }
 
-// Threads for `work` elements. Tasks are handed out as threads ask for them, so that cheap (ignored) rows cost no balance.
+// Threads for `work` elements. Tasks are handed out as threads ask for them, so that cheap (ignored) rows cost no
+// balance.
 inline Parallel parallel_for_elements(int64_t work) {
   constexpr int64_t kElementsPerThread = 16384;
   const int64_t threads =

@@ -24,16 +24,16 @@ void run(const RowOptions& options, const Tensor& target, const OptionalTensor& 
   }
   const auto row_lse = values(lse), row_picked = values(picked);
   const auto row_wsum = options.label_smoothing != 0 ? values(wsum) : Tensor();
-  reduce_loss(options, const_data<int64_t>(y), n, pointer(w), pointer(row_lse), pointer(row_picked),
-              pointer(row_wsum), totals, data<double>(loss), data<double>(z_loss), parallel);
+  reduce_loss(options, const_data<int64_t>(y), n, pointer(w), pointer(row_lse), pointer(row_picked), pointer(row_wsum),
+              totals, data<double>(loss), data<double>(z_loss), parallel);
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduce_rows_cpu(const Tensor& target, const OptionalTensor& weight,
                                                    const OptionalTensor& lse, const OptionalTensor& picked,
                                                    const OptionalTensor& wsum, const OptionalTensor& totals,
                                                    std::string_view reduction, int64_t ignore_index,
-                                                   double label_smoothing, double lse_square_scale,
-                                                   int64_t num_classes, at::ScalarType loss_dtype) {
+                                                   double label_smoothing, double lse_square_scale, int64_t num_classes,
+                                                   at::ScalarType loss_dtype) {
   check_reduce_rows(target, weight, lse, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const RowOptions options{parse_reduction(reduction), ignore_index, label_smoothing, lse_square_scale, num_classes};
   const auto exact = target.options().dtype(at::kDouble);

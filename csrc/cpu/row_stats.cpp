@@ -17,9 +17,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits, c
   const auto log_prob = need_log_prob ? empty_like_logits(in) : at::empty({0}, logits.options());
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored || need_log_prob,
-              stats.pointers<scalar_t>(), need_log_prob ? data<scalar_t>(log_prob) : nullptr,
-              parallel_for_elements(logits.numel()));
+    row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored || need_log_prob, stats.pointers<scalar_t>(),
+              need_log_prob ? data<scalar_t>(log_prob) : nullptr, parallel_for_elements(logits.numel()));
   });
   return {stats.lse, stats.picked, stats.wsum, log_prob};
 }

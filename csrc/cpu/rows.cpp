@@ -276,8 +276,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   const auto coefficients = [&](int64_t n, double lse) {
     return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse, grad_loss, grad_z);
   };
-  const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, double lse, double max,
-                              const acc* exps) {
+  const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, double lse, double max, const acc* exps) {
     sweep.chunk_grad(n, c, k, options.outer_factor, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
                      grad + n * grad_stride + c * kChunk);
   };
@@ -424,13 +423,13 @@ int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_clas
   return -1;
 }
 
-#define INSTANTIATE(scalar_t)                                                                                       \
-  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,       \
-                          scalar_t*, const Parallel&);                                                              \
-  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,                  \
-                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&);   \
-  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&,      \
-                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                        \
+#define INSTANTIATE(scalar_t)                                                                                     \
+  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,     \
+                          scalar_t*, const Parallel&);                                                            \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,                \
+                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&); \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&,    \
+                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                      \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
@@ -438,9 +437,9 @@ INSTANTIATE(bf16)
 INSTANTIATE(f16)
 #undef INSTANTIATE
 
-#define INSTANTIATE(acc)                                                                                              \
-  template void reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&);      \
-  template void reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,           \
+#define INSTANTIATE(acc)                                                                                         \
+  template void reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
+  template void reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
                             const acc*, const double*, double*, double*, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

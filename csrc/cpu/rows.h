@@ -47,7 +47,8 @@ struct GradOptions {
   const double* totals;  // [kTotals]
 };
 
-// What reaches each row from above, before the division of a mean. Null stands for zeros; stride 0 for one value for all.
+// What reaches each row from above, before the division of a mean. Null stands for zeros; stride 0 for one value for
+// all.
 template <typename scalar_t>
 struct Upstream {
   const acc_t<scalar_t>*grad_loss, *grad_z_loss;

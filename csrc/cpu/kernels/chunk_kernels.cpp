@@ -269,9 +269,8 @@ template <typename scalar_t>
 void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> s(factor);
-  map(out, static_cast<const acc*>(nullptr), n, out, [&](const Pair<acc>& v, const Pair<acc>&) {
-    return Pair<acc>{v.lo * s, v.hi * s};
-  });
+  map(out, static_cast<const acc*>(nullptr), n, out,
+      [&](const Pair<acc>& v, const Pair<acc>&) { return Pair<acc>{v.lo * s, v.hi * s}; });
 }
 
 template <typename scalar_t>

@@ -3,9 +3,9 @@
 
 namespace npu_xent::cpu {
 
-#define X(NAME)                     \
-  namespace NAME {                  \
-  extern const KernelTable table;   \
+#define X(NAME)                   \
+  namespace NAME {                \
+  extern const KernelTable table; \
   }
 NPU_XENT_VARIANTS
 #undef X

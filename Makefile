@@ -1,0 +1,86 @@
+# From a bare Linux machine with Python 3.10 or newer, g++ and make:
+#
+#   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
+#   make test     runs the tests                                                 (TEST_ARGS="-k contract")
+#   make build    only builds, into .venv
+#   make check    formatting and lint, as CI runs them        make format    applies them
+#   make clean    removes what the above made
+#
+# Each sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the interpreter;
+# TORCH the torch to build against. pip's own variables (PIP_INDEX_URL, ...) apply: where the index offers only CUDA
+# builds of torch, point it at one with CPU builds, which are much smaller.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
+export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
+
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.DELETE_ON_ERROR:
+.PHONY: help train test build check format clean
+
+help:
+	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+
+train: $(VENV)/.train $(VENV)/.build
+	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
+	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
+
+test: $(VENV)/.test $(VENV)/.build
+	@echo "== Testing: pytest $(TEST_ARGS)"
+	@$(PY) -m pytest $(TEST_ARGS)
+
+build: $(VENV)/.build
+
+check: $(VENV)/.check
+	@echo "== Checking format and lint"
+	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+
+format: $(VENV)/.check
+	@$(VENV)/bin/clang-format -i $(CXX_FILES)
+	@$(VENV)/bin/ruff format .
+	@$(VENV)/bin/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so
+
+$(VENV)/.created:
+	@echo "== Creating a virtual environment in $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "npu_xent needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Use make PYTHON=..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.created
+	@echo "== Installing $(TORCH) and the build tools"
+	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" cmake ninja
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.torch $(SOURCES)
+	@echo "== Building the extension (about two minutes the first time)"
+	@$(PIP) install --no-build-isolation --no-deps --editable . || \
+	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
+	@touch $@
+
+$(VENV)/.train: $(VENV)/.torch
+	@echo "== Installing what the example needs"
+	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@echo "== Installing what the tests need"
+	@$(PIP) install "pytest>=8" "hypothesis>=6"
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.created
+	@echo "== Installing the formatters"
+	@$(PIP) install ruff==0.14.5 clang-format==21.1.5
+	@touch $@
