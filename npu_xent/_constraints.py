@@ -73,7 +73,7 @@ def _check_weight(weight: Tensor, classes: int) -> None:
         f"its shape is {list(weight.shape)} and C is {classes}",
     )
     _require(weight.dtype == torch.float32, "the dtype of weight must be float32", f"it is {weight.dtype}")
-    # Values are looked at where that is free: not under a compiler, and not on a device that would have to be waited for.
+    # Values are looked at where that is free: not under a compiler, nor on a device that would have to be waited for.
     if weight.device.type == "cpu" and not torch.compiler.is_compiling():
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
