@@ -118,12 +118,16 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
 }
 
 inline void check_row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                           const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           Reduction reduction, double label_smoothing, double lse_square_scale,
-                           const c10::SymInt& class_start, const std::optional<c10::SymInt>& num_classes) {
+                           const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                           const OptionalTensor& grad_z_loss, Reduction reduction, double label_smoothing,
+                           double lse_square_scale, const c10::SymInt& class_start,
+                           const std::optional<c10::SymInt>& num_classes) {
   check_options(label_smoothing, lse_square_scale);
   check_rows(logits, target, weight, class_start, num_classes);
   check_stats(lse, "lse", logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
+  if (lse_low) {
+    check_stats(*lse_low, "lse_low", logits.sym_size(0), lse.scalar_type(), logits.device());
+  }
   check_totals(totals, logits.device());
   check_upstream(grad_loss, "grad_loss", reduction, logits.sym_size(0), logits.device());
   check_upstream(grad_z_loss, "grad_z_loss", reduction, logits.sym_size(0), logits.device());
@@ -157,8 +161,9 @@ inline void check_scale(const Tensor& self, const Tensor& factor) {
 }
 
 inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
-                              const OptionalTensor& picked, const OptionalTensor& wsum, const OptionalTensor& totals,
-                              double label_smoothing, double lse_square_scale, const c10::SymInt& num_classes) {
+                              const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
+                              const OptionalTensor& totals, double label_smoothing, double lse_square_scale,
+                              const c10::SymInt& num_classes) {
   check_options(label_smoothing, lse_square_scale);
   CHECK_SYM_VALUE(num_classes.sym_gt(0), "npu_xent: num_classes must be positive, but is ", num_classes, ".");
   check_target_and_weight(target, weight, num_classes, target.device());
@@ -175,6 +180,9 @@ inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight
                    dtype, ".");
   const auto n = target.sym_size(0);
   check_stats(*lse, "lse", n, dtype, target.device());
+  if (lse_low) {
+    check_stats(*lse_low, "lse_low", n, dtype, target.device());
+  }
   check_stats(*picked, "picked", n, dtype, target.device());
   if (label_smoothing != 0) {
     check_stats(*wsum, "wsum", n, dtype, target.device());

@@ -35,34 +35,34 @@ inline void check_loss(const Tensor& logits, const Tensor& target, const Optiona
 
 inline Tensor totals_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                         const LossOptions& o) {
-  auto [loss, z_loss, totals] =
-      reduce_rows(target, weight, std::nullopt, std::nullopt, std::nullopt, std::nullopt, o.reduction, o.ignore_index,
-                  o.label_smoothing, o.lse_square_scale, logits.sym_size(1), stats_dtype(logits.scalar_type()));
+  auto [loss, z_loss, totals] = reduce_rows(target, weight, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                                            std::nullopt, o.reduction, o.ignore_index, o.label_smoothing,
+                                            o.lse_square_scale, logits.sym_size(1), stats_dtype(logits.scalar_type()));
   return totals;
 }
 
 // (loss, z_loss) out of statistics.
 inline std::pair<Tensor, Tensor> loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                         const Tensor& lse, const Tensor& picked, const Tensor& wsum,
-                                         const Tensor& totals, const LossOptions& o) {
-  auto [loss, z_loss, _] = reduce_rows(target, weight, lse, picked, wsum, totals, o.reduction, o.ignore_index,
+                                         const Tensor& lse, const Tensor& lse_low, const Tensor& picked,
+                                         const Tensor& wsum, const Tensor& totals, const LossOptions& o) {
+  auto [loss, z_loss, _] = reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, o.reduction, o.ignore_index,
                                        o.label_smoothing, o.lse_square_scale, logits.sym_size(1), o.loss_dtype);
   return {loss, z_loss};
 }
 
 struct LossAndStats {
-  Tensor loss, z_loss, lse, log_prob, totals;
+  Tensor loss, z_loss, lse, lse_low, log_prob, totals;
 };
 
 // Two launches of size N around one sweep that reads.
 inline LossAndStats loss_by_reading(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                     const LossOptions& o) {
   auto totals = totals_of(logits, target, weight, o);
-  auto [lse, picked, wsum, log_prob] =
+  auto [lse, lse_low, picked, wsum, log_prob] =
       row_stats(logits, target, weight, o.ignore_index, o.logit_scale, 0, std::nullopt, o.need_wsum(), o.need_log_prob,
                 /*read_ignored=*/o.need_lse || o.need_log_prob);
-  auto [loss, z_loss] = loss_of(logits, target, weight, lse, picked, wsum, totals, o);
-  return {loss, z_loss, lse, log_prob, totals};
+  auto [loss, z_loss] = loss_of(logits, target, weight, lse, lse_low, picked, wsum, totals, o);
+  return {loss, z_loss, lse, lse_low, log_prob, totals};
 }
 
 // An output that was not asked for.

@@ -1,8 +1,8 @@
 // The schemas of the operators, and nothing else defines one.
 //
-// Shapes: logits [N, C], dense along C; target [N] int64; weight [num_classes], fp32 or fp64; lse, picked, wsum [N] and
-// totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. row_math.h has the formulas. An output that was not
-// asked for has shape [0].
+// Shapes: logits [N, C], dense along C; target [N] int64; weight [num_classes], fp32 or fp64; lse, lse_low, picked,
+// wsum [N] and totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. row_math.h has the formulas. lse_low is
+// what rounding took from lse. An output that was not asked for has shape [0].
 //
 //   ignore_index   rows with this target take no part; their logits are read only if `read_ignored`
 //   logit_scale    t: the softmax is that of t x
@@ -20,23 +20,25 @@ namespace npu_xent {
 TORCH_LIBRARY(npu_xent, m) {
   const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
 
-  // One sweep that reads: row -> lse, picked, wsum, and log_prob [N, C] in the logits' dtype.
+  // One sweep that reads: row -> lse, lse_low, picked, wsum, and log_prob [N, C] in the logits' dtype.
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight=None, *, int ignore_index=-100, float logit_scale=1.0, "
       "SymInt class_start=0, SymInt? num_classes=None, bool need_wsum=False, bool need_log_prob=False, "
-      "bool read_ignored=False) -> (Tensor lse, Tensor picked, Tensor wsum, Tensor log_prob)",
+      "bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)",
       tags);
 
   // One sweep that reads and writes: the gradient of the logits, from the gradients of loss and z_loss ([N] for "none",
   // else []; None stands for zeros). row_grad_ leaves it in the logits.
   m.def(
-      "row_grad(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor totals, Tensor? grad_loss, "
+      "row_grad(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
+      "grad_loss, "
       "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
       "float lse_square_scale=0.0, float logit_scale=1.0, float? grad_scale=None, SymInt class_start=0, "
       "SymInt? num_classes=None) -> Tensor",
       tags);
   m.def(
-      "row_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, Tensor totals, Tensor? grad_loss, "
+      "row_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
+      "grad_loss, "
       "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
       "float lse_square_scale=0.0, float logit_scale=1.0, float? grad_scale=None, SymInt class_start=0, "
       "SymInt? num_classes=None) -> ()",
@@ -46,19 +48,21 @@ TORCH_LIBRARY(npu_xent, m) {
   m.def(
       "row_stats_grad(Tensor logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
       "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
-      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor picked, Tensor wsum, Tensor grad)",
+      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, "
+      "Tensor grad)",
       tags);
   m.def(
       "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
       "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
-      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor picked, Tensor wsum)",
+      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)",
       tags);
 
   // What is of size N. Without statistics: totals = (sum of the kept rows' weights, number of kept rows, sum of the
-  // class weights). With lse, picked, wsum (for label smoothing) and totals: loss, and z_loss if lse_square_scale is
-  // not 0; [N] for "none", else [].
+  // class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss, and z_loss if
+  // lse_square_scale is not 0; [N] for "none", else [].
   m.def(
-      "reduce_rows(Tensor target, Tensor? weight, Tensor? lse=None, Tensor? picked=None, Tensor? wsum=None, "
+      "reduce_rows(Tensor target, Tensor? weight, Tensor? lse=None, Tensor? lse_low=None, Tensor? picked=None, Tensor? "
+      "wsum=None, "
       "Tensor? totals=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
       "float lse_square_scale=0.0, SymInt num_classes, ScalarType loss_dtype) -> (Tensor loss, Tensor z_loss, "
       "Tensor totals)",
@@ -93,66 +97,68 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
-                                                     const OptionalTensor& weight, int64_t ignore_index,
-                                                     double logit_scale, c10::SymInt class_start,
-                                                     std::optional<c10::SymInt> num_classes, bool need_wsum,
-                                                     bool need_log_prob, bool read_ignored) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
+                                                             const OptionalTensor& weight, int64_t ignore_index,
+                                                             double logit_scale, c10::SymInt class_start,
+                                                             std::optional<c10::SymInt> num_classes, bool need_wsum,
+                                                             bool need_log_prob, bool read_ignored) {
   static const auto op = find<decltype(row_stats)>("npu_xent::row_stats");
   return op.call(logits, target, weight, ignore_index, logit_scale, std::move(class_start), std::move(num_classes),
                  need_wsum, need_log_prob, read_ignored);
 }
 
 Tensor row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                double logit_scale, std::optional<double> grad_scale, c10::SymInt class_start,
-                std::optional<c10::SymInt> num_classes) {
+                const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+                c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
   static const auto op = find<decltype(row_grad)>("npu_xent::row_grad");
-  return op.call(logits, target, weight, lse, totals, grad_loss, grad_z_loss, reduction, ignore_index, label_smoothing,
-                 lse_square_scale, logit_scale, grad_scale, std::move(class_start), std::move(num_classes));
+  return op.call(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction, ignore_index,
+                 label_smoothing, lse_square_scale, logit_scale, grad_scale, std::move(class_start),
+                 std::move(num_classes));
 }
 
 void row_grad_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-               const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-               std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-               double logit_scale, std::optional<double> grad_scale, c10::SymInt class_start,
-               std::optional<c10::SymInt> num_classes) {
+               const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+               const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+               c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
   static const auto op = find<decltype(row_grad_)>("npu_xent::row_grad_");
-  op.call(logits, target, weight, lse, totals, grad_loss, grad_z_loss, reduction, ignore_index, label_smoothing,
-          lse_square_scale, logit_scale, grad_scale, std::move(class_start), std::move(num_classes));
+  op.call(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction, ignore_index,
+          label_smoothing, lse_square_scale, logit_scale, grad_scale, std::move(class_start), std::move(num_classes));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
-                                                          const OptionalTensor& weight, const Tensor& totals,
-                                                          std::string_view reduction, int64_t ignore_index,
-                                                          double label_smoothing, double lse_square_scale,
-                                                          double logit_scale, std::optional<double> grad_scale,
-                                                          bool read_ignored) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
+                                                                  const OptionalTensor& weight, const Tensor& totals,
+                                                                  std::string_view reduction, int64_t ignore_index,
+                                                                  double label_smoothing, double lse_square_scale,
+                                                                  double logit_scale, std::optional<double> grad_scale,
+                                                                  bool read_ignored) {
   static const auto op = find<decltype(row_stats_grad)>("npu_xent::row_stats_grad");
   return op.call(logits, target, weight, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
                  logit_scale, grad_scale, read_ignored);
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
-                                                   const OptionalTensor& weight, const Tensor& totals,
-                                                   std::string_view reduction, int64_t ignore_index,
-                                                   double label_smoothing, double lse_square_scale, double logit_scale,
-                                                   std::optional<double> grad_scale, bool read_ignored) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
+                                                           const OptionalTensor& weight, const Tensor& totals,
+                                                           std::string_view reduction, int64_t ignore_index,
+                                                           double label_smoothing, double lse_square_scale,
+                                                           double logit_scale, std::optional<double> grad_scale,
+                                                           bool read_ignored) {
   static const auto op = find<decltype(row_stats_grad_)>("npu_xent::row_stats_grad_");
   return op.call(logits, target, weight, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
                  logit_scale, grad_scale, read_ignored);
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
-                                               const OptionalTensor& lse, const OptionalTensor& picked,
-                                               const OptionalTensor& wsum, const OptionalTensor& totals,
-                                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                                               double lse_square_scale, c10::SymInt num_classes,
-                                               at::ScalarType loss_dtype) {
+                                               const OptionalTensor& lse, const OptionalTensor& lse_low,
+                                               const OptionalTensor& picked, const OptionalTensor& wsum,
+                                               const OptionalTensor& totals, std::string_view reduction,
+                                               int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                                               c10::SymInt num_classes, at::ScalarType loss_dtype) {
   static const auto op = find<decltype(reduce_rows)>("npu_xent::reduce_rows");
-  return op.call(target, weight, lse, picked, wsum, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
-                 std::move(num_classes), loss_dtype);
+  return op.call(target, weight, lse, lse_low, picked, wsum, totals, reduction, ignore_index, label_smoothing,
+                 lse_square_scale, std::move(num_classes), loss_dtype);
 }
 
 void scale_(const Tensor& self, const Tensor& factor) {

@@ -15,47 +15,48 @@ namespace npu_xent {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// (lse, picked, wsum, log_prob)
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
-                                                     const OptionalTensor& weight, int64_t ignore_index,
-                                                     double logit_scale, c10::SymInt class_start,
-                                                     std::optional<c10::SymInt> num_classes, bool need_wsum,
-                                                     bool need_log_prob, bool read_ignored);
+// (lse, lse_low, picked, wsum, log_prob)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
+                                                             const OptionalTensor& weight, int64_t ignore_index,
+                                                             double logit_scale, c10::SymInt class_start,
+                                                             std::optional<c10::SymInt> num_classes, bool need_wsum,
+                                                             bool need_log_prob, bool read_ignored);
 
 Tensor row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                double logit_scale, std::optional<double> grad_scale, c10::SymInt class_start,
-                std::optional<c10::SymInt> num_classes);
+                const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+                c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
 
 void row_grad_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-               const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-               std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-               double logit_scale, std::optional<double> grad_scale, c10::SymInt class_start,
-               std::optional<c10::SymInt> num_classes);
+               const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+               const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+               c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
 
-// (lse, picked, wsum, grad)
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
-                                                          const OptionalTensor& weight, const Tensor& totals,
-                                                          std::string_view reduction, int64_t ignore_index,
-                                                          double label_smoothing, double lse_square_scale,
-                                                          double logit_scale, std::optional<double> grad_scale,
-                                                          bool read_ignored);
+// (lse, lse_low, picked, wsum, grad)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
+                                                                  const OptionalTensor& weight, const Tensor& totals,
+                                                                  std::string_view reduction, int64_t ignore_index,
+                                                                  double label_smoothing, double lse_square_scale,
+                                                                  double logit_scale, std::optional<double> grad_scale,
+                                                                  bool read_ignored);
 
-// (lse, picked, wsum)
-std::tuple<Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
-                                                   const OptionalTensor& weight, const Tensor& totals,
-                                                   std::string_view reduction, int64_t ignore_index,
-                                                   double label_smoothing, double lse_square_scale, double logit_scale,
-                                                   std::optional<double> grad_scale, bool read_ignored);
+// (lse, lse_low, picked, wsum)
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
+                                                           const OptionalTensor& weight, const Tensor& totals,
+                                                           std::string_view reduction, int64_t ignore_index,
+                                                           double label_smoothing, double lse_square_scale,
+                                                           double logit_scale, std::optional<double> grad_scale,
+                                                           bool read_ignored);
 
 // (loss, z_loss, totals)
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
-                                               const OptionalTensor& lse, const OptionalTensor& picked,
-                                               const OptionalTensor& wsum, const OptionalTensor& totals,
-                                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                                               double lse_square_scale, c10::SymInt num_classes,
-                                               at::ScalarType loss_dtype);
+                                               const OptionalTensor& lse, const OptionalTensor& lse_low,
+                                               const OptionalTensor& picked, const OptionalTensor& wsum,
+                                               const OptionalTensor& totals, std::string_view reduction,
+                                               int64_t ignore_index, double label_smoothing, double lse_square_scale,
+                                               c10::SymInt num_classes, at::ScalarType loss_dtype);
 
 void scale_(const Tensor& self, const Tensor& factor);
 

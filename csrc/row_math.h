@@ -7,7 +7,8 @@
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
 //
-// G is what reaches the row's l and Z what reaches its z; u is t unless the caller asks for another factor. Plain
+// lse is kept as two numbers, `lse` and `lse_low`, whose sum it is: for logits far from 0 one would not resolve the
+// loss. G is what reaches the row's l and Z what reaches its z; u is t unless the caller asks for another factor. Plain
 // C++17 without torch, shared by every implementation that is not made of aten operations.
 #pragma once
 
@@ -36,13 +37,13 @@ struct RowLoss {
 };
 
 // The loss of a kept row. A row whose lse is not finite (a NaN, a +inf, or nothing but -inf) has no distribution: NaN.
-inline RowLoss row_loss(const RowOptions& o, double weight, double class_weight, double lse, double picked,
-                        double wsum) {
+inline RowLoss row_loss(const RowOptions& o, double weight, double class_weight, double lse, double lse_low,
+                        double picked, double wsum) {
   if (!std::isfinite(lse)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     return {nan, nan};
   }
-  double loss = (1 - o.label_smoothing) * weight * (lse - picked);
+  double loss = (1 - o.label_smoothing) * weight * (lse - picked + lse_low);
   if (o.label_smoothing != 0) {
     loss += o.label_smoothing / static_cast<double>(o.num_classes) * (class_weight * lse - wsum);
   }

@@ -62,22 +62,23 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       out.totals = totals_of(logits, target, weight, o);
       Tensor picked, wsum, grad;
       if (inplace) {
-        std::tie(out.lse, picked, wsum) =
+        std::tie(out.lse, out.lse_low, picked, wsum) =
             row_stats_grad_(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
                             o.lse_square_scale, o.logit_scale, o.grad_scale, o.need_lse);
         grad = logits.detach();
       } else {
-        std::tie(out.lse, picked, wsum, grad) =
+        std::tie(out.lse, out.lse_low, picked, wsum, grad) =
             row_stats_grad(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
                            o.lse_square_scale, o.logit_scale, o.grad_scale, o.need_lse);
       }
-      std::tie(out.loss, out.z_loss) = loss_of(logits, target, weight, out.lse, picked, wsum, out.totals, o);
+      std::tie(out.loss, out.z_loss) =
+          loss_of(logits, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, o);
       out.log_prob = not_wanted(logits);
       // Not save_for_backward: the backward gives this tensor away, and must hold the only reference to it.
       saved["grad"] = grad;
     } else {
       out = loss_by_reading(logits, target, weight, o);
-      ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.totals});
+      ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
     }
     if (!o.need_lse) {
       out.lse = not_wanted(out.lse);
@@ -121,8 +122,11 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       scale_(grad, upstream.detach());
     }
     if (at::GradMode::is_enabled()) {
-      // Connected to whatever the logits came from, so that a second derivative raises wherever it is asked for.
-      set_refusing_history(grad, kDoubleBackward, {torch::autograd::get_current_node()->next_edge(0)});
+      // Connected to whatever the logits and the upstream gradient came from, so that a second derivative raises
+      // wherever it is asked for.
+      set_refusing_history(
+          grad, kDoubleBackward,
+          {torch::autograd::get_current_node()->next_edge(0), torch::autograd::impl::gradient_edge(upstream)});
     }
     return grad;
   }
@@ -137,7 +141,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     const auto& logits = tensors[0];
     const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     const auto arguments = [&](const auto& op) {
-      return op(logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], optional(grads[0]),
+      return op(logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5], optional(grads[0]),
                 optional(grads[1]), saved["reduction"].toStringView(), saved["ignore_index"].toInt(),
                 saved["label_smoothing"].toDouble(), saved["lse_square_scale"].toDouble(),
                 saved["logit_scale"].toDouble(), saved["grad_scale"].toOptional<double>(), 0, std::nullopt);
@@ -170,6 +174,9 @@ Outputs cross_entropy_autograd(const Tensor& logits, const Tensor& target, const
                       need_log_prob,
                       differentiable_z_loss};
   check_loss(logits, target, weight, o);
+  TORCH_CHECK(!torch::autograd::isFwGradDefined(logits),
+              "npu_xent: forward-mode derivatives of cross_entropy are not supported. Use "
+              "torch.nn.functional.cross_entropy, or torch.func.jvp of npu_xent.cross_entropy.");
   if (inplace) {
     check_consumable(logits);
   }

@@ -19,7 +19,12 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
   if (at::GradMode::is_enabled()) {
     for (size_t i = 0; i < n_arguments; ++i) {
       const auto& value = torch::jit::peek(*stack, i, n_arguments);
-      if (value.isTensor() && value.toTensor().defined() && value.toTensor().requires_grad()) {
+      if (!value.isTensor() || !value.toTensor().defined()) {
+        continue;
+      }
+      TORCH_CHECK(!torch::autograd::isFwGradDefined(value.toTensor()), schema.operator_name().name,
+                  " has no forward-mode derivative; use torch.nn.functional.cross_entropy.");
+      if (value.toTensor().requires_grad()) {
         differentiable.push_back(value.toTensor());
         const auto* alias = schema.arguments()[i].alias_info();
         mutates |= alias != nullptr && alias->isWrite();

@@ -7,12 +7,13 @@ namespace npu_xent::composite {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, const OptionalTensor& weight,
-                                                         const OptionalTensor& lse, const OptionalTensor& picked,
-                                                         const OptionalTensor& wsum, const OptionalTensor& totals,
-                                                         std::string_view reduction, int64_t ignore_index,
-                                                         double label_smoothing, double lse_square_scale,
-                                                         int64_t num_classes, at::ScalarType loss_dtype) {
-  check_reduce_rows(target, weight, lse, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
+                                                         const OptionalTensor& lse, const OptionalTensor& lse_low,
+                                                         const OptionalTensor& picked, const OptionalTensor& wsum,
+                                                         const OptionalTensor& totals, std::string_view reduction,
+                                                         int64_t ignore_index, double label_smoothing,
+                                                         double lse_square_scale, int64_t num_classes,
+                                                         at::ScalarType loss_dtype) {
+  check_reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const auto how = parse_reduction(reduction);
   const auto dtype = lse ? lse->scalar_type() : stats_dtype(loss_dtype);
   const auto out = target.options().dtype(loss_dtype);
@@ -24,7 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
             at::stack({kept_weight.sum(), targets.kept.sum().to(dtype), class_weight})};
   }
   const auto denominators = totals->to(dtype);
-  auto loss = (1 - label_smoothing) * kept_weight * (*lse - *picked);
+  const auto nll = lse_low ? *lse - *picked + *lse_low : *lse - *picked;
+  auto loss = (1 - label_smoothing) * kept_weight * nll;
   if (label_smoothing != 0) {
     loss = loss +
            label_smoothing / static_cast<double>(num_classes) * (denominators.select(0, kClassWeight) * *lse - *wsum);

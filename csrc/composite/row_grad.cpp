@@ -7,13 +7,13 @@ namespace npu_xent::composite {
 namespace {
 
 Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                          const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                          std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                          double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                          int64_t class_start, std::optional<int64_t> num_classes) {
+                          const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                          const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+                          double label_smoothing, double lse_square_scale, double logit_scale,
+                          std::optional<double> grad_scale, int64_t class_start, std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
-  check_row_grad(logits, target, weight, lse, totals, grad_loss, grad_z_loss, how, label_smoothing, lse_square_scale,
-                 class_start, num_classes);
+  check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
+                 lse_square_scale, class_start, num_classes);
   const int64_t n_cols = logits.size(1);
   const int64_t n_classes = class_count(logits, class_start, num_classes);
   const Targets targets(target, ignore_index, class_start, n_cols, n_classes);
@@ -38,7 +38,8 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
     z = mean ? z / denominators.select(0, kKeptRows) : z;
     a = a + z * (2 * lse_square_scale) * lse;
   }
-  auto grad = (scaled(logits, logit_scale) - lse.unsqueeze(1)).exp() * a.unsqueeze(1);
+  const auto a_after_low = lse_low ? a * lse_low->neg().exp() : a;
+  auto grad = (scaled(logits, logit_scale) - lse.unsqueeze(1)).exp() * a_after_low.unsqueeze(1);
   if (label_smoothing != 0) {
     const auto s = (g * per_class).unsqueeze(1);
     grad = grad - (weight ? s * weight->to(dtype).narrow(0, class_start, n_cols) : s);
@@ -53,14 +54,14 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
 }
 
 void row_grad_over_logits_composite(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                    const Tensor& lse, const Tensor& totals, const OptionalTensor& grad_loss,
-                                    const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                                    double label_smoothing, double lse_square_scale, double logit_scale,
-                                    std::optional<double> grad_scale, int64_t class_start,
-                                    std::optional<int64_t> num_classes) {
+                                    const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                                    const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                                    std::string_view reduction, int64_t ignore_index, double label_smoothing,
+                                    double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+                                    int64_t class_start, std::optional<int64_t> num_classes) {
   check_dense(logits);
-  logits.copy_(row_grad_composite(logits, target, weight, lse, totals, grad_loss, grad_z_loss, reduction, ignore_index,
-                                  label_smoothing, lse_square_scale, logit_scale, grad_scale, class_start,
+  logits.copy_(row_grad_composite(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction,
+                                  ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale, class_start,
                                   num_classes));
 }
 

@@ -7,28 +7,30 @@
 namespace npu_xent::composite {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_composite(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad_composite(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
     double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
   check_row_stats_grad(logits, target, weight, totals, parse_reduction(reduction), label_smoothing, lse_square_scale);
-  auto [lse, picked, wsum, _] = row_stats(logits, target, weight, ignore_index, logit_scale, 0, std::nullopt,
-                                          /*need_wsum=*/label_smoothing != 0, /*need_log_prob=*/false, read_ignored);
-  auto grad = row_grad(logits, target, weight, lse, totals, at::ones({}, lse.options()), std::nullopt, reduction,
-                       ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale, 0, std::nullopt);
-  return {lse, picked, wsum, grad};
+  auto [lse, lse_low, picked, wsum, _] =
+      row_stats(logits, target, weight, ignore_index, logit_scale, 0, std::nullopt,
+                /*need_wsum=*/label_smoothing != 0, /*need_log_prob=*/false, read_ignored);
+  auto grad =
+      row_grad(logits, target, weight, lse, lse_low, totals, at::ones({}, lse.options()), std::nullopt, reduction,
+               ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale, 0, std::nullopt);
+  return {lse, lse_low, picked, wsum, grad};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_grad_over_logits_composite(
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_composite(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
     double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
   check_dense(logits);
-  auto [lse, picked, wsum, grad] =
+  auto [lse, lse_low, picked, wsum, grad] =
       row_stats_grad_composite(logits, target, weight, totals, reduction, ignore_index, label_smoothing,
                                lse_square_scale, logit_scale, grad_scale, read_ignored);
   logits.copy_(grad);
-  return {lse, picked, wsum};
+  return {lse, lse_low, picked, wsum};
 }
 
 }  // namespace

@@ -118,10 +118,11 @@ inline std::array<double, kTotals> read_totals(const Tensor& totals) {
 }
 
 struct StatsTensors {
-  Tensor lse, picked, wsum;
+  Tensor lse, lse_low, picked, wsum;
 
   StatsTensors(const Inputs& in, bool need_wsum)
       : lse(at::empty({in.n_rows()}, in.stats_options())),
+        lse_low(at::empty({in.n_rows()}, in.stats_options())),
         picked(at::empty({in.n_rows()}, in.stats_options())),
         wsum(at::empty({need_wsum ? in.n_rows() : 0}, in.stats_options())),
         need_wsum_(need_wsum) {}
@@ -129,7 +130,7 @@ struct StatsTensors {
   template <typename scalar_t>
   Stats<scalar_t> pointers() const {
     using acc = acc_t<scalar_t>;
-    return {data<acc>(lse), data<acc>(picked), need_wsum_ ? data<acc>(wsum) : nullptr};
+    return {data<acc>(lse), data<acc>(lse_low), data<acc>(picked), need_wsum_ ? data<acc>(wsum) : nullptr};
   }
 
  private:

@@ -35,10 +35,11 @@ struct RowGrad {
         options{reduction, ignore_index, label_smoothing, lse_square_scale, in.num_classes},
         outer_factor(grad_scale.value_or(logit_scale)) {}
 
-  void run(const Tensor& lse, const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-           const Tensor& grad) const {
+  void run(const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+           const OptionalTensor& grad_z_loss, const Tensor& grad) const {
     const auto denominators = read_totals(totals);
-    const auto stats = lse.contiguous();
+    const auto high = lse.contiguous();
+    const auto low = lse_low ? lse_low->contiguous() : Tensor();
     const UpstreamTensor from_loss(grad_loss, options.reduction, lse.scalar_type());
     const UpstreamTensor from_z(grad_z_loss, options.reduction, lse.scalar_type());
     with_storage_type(grad.scalar_type(), [&](auto* type) {
@@ -46,39 +47,40 @@ struct RowGrad {
       using acc = acc_t<scalar_t>;
       row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), {options, outer_factor, denominators.data()},
                {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_loss.stride, from_z.stride},
-               const_data<acc>(stats), data<scalar_t>(grad), grad.stride(0), parallel_for_elements(grad.numel()));
+               const_data<acc>(high), low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad),
+               grad.stride(0), parallel_for_elements(grad.numel()));
     });
   }
 };
 
 Tensor row_grad_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                    const Tensor& totals, const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                    std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                    double logit_scale, std::optional<double> grad_scale, int64_t class_start,
-                    std::optional<int64_t> num_classes) {
+                    const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                    const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
+                    double label_smoothing, double lse_square_scale, double logit_scale,
+                    std::optional<double> grad_scale, int64_t class_start, std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
-  check_row_grad(logits, target, weight, lse, totals, grad_loss, grad_z_loss, how, label_smoothing, lse_square_scale,
-                 class_start, num_classes);
+  check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
+                 lse_square_scale, class_start, num_classes);
   const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale,
                    grad_scale, class_start, num_classes);
   const auto grad = empty_like_logits(op.in);
-  op.run(lse, totals, grad_loss, grad_z_loss, grad);
+  op.run(lse, lse_low, totals, grad_loss, grad_z_loss, grad);
   return grad;
 }
 
 void row_grad_over_logits_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                              const Tensor& lse, const Tensor& totals, const OptionalTensor& grad_loss,
-                              const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                              double label_smoothing, double lse_square_scale, double logit_scale,
-                              std::optional<double> grad_scale, int64_t class_start,
-                              std::optional<int64_t> num_classes) {
+                              const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                              const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                              std::string_view reduction, int64_t ignore_index, double label_smoothing,
+                              double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
+                              int64_t class_start, std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
-  check_row_grad(logits, target, weight, lse, totals, grad_loss, grad_z_loss, how, label_smoothing, lse_square_scale,
-                 class_start, num_classes);
+  check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
+                 lse_square_scale, class_start, num_classes);
   check_dense(logits);
   const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale,
                    grad_scale, class_start, num_classes);
-  op.run(lse, totals, grad_loss, grad_z_loss, logits);
+  op.run(lse, lse_low, totals, grad_loss, grad_z_loss, logits);
   logits.unsafeGetTensorImpl()->bump_version();  // nobody else sees writes through a pointer
 }
 

@@ -6,11 +6,11 @@
 namespace npu_xent::cpu {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits, const Tensor& target,
-                                                         const OptionalTensor& weight, int64_t ignore_index,
-                                                         double logit_scale, int64_t class_start,
-                                                         std::optional<int64_t> num_classes, bool need_wsum,
-                                                         bool need_log_prob, bool read_ignored) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits, const Tensor& target,
+                                                                 const OptionalTensor& weight, int64_t ignore_index,
+                                                                 double logit_scale, int64_t class_start,
+                                                                 std::optional<int64_t> num_classes, bool need_wsum,
+                                                                 bool need_log_prob, bool read_ignored) {
   check_rows(logits, target, weight, class_start, num_classes);
   const Inputs in(logits, target, weight, ignore_index, logit_scale, class_start, num_classes);
   const StatsTensors stats(in, need_wsum);
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits, c
     row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored || need_log_prob, stats.pointers<scalar_t>(),
               need_log_prob ? data<scalar_t>(log_prob) : nullptr, parallel_for_elements(logits.numel()));
   });
-  return {stats.lse, stats.picked, stats.wsum, log_prob};
+  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob};
 }
 
 }  // namespace

@@ -23,6 +23,12 @@ int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
+// log sum exp of a row, to twice the precision of what is stored.
+struct Lse {
+  double high, low;
+  double below(double x) const { return (x - high) - low; }
+};
+
 // log sum exp over chunks.
 class LogSumExp {
  public:
@@ -36,7 +42,15 @@ class LogSumExp {
       sum_ += sum * std::exp(max - max_);
     }
   }
-  double value() const { return special_ == 0 ? max_ + std::log(sum_) : special_; }
+  template <typename acc>
+  Lse value() const {
+    if (special_ != 0) {
+      return {special_, 0};
+    }
+    const double log_sum = std::log(sum_);
+    const double high = static_cast<acc>(max_ + log_sum);
+    return {high, std::isfinite(high) ? (max_ - high) + log_sum : 0};
+  }
 
  private:
   double max_ = -std::numeric_limits<double>::infinity(), sum_ = 0, special_ = 0;
@@ -116,39 +130,41 @@ class Sweep {
     return k_.stats(logits(n, c), weight(c), size(c), static_cast<acc>(r_.logit_scale), need_wsum, exps);
   }
 
-  // Joins what `chunk` yields for each chunk of row n and stores it; returns lse before its rounding to acc.
-  double join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
-    LogSumExp lse;
+  // Joins what the chunks of row n yielded, and stores it.
+  Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
+    LogSumExp sum;
     double wsum = 0;
     for (int64_t c = 0; c < n_chunks_; ++c) {
-      lse.add(chunks[c].max, chunks[c].sum);
+      sum.add(chunks[c].max, chunks[c].sum);
       wsum += chunks[c].wsum;
     }
-    out.lse[n] = static_cast<acc>(lse.value());
+    const Lse lse = sum.value<acc>();
+    out.lse[n] = static_cast<acc>(lse.high);
+    out.lse_low[n] = static_cast<acc>(lse.low);
     out.picked[n] = static_cast<acc>(target_logit(n));
     if (out.wsum) {
       out.wsum[n] = static_cast<acc>(wsum);
     }
-    return lse.value();
+    return lse;
   }
   void store_unread(int64_t n, const Stats<scalar_t>& out) const {
-    out.lse[n] = out.picked[n] = 0;
+    out.lse[n] = out.lse_low[n] = out.picked[n] = 0;
     if (out.wsum) {
       out.wsum[n] = 0;
     }
   }
 
   // What a, b and s make of the target's own column, exact for confident predictions: a p - b would cancel there.
-  acc target_grad(int64_t n, const RowCoefficients& k, double u, double lse, double picked) const {
-    return static_cast<acc>(u * (k.a * std::expm1(picked - lse) + (k.a - k.b) - k.s * target_weight(n)));
+  acc target_grad(int64_t n, const RowCoefficients& k, double u, Lse lse, double picked) const {
+    return static_cast<acc>(u * (k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n)));
   }
 
   // Writes chunk c of the gradient of row n, with p = exp(t x - shift) factor; exps holds the exponentials if not null.
-  void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, double lse, double picked, double shift,
+  void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, Lse lse, double picked, double shift,
                   double factor, const acc* exps, scalar_t* grad) const {
     const int64_t target = target_column(n) - c * kChunk;
     const acc scale = static_cast<acc>(u * k.a * factor), offset = static_cast<acc>(u * k.s);
-    if (!std::isfinite(lse)) {
+    if (!std::isfinite(lse.high)) {
       k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN());
       return;
     }
@@ -183,8 +199,8 @@ double z_divisor(const GradOptions& o) {
 double chunk_shift(double max) {
   return std::isfinite(max) ? max : 0;
 }
-double chunk_factor(double max, double lse) {
-  return std::isfinite(max) ? std::exp(max - lse) : 0;
+double chunk_factor(double max, Lse lse) {
+  return std::isfinite(max) ? std::exp(lse.below(max)) : 0;
 }
 
 }  // namespace
@@ -200,7 +216,8 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
   const auto write_log_prob = [&](int64_t n, int64_t c) {
     scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
     if (std::isfinite(out.lse[n])) {
-      kernels.log_prob(sweep.logits(n, c), sweep.size(c), static_cast<acc>(rows.logit_scale), out.lse[n], chunk);
+      kernels.log_prob(sweep.logits(n, c), sweep.size(c), static_cast<acc>(rows.logit_scale), out.lse[n],
+                       out.lse_low[n], chunk);
     } else {
       kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN());
     }
@@ -243,8 +260,8 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
 
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
-              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, scalar_t* grad, int64_t grad_stride,
-              const Parallel& parallel) {
+              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
+              scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const double class_weight = options.totals[kClassWeight];
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
@@ -260,7 +277,8 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     // The target's logit is read here, before its chunk is overwritten when grad is the logits.
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
-    sweep.chunk_grad(n, c, k, options.outer_factor, lse[n], picked, lse[n], 1, nullptr, out);
+    const Lse split{lse[n], lse_low ? lse_low[n] : 0};
+    sweep.chunk_grad(n, c, k, options.outer_factor, split, picked, split.high, std::exp(-split.low), nullptr, out);
   });
 }
 
@@ -273,10 +291,11 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   const int64_t n_chunks = sweep.n_chunks();
   const bool need_wsum = out.wsum != nullptr;
   const double grad_loss = 1 / loss_divisor(options), grad_z = 1 / z_divisor(options);
-  const auto coefficients = [&](int64_t n, double lse) {
-    return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse, grad_loss, grad_z);
+  const auto coefficients = [&](int64_t n, Lse lse) {
+    return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse.high, grad_loss,
+                            grad_z);
   };
-  const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, double lse, double max, const acc* exps) {
+  const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
     sweep.chunk_grad(n, c, k, options.outer_factor, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
                      grad + n * grad_stride + c * kChunk);
   };
@@ -296,7 +315,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
         for (int64_t c = 0; c < n_chunks; ++c) {
           chunks[c] = sweep.chunk_stats(n, c, need_wsum, exps ? exps + c * kChunk : nullptr);
         }
-        const double lse = sweep.join(n, out, chunks.data());
+        const Lse lse = sweep.join(n, out, chunks.data());
         if (!sweep.ignored(n)) {
           const auto k = coefficients(n, lse);
           for (int64_t c = 0; c < n_chunks; ++c) {
@@ -312,7 +331,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
     return;
   }
   std::vector<ChunkStats<acc>> chunks(rows.n_rows * n_chunks);
-  std::vector<double> lse(rows.n_rows);
+  std::vector<Lse> lse(rows.n_rows);
   const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
     if (!skipped(n)) {
@@ -373,8 +392,8 @@ void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_r
 
 template <typename acc>
 void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                 const acc* picked, const acc* wsum, const double* totals, double* loss, double* z_loss,
-                 const Parallel& parallel) {
+                 const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
+                 double* z_loss, const Parallel& parallel) {
   const int64_t n_blocks = div_up(n_rows, kSumBlock);
   const bool none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean;
@@ -384,8 +403,8 @@ void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_row
     for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
       RowLoss row{0, 0};
       if (target[n] != options.ignore_index) {
-        row = row_loss(options, weight ? weight[target[n]] : acc(1), totals[kClassWeight], lse[n], picked[n],
-                       wsum ? wsum[n] : acc(0));
+        row = row_loss(options, weight ? weight[target[n]] : acc(1), totals[kClassWeight], lse[n],
+                       lse_low ? lse_low[n] : 0, picked[n], wsum ? wsum[n] : acc(0));
       }
       if (none) {
         loss[n] = row.loss + row.z_loss;
@@ -423,13 +442,14 @@ int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_clas
   return -1;
 }
 
-#define INSTANTIATE(scalar_t)                                                                                     \
-  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,     \
-                          scalar_t*, const Parallel&);                                                            \
-  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,                \
-                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&); \
-  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&,    \
-                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                      \
+#define INSTANTIATE(scalar_t)                                                                                  \
+  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,  \
+                          scalar_t*, const Parallel&);                                                         \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,             \
+                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*, scalar_t*, \
+                         int64_t, const Parallel&);                                                            \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&, \
+                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                   \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
@@ -440,7 +460,7 @@ INSTANTIATE(f16)
 #define INSTANTIATE(acc)                                                                                         \
   template void reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
   template void reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
-                            const acc*, const double*, double*, double*, const Parallel&);
+                            const acc*, const acc*, const double*, double*, double*, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

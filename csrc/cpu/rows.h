@@ -36,7 +36,7 @@ struct Rows {
 // One value a row.
 template <typename scalar_t>
 struct Stats {
-  acc_t<scalar_t>*lse, *picked;
+  acc_t<scalar_t>*lse, *lse_low, *picked;
   acc_t<scalar_t>* wsum;  // null: not wanted
 };
 
@@ -61,11 +61,12 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
 
-// The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the logits themselves.
+// lse_low may be null, for zeros. The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the
+// logits themselves.
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
-              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, scalar_t* grad, int64_t grad_stride,
-              const Parallel& parallel);
+              const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
+              scalar_t* grad, int64_t grad_stride, const Parallel& parallel);
 
 // Both in one sweep, with an upstream gradient of 1.
 template <typename scalar_t>
@@ -85,8 +86,8 @@ void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_r
 // The loss and z-loss: one value a row for Reduction::none, else one value each.
 template <typename acc>
 void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                 const acc* picked, const acc* wsum, const double* totals, double* loss, double* z_loss,
-                 const Parallel& parallel);
+                 const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
+                 double* z_loss, const Parallel& parallel);
 
 // The first row whose target is neither a class nor ignore_index, or -1.
 int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index);

@@ -6,23 +6,24 @@
 namespace npu_xent::meta {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_meta(const Tensor& logits, const Tensor& target,
-                                                               const OptionalTensor& weight, const Tensor& totals,
-                                                               std::string_view reduction, int64_t,
-                                                               double label_smoothing, double lse_square_scale, double,
-                                                               std::optional<double>, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad_meta(const Tensor& logits, const Tensor& target,
+                                                                       const OptionalTensor& weight,
+                                                                       const Tensor& totals, std::string_view reduction,
+                                                                       int64_t, double label_smoothing,
+                                                                       double lse_square_scale, double,
+                                                                       std::optional<double>, bool) {
   check_row_stats_grad(logits, target, weight, totals, parse_reduction(reduction), label_smoothing, lse_square_scale);
-  return {empty_rows(logits), empty_rows(logits), empty_rows(logits, label_smoothing != 0), empty_logits(logits)};
+  return {empty_rows(logits), empty_rows(logits), empty_rows(logits), empty_rows(logits, label_smoothing != 0),
+          empty_logits(logits)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_stats_grad_over_logits_meta(const Tensor& logits, const Tensor& target,
-                                                                   const OptionalTensor& weight, const Tensor& totals,
-                                                                   std::string_view reduction, int64_t,
-                                                                   double label_smoothing, double lse_square_scale,
-                                                                   double, std::optional<double>, bool) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_meta(
+    const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
+    std::string_view reduction, int64_t, double label_smoothing, double lse_square_scale, double, std::optional<double>,
+    bool) {
   check_row_stats_grad(logits, target, weight, totals, parse_reduction(reduction), label_smoothing, lse_square_scale);
   check_dense(logits);
-  return {empty_rows(logits), empty_rows(logits), empty_rows(logits, label_smoothing != 0)};
+  return {empty_rows(logits), empty_rows(logits), empty_rows(logits), empty_rows(logits, label_smoothing != 0)};
 }
 
 }  // namespace

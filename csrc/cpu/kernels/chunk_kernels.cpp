@@ -257,11 +257,12 @@ void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t
 }
 
 template <typename scalar_t>
-void log_prob(const scalar_t* x, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> lse, scalar_t* out) {
+void log_prob(const scalar_t* x, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> lse, acc_t<scalar_t> lse_low,
+              scalar_t* out) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> scale(t), minus_lse(-lse);
+  const Vec<acc> scale(t), minus_lse(-lse), low(lse_low);
   map(x, static_cast<const acc*>(nullptr), n, out, [&](const Pair<acc>& v, const Pair<acc>&) {
-    return Pair<acc>{at::vec::fmadd(v.lo, scale, minus_lse), at::vec::fmadd(v.hi, scale, minus_lse)};
+    return Pair<acc>{at::vec::fmadd(v.lo, scale, minus_lse) - low, at::vec::fmadd(v.hi, scale, minus_lse) - low};
   });
 }
 

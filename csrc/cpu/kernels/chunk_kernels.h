@@ -47,8 +47,8 @@ struct ChunkKernels {
   void (*grad_from_exps)(const acc* exps, const acc* w, int64_t n, acc scale, acc offset, scalar_t* out);
   // out = scale exp(t x - shift) - offset w; out may be x
   void (*grad)(const scalar_t* x, const acc* w, int64_t n, acc t, acc shift, acc scale, acc offset, scalar_t* out);
-  // out = t x - lse
-  void (*log_prob)(const scalar_t* x, int64_t n, acc t, acc lse, scalar_t* out);
+  // out = t x - lse - lse_low
+  void (*log_prob)(const scalar_t* x, int64_t n, acc t, acc lse, acc lse_low, scalar_t* out);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
   void (*fill)(scalar_t* out, int64_t n, acc value);
