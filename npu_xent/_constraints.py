@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 MAX_ROWS = 200_000
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
@@ -24,9 +25,10 @@ class ConstraintError(ValueError):
         )
 
 
-def _require(condition: bool, rule: str, seen: str) -> None:
+def _require(condition: bool, rule: str, seen: str, *values: object) -> None:
+    """Raise unless condition; `seen` is formatted with `values` only then, which keeps it out of a compiler's sight."""
     if not condition:
-        raise ConstraintError(rule, seen)
+        raise ConstraintError(rule, seen.format(*values))
 
 
 def check_documented_constraints(
@@ -40,26 +42,29 @@ def check_documented_constraints(
     return_zloss: bool,
 ) -> None:
     """Raise ConstraintError for the first documented rule that the arguments break."""
-    _require(input.dim() == 2, "input must have shape [N, C]", f"its shape is {list(input.shape)}")
-    _require(input.dtype in DTYPES, "the dtype of input must be float16, float32 or bfloat16", f"it is {input.dtype}")
+    _require(input.dim() == 2, "input must have shape [N, C]", "its shape is {}", list(input.shape))
+    _require(input.dtype in DTYPES, "the dtype of input must be float16, float32 or bfloat16", "it is {}", input.dtype)
     rows, classes = input.shape
-    _require(0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", f"N is {rows}")
-    _require(classes > 0, "C, the columns of input, must be greater than 0", f"C is {classes}")
+    _require(0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", "N is {}", rows)
+    _require(classes > 0, "C, the columns of input, must be greater than 0", "C is {}", classes)
     _require(
         target.dim() == 1 and target.shape[0] == rows,
         "target must have shape [N], one value for each row of input",
-        f"its shape is {list(target.shape)} and N is {rows}",
+        "its shape is {} and N is {}",
+        list(target.shape),
+        rows,
     )
-    _require(target.dtype == torch.int64, "the dtype of target must be int64", f"it is {target.dtype}")
+    _require(target.dtype == torch.int64, "the dtype of target must be int64", "it is {}", target.dtype)
     if weight is not None:
         _check_weight(weight, classes)
-    _require(reduction in REDUCTIONS, 'reduction must be "mean", "sum" or "none"', f"it is {reduction!r}")
-    _require(ignore_index < classes, "ignore_index must be less than C", f"it is {ignore_index} and C is {classes}")
-    _require(0.0 <= label_smoothing < 1.0, "label_smoothing must lie in [0, 1)", f"it is {label_smoothing}")
+    _require(reduction in REDUCTIONS, 'reduction must be "mean", "sum" or "none"', "it is {!r}", reduction)
+    _require(ignore_index < classes, "ignore_index must be less than C", "it is {} and C is {}", ignore_index, classes)
+    _require(0.0 <= label_smoothing < 1.0, "label_smoothing must lie in [0, 1)", "it is {}", label_smoothing)
     _require(
         lse_square_scale_for_zloss == 0.0,
         "lse_square_scale_for_zloss is documented with the range [0, 1) but not enabled and must be 0",
-        f"it is {lse_square_scale_for_zloss}",
+        "it is {}",
+        lse_square_scale_for_zloss,
     )
     _require(not return_zloss, "return_zloss is documented but not enabled and must be False", "it is True")
     if input.requires_grad and torch.is_grad_enabled():
@@ -70,11 +75,14 @@ def _check_weight(weight: Tensor, classes: int) -> None:
     _require(
         weight.dim() == 1 and weight.shape[0] == classes,
         "weight must have shape [C], one value for each column of input",
-        f"its shape is {list(weight.shape)} and C is {classes}",
+        "its shape is {} and C is {}",
+        list(weight.shape),
+        classes,
     )
-    _require(weight.dtype == torch.float32, "the dtype of weight must be float32", f"it is {weight.dtype}")
-    # Values are looked at where that is free: not under a compiler, nor on a device that would have to be waited for.
-    if weight.device.type == "cpu" and not torch.compiler.is_compiling():
+    _require(weight.dtype == torch.float32, "the dtype of weight must be float32", "it is {}", weight.dtype)
+    # Values are looked at where there are any and that is free: not under a compiler, in a fake tensor, or on a device
+    # that would have to be waited for.
+    if not torch.compiler.is_compiling() and weight.device.type == "cpu" and not isinstance(weight, FakeTensor):
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
@@ -88,5 +96,5 @@ def _check_training(weight: Tensor | None, reduction: str, ignore_index: int, la
     rule = f"with input.requires_grad and reduction {reduction!r}, {{}} must keep its default"
     if reduction == "mean":
         _require(weight is None, rule.format("weight") + " None", "a tensor was given")
-        _require(ignore_index == -100, rule.format("ignore_index") + " -100", f"it is {ignore_index}")
-    _require(label_smoothing == 0.0, rule.format("label_smoothing") + " 0.0", f"it is {label_smoothing}")
+        _require(ignore_index == -100, rule.format("ignore_index") + " -100", "it is {}", ignore_index)
+    _require(label_smoothing == 0.0, rule.format("label_smoothing") + " 0.0", "it is {}", label_smoothing)

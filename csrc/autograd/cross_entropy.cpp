@@ -45,6 +45,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                                const OptionalTensor& weight, const LossOptions& o, bool inplace) {
+    // Made while autograd sees it, so that it shares the logits' version: what overwrites them in the backward counts.
+    const auto over_logits = inplace ? logits.detach() : Tensor();
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
     auto& saved = ctx->saved_data;
@@ -65,7 +67,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
         std::tie(out.lse, out.lse_low, picked, wsum) =
             row_stats_grad_(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
                             o.lse_square_scale, o.logit_scale, o.grad_scale, o.need_lse);
-        grad = logits.detach();
+        grad = over_logits;
       } else {
         std::tie(out.lse, out.lse_low, picked, wsum, grad) =
             row_stats_grad(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,

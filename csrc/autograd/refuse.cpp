@@ -16,19 +16,18 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
   const size_t n_arguments = schema.arguments().size();
   std::vector<at::Tensor> differentiable;
   bool mutates = false;
-  if (at::GradMode::is_enabled()) {
-    for (size_t i = 0; i < n_arguments; ++i) {
-      const auto& value = torch::jit::peek(*stack, i, n_arguments);
-      if (!value.isTensor() || !value.toTensor().defined()) {
-        continue;
-      }
-      TORCH_CHECK(!torch::autograd::isFwGradDefined(value.toTensor()), schema.operator_name().name,
-                  " has no forward-mode derivative; use torch.nn.functional.cross_entropy.");
-      if (value.toTensor().requires_grad()) {
-        differentiable.push_back(value.toTensor());
-        const auto* alias = schema.arguments()[i].alias_info();
-        mutates |= alias != nullptr && alias->isWrite();
-      }
+  for (size_t i = 0; i < n_arguments; ++i) {
+    const auto& value = torch::jit::peek(*stack, i, n_arguments);
+    if (!value.isTensor() || !value.toTensor().defined()) {
+      continue;
+    }
+    const auto& tensor = value.toTensor();
+    TORCH_CHECK(!torch::autograd::isFwGradDefined(tensor), schema.operator_name().name,
+                " has no forward-mode derivative; use torch.nn.functional.cross_entropy.");
+    if (at::GradMode::is_enabled() && tensor.requires_grad()) {
+      differentiable.push_back(tensor);
+      const auto* alias = schema.arguments()[i].alias_info();
+      mutates |= alias != nullptr && alias->isWrite();
     }
   }
   const auto message = schema.operator_name().name +

@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
     z_loss = z_loss.sum();
   }
   if (how == Reduction::mean) {
-    loss = loss / denominators.select(0, kKeptWeight);
+    const auto total = denominators.select(0, kKeptWeight);
+    loss = (loss / total).masked_fill(total.eq(0), kNaN);  // with smoothing, the sum need not be 0
     z_loss = z_loss / denominators.select(0, kKeptRows);
   }
   const auto no_totals = at::empty({0}, target.options().dtype(dtype));

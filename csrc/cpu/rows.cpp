@@ -428,6 +428,9 @@ void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_row
   // l is divided by the kept weight, z by the kept rows: they are added only then.
   *z_loss = mean ? sum.z_loss / totals[kKeptRows] : sum.z_loss;
   *loss = mean ? sum.loss / totals[kKeptWeight] : sum.loss;
+  if (mean && totals[kKeptWeight] == 0) {
+    *loss = std::numeric_limits<double>::quiet_NaN();  // with smoothing, the sum need not be 0
+  }
   if (options.lse_square_scale != 0) {
     *loss += *z_loss;
   }
