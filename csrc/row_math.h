@@ -2,14 +2,15 @@
 // k = 1 unless the row is ignored, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss
 // scale:
 //
-//   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c t x_c
-//   l   = k [ (1-e) w_y (lse - picked) + (e/C) (W lse - wsum) ]        z = k zs lse^2
+//   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c (t x_c - lse)
+//   l   = k [ (1-e) w_y (lse - picked) - (e/C) wsum ]        z = k zs lse^2
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
 //
-// lse is kept as two numbers, `lse` and `lse_low`, whose sum it is: for logits far from 0 one would not resolve the
-// loss. G is what reaches the row's l and Z what reaches its z; u is t unless the caller asks for another factor. Plain
-// C++17 without torch, shared by every implementation that is not made of aten operations.
+// lse is kept as two numbers, `lse` and `lse_low`, whose sum it is, and wsum is taken from lse: logits far from 0
+// would otherwise take the digits of the loss. G is what reaches the row's l and Z what reaches its z; u is t unless
+// the caller asks for another factor. Plain C++17 without torch, shared by every implementation that is not made of
+// aten operations.
 #pragma once
 
 #include <cmath>
@@ -37,15 +38,14 @@ struct RowLoss {
 };
 
 // The loss of a kept row. A row whose lse is not finite (a NaN, a +inf, or nothing but -inf) has no distribution: NaN.
-inline RowLoss row_loss(const RowOptions& o, double weight, double class_weight, double lse, double lse_low,
-                        double picked, double wsum) {
+inline RowLoss row_loss(const RowOptions& o, double weight, double lse, double lse_low, double picked, double wsum) {
   if (!std::isfinite(lse)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();
     return {nan, nan};
   }
   double loss = (1 - o.label_smoothing) * weight * (lse - picked + lse_low);
   if (o.label_smoothing != 0) {
-    loss += o.label_smoothing / static_cast<double>(o.num_classes) * (class_weight * lse - wsum);
+    loss -= o.label_smoothing / static_cast<double>(o.num_classes) * wsum;
   }
   const double z_loss = o.lse_square_scale * lse * lse;
   return {loss, z_loss};

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ._constraints import check_documented_constraints
 
@@ -33,21 +34,27 @@ def cross_entropy(
     return_lse: bool = False,
     return_z_loss: bool = False,
     consume_logits: bool = False,
+    **deprecated: Any,
 ) -> Tensor | CrossEntropyOutput:
-    """Cross entropy between logits and class indices, as torch.nn.functional.cross_entropy computes it.
+    """Cross entropy between logits and classes or probabilities, as torch.nn.functional.cross_entropy computes it.
 
     With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights:
 
         l_n = k_n [ (1 - e) w[target_n] (-lp[n, target_n]) + e/C sum_c(-w_c lp[n, c]) ]
         "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]
 
+    With class probabilities q: q' = (1 - e) q + e/C, l_n = -sum_c w_c q'[n, c] lp[n, c], and "mean" divides by N.
+
     Args:
-        input: logits, [N, C], C > 0, float32, bfloat16, float16 or float64. Rows may be strided; columns that are not
-            adjacent in memory cost one copy.
-        target: classes in [0, C) or ignore_index, [N], any integer dtype.
+        input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
+            strided; classes that are not adjacent in memory ([N, C, d1, ...] as a rule) cost one copy.
+        target: classes in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
+            [N, d1, ...]; or class probabilities, floating point, in the shape of input. Those are differentiable too,
+            and computed by torch operations, not fused.
         weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
         ignore_index: rows with this target take no part: loss 0, gradient 0, not counted. Their logits are not read
-            (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient.
+            (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient. With
+            class probabilities it must be negative, and means nothing.
         reduction: "mean", "sum" or "none".
         label_smoothing: e above, in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to
@@ -58,23 +65,50 @@ def cross_entropy(
         consume_logits: write the gradient over the logits instead of into new memory: during the forward, or for
             float16 and reduction "none" during the backward. Whoever reads `input` afterwards sees the gradient;
             operations that saved it for their own backward raise. A second backward is refused.
+        **deprecated: size_average and reduce of torch are refused; say it with reduction.
 
     Returns:
-        The loss, [] or for "none" [N], in the dtype of input (float32 under autocast). If an extra is asked for, a
-        CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss shaped as the
-        loss. Only the loss is differentiable, once: a second derivative is refused.
+        The loss, [] or for "none" [N] (input's shape without C), in the dtype of input (float32 under autocast). If an
+        extra is asked for, a CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input),
+        z_loss shaped as the loss. Only the loss is differentiable, once: a second derivative is refused. (The
+        transforms of torch.func are served by torch operations, which take any derivative.)
 
         Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is
         NaN, with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
 
     Raises:
         ValueError: a shape, reduction, label_smoothing or lse_square_scale that breaks the rules above; consume_logits
-            for a leaf, for memory that is not contiguous, or where no gradient is needed.
-        TypeError: a dtype that is not listed.
+            for a leaf, for memory that is not contiguous, with class probabilities, or where no gradient is needed.
+        TypeError: a dtype that is not listed; size_average or reduce.
         IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
             of bounds either, but looking would mean waiting: the row's loss and gradient are NaN.
-        RuntimeError: weight requires a gradient; a second backward after consume_logits; a second derivative.
+        RuntimeError: weight requires a gradient; a second backward after consume_logits; a second or a
+            forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
+    if deprecated:
+        raise TypeError(
+            f"npu_xent.cross_entropy: unexpected argument {', '.join(deprecated)}; what size_average and reduce said "
+            'is said by reduction="mean", "sum" or "none"'
+        )
+    if target.is_floating_point() or _transformed():
+        if consume_logits:
+            raise ValueError(
+                "npu_xent.cross_entropy: consume_logits needs class indices and no torch.func transform, since only "
+                "the fused operator can write over the logits; leave it off"
+            )
+        return _by_torch_operations(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            lse_square_scale,
+            return_lse,
+            return_z_loss,
+        )
+    shape = target.shape
+    input, target = _as_rows(input, target, consume_logits)
     op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
     loss, z_loss, lse, _ = op.default(
         input,
@@ -86,11 +120,13 @@ def cross_entropy(
         lse_square_scale=lse_square_scale,
         need_lse=return_lse,
     )
+    if reduction == "none":
+        loss = loss.view(shape)
     if not (return_lse or return_z_loss):
         return loss
-    if return_z_loss and lse_square_scale == 0.0:
-        z_loss = torch.zeros_like(loss, requires_grad=False)
-    return CrossEntropyOutput(loss, lse if return_lse else None, z_loss if return_z_loss else None)
+    return CrossEntropyOutput(
+        loss, lse.view(shape) if return_lse else None, _z_loss_like(loss, z_loss) if return_z_loss else None
+    )
 
 
 def npu_cross_entropy_loss(
@@ -152,14 +188,89 @@ def npu_cross_entropy_loss(
     )
     if reduction != "none":
         loss = loss.view(1)
-    if not return_zloss:
-        z_loss = z_loss.new_empty(0)
-    elif lse_square_scale_for_zloss == 0.0:
-        z_loss = torch.zeros_like(loss, requires_grad=False)
-    elif reduction != "none":
-        z_loss = z_loss.view(1)
+    z_loss = _z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
     return loss, log_prob, z_loss, lse.to(input.dtype)
 
 
 def _index_target(target: Tensor) -> Tensor:
     return target.long() if target.dtype in _INTEGERS else target
+
+
+def _z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:
+    """The z-loss in the shape of the loss; the operator leaves it out when its scale is 0."""
+    return torch.zeros_like(loss, requires_grad=False) if z_loss.numel() != loss.numel() else z_loss.view(loss.shape)
+
+
+def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+    """[C] or [N, C, d1, ...] as rows [M, C], and its target as [M]; no copy when the classes are adjacent in memory."""
+    if input.dim() == 2:
+        return input, target
+    if input.dim() == 0 or target.shape != input.shape[:1][: input.dim() - 1] + input.shape[2:]:
+        raise ValueError(
+            "npu_xent.cross_entropy: target must have the shape of input without its classes (class indices), or the "
+            f"shape of input (probabilities), but input has {list(input.shape)} and target {list(target.shape)}"
+        )
+    if input.dim() == 1:
+        return input.unsqueeze(0), target.reshape(1)
+    classes_last = input.movedim(1, -1)
+    if in_place and not classes_last.is_contiguous():
+        raise ValueError(
+            "npu_xent.cross_entropy: consume_logits needs the classes of each row adjacent in memory, but input has "
+            f"shape {list(input.shape)} and strides {list(input.stride())}; leave it off, or pass logits whose "
+            "movedim(1, -1) is contiguous"
+        )
+    return classes_last.reshape(-1, input.shape[1]), target.reshape(-1)
+
+
+def _transformed() -> bool:
+    """Whether a transform of torch.func is at work, which the C++ autograd functions do not take part in."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _by_torch_operations(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    lse_square_scale: float,
+    return_lse: bool,
+    return_z_loss: bool,
+) -> Tensor | CrossEntropyOutput:
+    """cross_entropy out of torch operations, in float32 (float64): for probabilities and for torch.func."""
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"npu_xent: label_smoothing must lie in [0, 1], but is {label_smoothing}.")
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
+    class_dim = min(input.dim() - 1, 1)
+    logits = input.to(dtype)
+    if target.is_floating_point():
+        target = target.to(dtype)
+        kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
+    else:
+        target = _index_target(target)
+        kept = target != ignore_index
+        logits = logits.masked_fill(kept.logical_not().unsqueeze(class_dim), 0.0)  # 0 * NaN would be NaN
+    loss = F.cross_entropy(
+        logits,
+        target,
+        None if weight is None else weight.to(dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    z_loss = torch.zeros_like(loss)
+    if lse_square_scale != 0.0:
+        z_loss = torch.where(kept, lse_square_scale * logits.logsumexp(class_dim).square(), 0.0)
+        if reduction != "none":
+            z_loss = z_loss.sum() / (kept.sum() if reduction == "mean" else 1)
+        loss = loss + z_loss
+    loss = loss.to(loss_dtype)
+    if not (return_lse or return_z_loss):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        input.detach().to(dtype).logsumexp(class_dim) if return_lse else None,
+        z_loss.detach().to(loss_dtype) if return_z_loss else None,
+    )

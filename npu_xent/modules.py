@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .functional import CrossEntropyOutput, cross_entropy
@@ -13,8 +15,8 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
             state_dict.
-        ignore_index, reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits: as
-            `cross_entropy` takes them.
+        ignore_index, reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits,
+            **deprecated: as `cross_entropy` takes them.
 
     Called as module(input, target), it returns and raises what `cross_entropy` does.
     """
@@ -32,8 +34,14 @@ class CrossEntropyLoss(nn.Module):
         return_lse: bool = False,
         return_z_loss: bool = False,
         consume_logits: bool = False,
+        **deprecated: Any,
     ) -> None:
         super().__init__()
+        if deprecated:
+            raise TypeError(
+                f"npu_xent.CrossEntropyLoss: unexpected argument {', '.join(deprecated)}; what size_average and reduce "
+                'said is said by reduction="mean", "sum" or "none"'
+            )
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction
@@ -44,7 +52,7 @@ class CrossEntropyLoss(nn.Module):
         self.consume_logits = consume_logits
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        """The loss of `input` [N, C] against `target` [N]."""
+        """The loss of `input` against `target`."""
         return cross_entropy(
             input,
             target,

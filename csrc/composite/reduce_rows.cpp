@@ -28,8 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
   const auto nll = lse_low ? *lse - *picked + *lse_low : *lse - *picked;
   auto loss = (1 - label_smoothing) * kept_weight * nll;
   if (label_smoothing != 0) {
-    loss = loss +
-           label_smoothing / static_cast<double>(num_classes) * (denominators.select(0, kClassWeight) * *lse - *wsum);
+    loss = loss - label_smoothing / static_cast<double>(num_classes) * *wsum;
   }
   auto z_loss = lse_square_scale * lse->square();
   const auto finish = [&](const Tensor& row) {

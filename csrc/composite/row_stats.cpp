@@ -26,7 +26,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_composite(
                           .masked_fill(targets.bad, kNaN);
   auto wsum = at::empty({0}, x.options());
   if (need_wsum) {
-    wsum = (weight ? x * weight->to(x.scalar_type()).narrow(0, class_start, n_cols) : x).sum(1).masked_fill(unread, 0);
+    const auto from_lse = x - true_lse.unsqueeze(1) - low.unsqueeze(1);
+    wsum = (weight ? from_lse * weight->to(x.scalar_type()).narrow(0, class_start, n_cols) : from_lse)
+               .sum(1)
+               .masked_fill(unread, 0);
   }
   auto log_prob = at::empty({0}, logits.options());
   if (need_log_prob) {

@@ -136,9 +136,11 @@ class Sweep {
     double wsum = 0;
     for (int64_t c = 0; c < n_chunks_; ++c) {
       sum.add(chunks[c].max, chunks[c].sum);
-      wsum += chunks[c].wsum;
     }
     const Lse lse = sum.value<acc>();
+    for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
+      wsum += chunks[c].wsum + chunks[c].weight * lse.below(chunks[c].max);
+    }
     out.lse[n] = static_cast<acc>(lse.high);
     out.lse_low[n] = static_cast<acc>(lse.low);
     out.picked[n] = static_cast<acc>(target_logit(n));
@@ -403,8 +405,8 @@ void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_row
     for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
       RowLoss row{0, 0};
       if (target[n] != options.ignore_index) {
-        row = row_loss(options, weight ? weight[target[n]] : acc(1), totals[kClassWeight], lse[n],
-                       lse_low ? lse_low[n] : 0, picked[n], wsum ? wsum[n] : acc(0));
+        row = row_loss(options, weight ? weight[target[n]] : acc(1), lse[n], lse_low ? lse_low[n] : 0, picked[n],
+                       wsum ? wsum[n] : acc(0));
       }
       if (none) {
         loss[n] = row.loss + row.z_loss;

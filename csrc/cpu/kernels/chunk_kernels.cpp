@@ -144,17 +144,21 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t
           ChunkStats<acc_t<scalar_t>>& stats) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> scale(t), minus_max(-stats.max), zero(0);
-  Pair<acc> sum{zero, zero}, wsum{zero, zero};
-  const auto block = [&](const Pair<acc>& v, const Pair<acc>& weight, int64_t valid) {
-    Pair<acc> e{exp(at::vec::fmadd(v.lo, scale, minus_max)), exp(at::vec::fmadd(v.hi, scale, minus_max))};
+  Pair<acc> sum{zero, zero}, wsum{zero, zero}, weights{zero, zero};
+  const auto block = [&](const Pair<acc>& v, Pair<acc> w, int64_t valid) {
+    const Pair<acc> y{at::vec::fmadd(v.lo, scale, minus_max), at::vec::fmadd(v.hi, scale, minus_max)};
+    Pair<acc> e{exp(y.lo), exp(y.hi)};
     if (valid < kBlock<acc>) {
       e = keep_first<acc>(e, valid, 0);
+      w = keep_first<acc>(w, valid, 0);
     }
     sum.lo = sum.lo + e.lo;
     sum.hi = sum.hi + e.hi;
     if constexpr (need_wsum) {
-      wsum.lo = at::vec::fmadd(v.lo * scale, weight.lo, wsum.lo);
-      wsum.hi = at::vec::fmadd(v.hi * scale, weight.hi, wsum.hi);
+      wsum.lo = at::vec::fmadd(y.lo, w.lo, wsum.lo);
+      wsum.hi = at::vec::fmadd(y.hi, w.hi, wsum.hi);
+      weights.lo = weights.lo + w.lo;
+      weights.hi = weights.hi + w.hi;
     }
     return e;
   };
@@ -168,7 +172,6 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t
     }
   }
   if (i < n) {
-    // The padding lanes of v are zeros: they add nothing to wsum.
     const auto e = block(load(x + i, n - i), weighted ? load(w + i, n - i) : ones, n - i);
     if constexpr (keep_exps) {
       store(exps + i, e, n - i);
@@ -176,13 +179,14 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t
   }
   stats.sum = lane_sum(sum.lo + sum.hi);
   stats.wsum = need_wsum ? lane_sum(wsum.lo + wsum.hi) : acc(0);
+  stats.weight = need_wsum ? lane_sum(weights.lo + weights.hi) : acc(0);
 }
 
 template <typename scalar_t>
 ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t,
                                   bool need_wsum, acc_t<scalar_t>* exps) {
   using acc = acc_t<scalar_t>;
-  ChunkStats<acc> result{chunk_max(x, n, t), 0, 0};
+  ChunkStats<acc> result{chunk_max(x, n, t), 0, 0, 0};
   const bool finite = std::isfinite(result.max);
   if (!finite) {
     if (exps != nullptr) {

@@ -31,9 +31,11 @@ using acc_t = typename acc_type<scalar_t>::type;
 
 template <typename acc>
 struct ChunkStats {
-  acc max;   // of t x; NaN if any element is NaN
-  acc sum;   // of exp(t x - max); 0 when max is not finite
-  acc wsum;  // of w t x, 0 unless asked for
+  acc max;  // of t x; NaN if any element is NaN
+  acc sum;  // of exp(t x - max); 0 when max is not finite
+  // Unless asked for 0:
+  acc wsum;    // of w (t x - max)
+  acc weight;  // of w
 };
 
 // x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; t: the logit scale.
