@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +91,7 @@ def cross_entropy(
             f"npu_xent.cross_entropy: unexpected argument {', '.join(deprecated)}; what size_average and reduce said "
             'is said by reduction="mean", "sum" or "none"'
         )
+    _check_shapes(input, target)
     if target.is_floating_point() or _transformed():
         if consume_logits:
             raise ValueError(
@@ -205,11 +207,6 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
     """[C] or [N, C, d1, ...] as rows [M, C], and its target as [M]; no copy when the classes are adjacent in memory."""
     if input.dim() == 2:
         return input, target
-    if input.dim() == 0 or target.shape != input.shape[:1][: input.dim() - 1] + input.shape[2:]:
-        raise ValueError(
-            "npu_xent.cross_entropy: target must have the shape of input without its classes (class indices), or the "
-            f"shape of input (probabilities), but input has {list(input.shape)} and target {list(target.shape)}"
-        )
     if input.dim() == 1:
         return input.unsqueeze(0), target.reshape(1)
     classes_last = input.movedim(1, -1)
@@ -220,6 +217,20 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
             "movedim(1, -1) is contiguous"
         )
     return classes_last.reshape(-1, input.shape[1]), target.reshape(-1)
+
+
+def _check_shapes(input: Tensor, target: Tensor) -> None:
+    """Raise ValueError unless target has the shape of input (probabilities), or that without its classes (indices)."""
+    expected = input.shape
+    if not target.is_floating_point():
+        if input.dim() == 2:
+            return  # the operator says it, row by row
+        expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
+    if input.dim() == 0 or target.shape != expected:
+        raise ValueError(
+            "npu_xent.cross_entropy: target must have the shape of input without its classes (class indices), or the "
+            f"shape of input (probabilities), but input has {list(input.shape)} and target {list(target.shape)}"
+        )
 
 
 def _transformed() -> bool:
@@ -241,6 +252,8 @@ def _by_torch_operations(
     """cross_entropy out of torch operations, in float32 (float64): for probabilities and for torch.func."""
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"npu_xent: label_smoothing must lie in [0, 1], but is {label_smoothing}.")
+    if not 0.0 <= lse_square_scale < math.inf:
+        raise ValueError(f"npu_xent: lse_square_scale must be finite and not negative, but is {lse_square_scale}.")
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
     class_dim = min(input.dim() - 1, 1)

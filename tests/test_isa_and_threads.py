@@ -1,0 +1,249 @@
+"""The CPU kernels on every instruction set and with any number of threads, and what an import costs.
+
+The vectorised loops are compiled once for each instruction set; ATEN_CPU_CAPABILITY chooses among them. Tests marked
+`isa`, here and in other files, run a second time in a process of their own for each set that this machine has besides
+the one in use. What is bitwise the same must be so on each of them, not across them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    DTYPES,
+    REDUCTIONS,
+    assert_same_bits,
+    case_id,
+    consuming,
+    known,
+    loss_and_grad,
+    make_logits,
+    make_target,
+    make_weight,
+    named,
+    pairwise,
+)
+from torch import Tensor
+
+import npu_xent
+from npu_xent._loading import check_torch
+
+pytestmark = pytest.mark.cpu
+ROOT = Path(__file__).resolve().parents[1]
+CAPABILITIES = npu_xent._C.compiled_cpu_capabilities().split()
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python on the npu_xent that these tests import, be it installed or built in place."""
+    path = os.pathsep.join(filter(None, [str(Path(npu_xent.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | {"PYTHONPATH": path} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+
+
+# Instruction sets -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.isa
+def test_the_instruction_set_is_the_one_asked_for() -> None:
+    in_use = npu_xent._C.cpu_capability()
+    assert in_use in CAPABILITIES
+    assert in_use == os.environ.get("ATEN_CPU_CAPABILITY", in_use).upper()
+    assert in_use == torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.mark.parametrize("capability", [name for name in CAPABILITIES if name != npu_xent._C.cpu_capability()])
+def test_every_instruction_set_passes_the_same_tests(capability: str) -> None:
+    asked_for = {"ATEN_CPU_CAPABILITY": capability.lower()}
+    reported = python("-c", "import npu_xent; print(npu_xent._C.cpu_capability())", **asked_for).stdout.strip()
+    if reported != capability:
+        pytest.skip(f"this machine has no {capability}: it uses {reported}")
+    child = python("-m", "pytest", "-m", "isa", "-p", "no:cacheprovider", "--tb=short", "tests", **asked_for)
+    summary = re.search(r"(\d+) passed", child.stdout)
+    assert child.returncode == 0, child.stdout[-5000:]
+    assert summary is not None
+    assert int(summary[1]) > 400, "the marked tests were not found"
+
+
+# Threads --------------------------------------------------------------------------------------------------------------
+
+# Rows that keep every thread busy; few rows of many chunks, which are shared out instead; more classes than the 1 MiB
+# of exponentials that are kept; more rows than one block of the loss's sum; nothing.
+SHAPES = [(97, 8080), (1, 128256), (2, 128256), (3, 128256), (1, 300000), (9000, 17), (0, 5)]
+THREADS = (1, 2, 5)
+CASES = pairwise(
+    {
+        "shape": SHAPES,
+        "dtype": DTYPES,
+        "reduction": REDUCTIONS,
+        "label_smoothing": (0.0, 0.1),
+        "lse_square_scale": (0.0, 0.01),
+        "weighted": (False, True),
+        "ignore_index": (-100, None),
+    }
+)
+
+
+def everything(case: dict[str, Any]) -> dict[str, Tensor]:
+    """All that the operators compute for a case, by name."""
+    rows, classes = case["shape"]
+    device = torch.device("cpu")
+    logits = make_logits(rows, classes, case["dtype"], device, spread=1.0)
+    target = make_target(rows, classes, device, ignore_index=case["ignore_index"])
+    weight = make_weight(classes, torch.float32, device) if case["weighted"] else None
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+    shape = (rows,) if case["reduction"] == "none" else ()
+    upstream = torch.full(shape, 0.3, dtype=case["dtype"])
+
+    found: dict[str, Tensor] = {}
+    for path, function in (("fresh", npu_xent.cross_entropy), ("consumed", consuming(npu_xent.cross_entropy))):
+        found[f"{path} loss"], found[f"{path} grad"] = loss_and_grad(
+            function, logits, target, weight, **options, upstream=upstream
+        )
+    ops = torch.ops.npu_xent
+    stats = named("row_stats", logits, target, weight, need_wsum=True, need_log_prob=True)
+    arguments = {"logits": logits, "target": target, "weight": weight, "grad_loss": upstream, **options, **stats}
+    arguments["totals"] = ops.reduce_rows(target, weight, num_classes=classes, loss_dtype=stats["lse"].dtype)[2]
+    found |= stats | {"totals": arguments["totals"], "row_grad": ops.row_grad(**known("row_grad", arguments))}
+    if case["reduction"] != "none":
+        one_sweep = named("row_stats_grad", **known("row_stats_grad", arguments), read_ignored=True)
+        found |= {f"{name} of one sweep": value for name, value in one_sweep.items()}
+    found["scaled"] = logits.clone()
+    ops.scale_(found["scaled"], torch.tensor(0.3))
+    return found
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_results_do_not_depend_on_the_number_of_threads(case: dict[str, Any], threads: Callable[[int], None]) -> None:
+    """To the bit; and the same bits whether the gradient goes to fresh memory or over the logits."""
+    threads(THREADS[0])
+    expected = everything(case)
+    assert_same_bits(expected["consumed loss"], expected["fresh loss"])
+    assert_same_bits(expected["consumed grad"], expected["fresh grad"])
+    if "lse of one sweep" in expected:
+        assert_same_bits(expected["lse of one sweep"], expected["lse"])
+    for count in THREADS[1:]:
+        threads(count)
+        for name, actual in everything(case).items():
+            assert_same_bits(actual, expected[name], f"{name} with {count} threads")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_the_batch(dtype: torch.dtype) -> None:
+    """A row gives the same bits alone and among others, where it is shared out differently."""
+    device = torch.device("cpu")
+    logits, target = make_logits(40, 9001, dtype, device), make_target(40, 9001, device)
+    loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, reduction="none")
+    for rows in (slice(0, 1), slice(7, 9), slice(20, 40)):
+        some_loss, some_grad = loss_and_grad(npu_xent.cross_entropy, logits[rows], target[rows], reduction="none")
+        assert_same_bits(some_loss, loss[rows])
+        assert_same_bits(some_grad, grad[rows])
+
+
+def test_inside_a_parallel_region(threads: Callable[[int], None]) -> None:
+    """Called by a worker thread of Python's, at once with others: no shared scratch."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    threads(2)
+    device = torch.device("cpu")
+    problems = [(make_logits(3, 4000 + i, torch.float32, device), make_target(3, 4000 + i, device)) for i in range(8)]
+    alone = [loss_and_grad(npu_xent.cross_entropy, *problem, label_smoothing=0.1) for problem in problems]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(
+            pool.map(lambda problem: loss_and_grad(npu_xent.cross_entropy, *problem, label_smoothing=0.1), problems * 4)
+        )
+    for found, expected in zip(together, alone * 4, strict=True):
+        for actual, want in zip(found, expected, strict=True):
+            assert_same_bits(actual, want)
+
+
+# The object files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_variants_share_no_symbols(capability: str) -> None:
+    """A function that two variants define alike is merged by the linker, which may keep the AVX512 one for everybody.
+
+    So each object file defines nothing outside the namespace that is named after its instruction set.
+    """
+    nm = shutil.which("nm")
+    pattern = f"build/*/CMakeFiles/npu_xent_cpu_kernels_{capability}.dir/**/*.o"
+    objects = sorted(ROOT.glob(pattern))
+    if nm is None or not objects:
+        pytest.skip("needs nm, and the build tree of this checkout")
+    for path in objects:
+        listed = subprocess.run(
+            [nm, "--demangle", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True, check=True
+        ).stdout
+        symbols = [line.split(maxsplit=2) for line in listed.splitlines()]
+        foreign = [(kind, name) for _, kind, name in symbols if f"::{capability}::" not in name]
+        assert symbols, f"{path} defines nothing"
+        assert foreign == [], f"{path} exports symbols that variants share"
+
+
+# Import ---------------------------------------------------------------------------------------------------------------
+
+
+def test_another_release_of_torch_is_refused_in_words() -> None:
+    check_torch("2.13.0+cpu", "2.13.0+cu130")  # the same release
+    check_torch(torch.__version__, torch.__version__)
+    with pytest.raises(ImportError) as raised:
+        check_torch("2.13.0+cpu", "2.12.1+cu126")
+    text = str(raised.value)
+    assert text.startswith("npu_xent was built against torch 2.13.0+cpu, but torch 2.12.1+cu126 is installed.")
+    assert "pip install --no-build-isolation --force-reinstall --no-deps npu_xent" in text
+    assert text.endswith("(or install torch==2.13.0).")
+
+
+def test_a_checkout_that_was_never_built_says_how_to_build_it(tmp_path: Path) -> None:
+    package = tmp_path / "npu_xent"
+    package.mkdir()
+    for source in Path(npu_xent.__file__).parent.glob("*.py"):
+        if source.name != "_build.py":
+            shutil.copy(source, package)
+    found = subprocess.run(
+        [sys.executable, "-c", "import npu_xent"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert (
+        "npu_xent has no compiled extension here. Build it with: pip install --no-build-isolation -e ." in found.stderr
+    )
+
+
+def test_import_brings_in_torch_alone_and_quickly() -> None:
+    """Neither torch_npu nor what only a part of npu_xent needs; and less than a second on top of torch itself."""
+    code = (
+        "import sys, time, torch\n"
+        "before, start = set(sys.modules), time.perf_counter()\n"
+        "import npu_xent\n"
+        "print(time.perf_counter() - start)\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))\n"
+    )
+    started = time.perf_counter()
+    child = python("-c", code)
+    whole = time.perf_counter() - started
+    assert child.returncode == 0, child.stderr
+    seconds, modules = child.stdout.splitlines()
+    assert "torch_npu" not in modules.split()
+    assert set(modules.split()) <= {"npu_xent", "torch"} | set(sys.stdlib_module_names), modules
+    assert float(seconds) < max(0.5, 0.2 * whole)

@@ -1,0 +1,302 @@
+"""cross_entropy beyond [N, C] and class indices: one sample, more dimensions, class probabilities, torch.func.
+
+Index targets of any shape are the [N, C] case with the classes moved last, so they are held to that. Probabilities, and
+the transforms of torch.func, go through torch operations; their truth is written out here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from reference import (
+    DTYPES,
+    REDUCTIONS,
+    assert_near,
+    assert_same_bits,
+    case_id,
+    loss_and_grad,
+    make_logits,
+    make_target,
+    make_weight,
+    max_error,
+    pairwise,
+    stats_dtype,
+)
+from torch import Tensor
+from torch.nn import functional as F
+
+import npu_xent
+
+SHAPES = [(3, 5, 4), (2, 5, 3, 2), (3, 5, 0), (0, 5, 2), (2, 1, 3)]
+
+
+def k_dimensional(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Logits [N, C, d1, ...], dense as they stand, and targets [N, d1, ...] of which some are -100."""
+    n, c, *rest = shape
+    rows = n * torch.Size(rest).numel()
+    logits = make_logits(rows, c, dtype, device).view(n, *rest, c).movedim(-1, 1).contiguous()
+    return logits, make_target(rows, c, device, ignore_index=-100).view(n, *rest)
+
+
+def as_rows(logits: Tensor) -> Tensor:
+    """[N, C, d1, ...] as [N d1 ..., C]."""
+    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        {
+            "shape": SHAPES,
+            "dtype": DTYPES,
+            "reduction": REDUCTIONS,
+            "weighted": (False, True),
+            "label_smoothing": (0.0, 0.1),
+            "lse_square_scale": (0.0, 0.1),
+        }
+    ),
+    ids=case_id,
+)
+def test_more_dimensions_are_rows_with_the_classes_moved_last(case: dict[str, Any], device: torch.device) -> None:
+    shape, dtype = case["shape"], case["dtype"]
+    logits, target = k_dimensional(shape, dtype, device)
+    weight = make_weight(shape[1], torch.float32, device) if case["weighted"] else None
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+    loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options)
+    expected, expected_grad = loss_and_grad(
+        npu_xent.cross_entropy, as_rows(logits), target.flatten(), weight, **options
+    )
+    assert_same_bits(loss, expected.view(target.shape) if case["reduction"] == "none" else expected)
+    assert_same_bits(as_rows(grad), expected_grad)
+    assert grad.shape == shape
+    if not case["lse_square_scale"]:
+        theirs = F.cross_entropy(
+            *(logits.cpu().double(), target.cpu(), None if weight is None else weight.cpu().double()),
+            reduction=case["reduction"],
+            label_smoothing=case["label_smoothing"],
+        )
+        assert loss.shape == theirs.shape
+        torch.testing.assert_close(loss.cpu().double(), theirs, rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_extras_have_the_shape_of_the_target(reduction: str, device: torch.device) -> None:
+    logits, target = k_dimensional((2, 5, 3), torch.float32, device)
+    options = {"reduction": reduction, "lse_square_scale": 0.1, "return_lse": True, "return_z_loss": True}
+    out = npu_xent.cross_entropy(logits, target, **options)
+    assert out.lse.shape == target.shape
+    torch.testing.assert_close(out.lse, logits.logsumexp(1))
+    assert out.z_loss.shape == out.loss.shape == (target.shape if reduction == "none" else ())
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("y", [2, -100])
+def test_one_sample(y: int, reduction: str, device: torch.device) -> None:
+    """[C] with a target []: a loss [] whatever the reduction."""
+    logits, target = make_logits(1, 5, torch.float32, device)[0], torch.tensor(y, device=device)
+    loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, reduction=reduction)
+    theirs, their_grad = loss_and_grad(F.cross_entropy, logits.cpu(), target.cpu(), reduction=reduction)
+    assert loss.shape == theirs.shape == ()
+    torch.testing.assert_close(loss.cpu(), theirs, equal_nan=True)
+    torch.testing.assert_close(grad.cpu(), their_grad)
+    out = npu_xent.cross_entropy(logits, target, reduction=reduction, return_lse=True)
+    assert out.lse.shape == ()
+
+
+@pytest.mark.cpu
+def test_classes_that_are_adjacent_cost_no_copy(device: torch.device, allocations: Any) -> None:
+    """As [batch, time, classes] seen as [batch, classes, time]."""
+    logits = make_logits(64, 1024, torch.float32, device).view(4, 16, 1024).movedim(-1, 1)
+    target = make_target(64, 1024, device).view(4, 16)
+    assert max(allocations(lambda: npu_xent.cross_entropy(logits, target))) < logits.nbytes
+
+
+def test_consuming_more_dimensions(device: torch.device) -> None:
+    """Where the classes are adjacent; else it is refused, since the copy would be consumed in their place."""
+    rows = make_logits(12, 5, torch.float32, device)
+    target = make_target(12, 5, device)
+    leaf = rows.clone().requires_grad_()
+    logits = (leaf * 1).view(3, 4, 5).movedim(-1, 1)
+    npu_xent.cross_entropy(logits, target.view(3, 4), consume_logits=True).backward()
+    assert_same_bits(leaf.grad, loss_and_grad(npu_xent.cross_entropy, rows, target)[1])
+    assert_same_bits(as_rows(logits), leaf.grad)
+    apart = torch.zeros(3, 5, 4, device=device, requires_grad=True) * 1
+    with pytest.raises(ValueError, match="consume_logits needs the classes of each row adjacent in memory"):
+        npu_xent.cross_entropy(apart, target.view(3, 4), consume_logits=True)
+
+
+@pytest.mark.parametrize(
+    "logits_shape, target_shape", [((3, 5, 4), (3, 5)), ((3, 5, 4), (12,)), ((5,), (2,)), ((), ()), ((3, 5), (3, 1))]
+)
+def test_shapes_that_do_not_match(
+    logits_shape: tuple[int, ...], target_shape: tuple[int, ...], device: torch.device
+) -> None:
+    logits = torch.zeros(logits_shape, device=device)
+    target = torch.zeros(target_shape, dtype=torch.int64, device=device)
+    with pytest.raises(ValueError, match="target must have"):
+        npu_xent.cross_entropy(logits, target)
+    with pytest.raises((ValueError, RuntimeError, IndexError)):
+        F.cross_entropy(logits.cpu(), target.cpu())
+
+
+# Class probabilities --------------------------------------------------------------------------------------------------
+
+
+def probabilities_truth(
+    logits: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, lse_square_scale: float
+) -> Tensor:
+    """The loss in float64, differentiable: l = -sum_c w_c q'_c lp_c, plus the z-loss of every row."""
+    dim = min(logits.dim() - 1, 1)
+    c = logits.shape[dim]
+    w = torch.ones(c, dtype=torch.float64) if weight is None else weight.cpu().double()
+    w = w.view(-1, *[1] * (logits.dim() - 1 - dim))
+    lse = logits.exp().sum(dim).log()
+    smoothed = (1 - label_smoothing) * q + label_smoothing / c
+    rows = -(w * smoothed * (logits - lse.unsqueeze(dim))).sum(dim) + lse_square_scale * lse.square()
+    if reduction == "none":
+        return rows
+    return rows.sum() / (rows.numel() if reduction == "mean" else 1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    pairwise(
+        {
+            "shape": [(5,), (7, 5), (3, 5, 4), (0, 5)],
+            "dtype": DTYPES,
+            "reduction": REDUCTIONS,
+            "weighted": (False, True),
+            "label_smoothing": (0.0, 0.1, 1.0),
+            "lse_square_scale": (0.0, 0.1),
+        }
+    ),
+    ids=case_id,
+)
+def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None:
+    """Differentiable in the logits and in the probabilities; "mean" divides by the rows, not by weights."""
+    shape, dtype = case["shape"], case["dtype"]
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
+    q = torch.rand(shape, generator=generator).softmax(min(len(shape) - 1, 1)).to(device, dtype).requires_grad_()
+    weight = make_weight(5, torch.float32, device) if case["weighted"] else None
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+
+    loss = npu_xent.cross_entropy(logits, q, weight, **options)
+    loss.sum().backward()
+
+    exact = [t.detach().cpu().double().requires_grad_() for t in (logits, q)]
+    expected = probabilities_truth(*exact, weight, **options)
+    expected.sum().backward()
+    assert loss.dtype == dtype
+    assert_near(loss, expected.detach(), 100.0, name="loss")
+    for name, leaf, true in zip(("logits", "probabilities"), (logits, q), exact, strict=True):
+        assert_near(leaf.grad, true.grad, 50.0, name=f"gradient of the {name}")
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_errors_with_probabilities_are_no_larger_than_torchs(
+    dtype: torch.dtype, reduction: str, device: torch.device
+) -> None:
+    logits = make_logits(8, 4000, dtype, device)
+    q = make_logits(8, 4000, torch.float32, device, spread=1.0).softmax(1).to(dtype)
+    exact = logits.double().cpu().requires_grad_()
+    expected = probabilities_truth(exact, q.cpu().double(), None, reduction, 0.0, 0.0)
+    expected.sum().backward()
+    ours, torchs = (loss_and_grad(f, logits, q, reduction=reduction) for f in (npu_xent.cross_entropy, F.cross_entropy))
+    for our, theirs, true in zip(ours, torchs, (expected.detach(), exact.grad), strict=True):
+        assert max_error(our, true) <= max_error(theirs, true) + 1e-6 * float(true.abs().max())
+
+
+def test_probabilities_of_one_class_are_an_index(device: torch.device) -> None:
+    logits, target = make_logits(7, 5, torch.float32, device), make_target(7, 5, device)
+    one_hot = F.one_hot(target, 5).float()
+    for reduction in REDUCTIONS:
+        actual = loss_and_grad(npu_xent.cross_entropy, logits, one_hot, reduction=reduction)
+        expected = loss_and_grad(npu_xent.cross_entropy, logits, target, reduction=reduction)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+def test_extras_with_probabilities(device: torch.device) -> None:
+    logits = make_logits(7, 5, torch.bfloat16, device).requires_grad_()
+    q = torch.full((7, 5), 0.2, dtype=torch.bfloat16, device=device)
+    out = npu_xent.cross_entropy(logits, q, reduction="none", lse_square_scale=0.1, return_lse=True, return_z_loss=True)
+    assert out.loss.dtype == out.z_loss.dtype == torch.bfloat16
+    assert out.lse.dtype == torch.float32
+    torch.testing.assert_close(out.lse, logits.detach().float().logsumexp(1))
+    torch.testing.assert_close(out.z_loss.float(), 0.1 * out.lse.square(), rtol=2**-8, atol=0)
+    assert out.loss.requires_grad
+    assert not out.lse.requires_grad
+    assert not out.z_loss.requires_grad
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert npu_xent.cross_entropy(logits, q).dtype == torch.float32
+
+
+def test_what_probabilities_do_not_go_with(device: torch.device) -> None:
+    logits = make_logits(7, 5, torch.float32, device)
+    q = torch.full((7, 5), 0.2, device=device)
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        npu_xent.cross_entropy(logits, q, ignore_index=0)
+    with pytest.raises(RuntimeError, match="ignore_index"):
+        F.cross_entropy(logits.cpu(), q.cpu(), ignore_index=0)
+    with pytest.raises(ValueError, match="consume_logits needs class indices"):
+        npu_xent.cross_entropy(logits.requires_grad_() * 1, q, consume_logits=True)
+    for options, words in (
+        ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]"),
+        ({"lse_square_scale": -1.0}, "lse_square_scale must be finite and not negative"),
+        ({"reduction": "batchmean"}, "batchmean"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            npu_xent.cross_entropy(logits, q, **options)
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 4), (5, 7), (7, 5, 1)], ids=str)
+def test_probabilities_need_the_shape_of_the_logits(shape: tuple[int, ...], device: torch.device) -> None:
+    logits = make_logits(7, 5, torch.float32, device)
+    with pytest.raises(ValueError, match="target must have"):
+        npu_xent.cross_entropy(logits, torch.zeros(shape, device=device))
+    with pytest.raises((ValueError, RuntimeError)):
+        F.cross_entropy(logits.cpu(), torch.zeros(shape))
+
+
+# torch.func -----------------------------------------------------------------------------------------------------------
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda a: f(a).sum())(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(lambda a: f(a).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(torch.stack([x, x.sin()])),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func(transform: str, reduction: str, device: torch.device) -> None:
+    """Right, or refused; never a silent zero."""
+    logits, target = make_logits(4, 5, torch.float32, device), make_target(4, 5, device, ignore_index=-100)
+    weight = make_weight(5, torch.float32, device)
+    options = {"reduction": reduction, "label_smoothing": 0.1}
+    apply = TRANSFORMS[transform]
+    expected = apply(lambda x: F.cross_entropy(x, target, weight, **options), logits)
+    try:
+        actual = apply(lambda x: npu_xent.cross_entropy(x, target, weight, **options), logits)
+    except (RuntimeError, NotImplementedError):
+        return
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_transforms_keep_the_extras_and_ignored_rows(reduction: str, device: torch.device) -> None:
+    """What torch's own loss does not have: the z-loss, and no NaN out of an ignored row."""
+    logits, target = make_logits(4, 5, torch.float32, device), make_target(4, 5, device, ignore_index=-100)
+    logits[1] = torch.nan
+    options = {"reduction": reduction, "lse_square_scale": 0.1}
+    expected = loss_and_grad(npu_xent.cross_entropy, logits, target, **options)[1]
+    actual = torch.func.grad(lambda x: npu_xent.cross_entropy(x, target, **options).sum())(logits)
+    assert actual.dtype == stats_dtype(logits.dtype)
+    torch.testing.assert_close(actual, expected)
