@@ -114,14 +114,16 @@ def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals) -> i
     """Sends the signal in the middle of training, to which it must save and stop. Returns the steps done."""
     deadline = time.monotonic() + 60
     while not ((out / "metrics.csv").is_file() and (out / "metrics.csv").read_text().count("\n") > 10):
-        assert process.poll() is None and time.monotonic() < deadline, finish(process)
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, finish(process)
         time.sleep(0.002)
     process.send_signal(number)
     output = finish(process, 128 + number)
     steps = len(losses_of(out))
     assert 10 <= steps < STEPS
     assert f"Stopped by {number.name} and saved, after {steps} of {STEPS} steps. To resume, add" in output
-    assert (out / "checkpoint.pt").is_file() and not (out / "summary.json").exists()
+    assert (out / "checkpoint.pt").is_file()
+    assert not (out / "summary.json").exists()
     return steps
 
 
