@@ -479,3 +479,21 @@ def test_padded_label_tutorial(device: torch.device) -> None:
         (grad,) = torch.autograd.grad(loss, logits)
         assert (grad[labels == -100] == 0).all()
         assert (grad[labels != -100] != 0).all()
+
+
+def test_labels_as_ids_tutorial(device: torch.device) -> None:
+    """The same tutorial's second example: three rows of five classes, labels 1, 2, 3."""
+    logits = torch.tensor(
+        [
+            [0.9580, 1.3221, 0.8172, -0.7658, -0.7506],
+            [1.3525, 0.6863, -0.3278, 0.7950, 0.2815],
+            [0.0562, 0.5227, -0.2384, -0.0499, 0.5263],
+        ],
+        device=device,
+    )
+    labels = torch.tensor([1, 2, 3], device=device)
+    loss, log_prob, _, _ = npu_cross_entropy_loss(logits, labels)
+    assert round(float(loss), 4) == 1.8159
+    assert round(float(npu_xent.cross_entropy(logits, labels)), 4) == 1.8159
+    picked = [round(float(log_prob[row, label]), 4) for row, label in enumerate(labels.tolist())]
+    assert picked == [-0.9353, -2.6417, -1.8706]

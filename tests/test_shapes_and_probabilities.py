@@ -253,6 +253,27 @@ def test_what_probabilities_do_not_go_with(device: torch.device) -> None:
             npu_xent.cross_entropy(logits, q, **options)
 
 
+@pytest.mark.parametrize("transformed", [False, True], ids=["probabilities", "torch.func"])
+def test_torch_operations_refuse_what_the_operator_does(transformed: bool, device: torch.device) -> None:
+    """The same dtypes and shapes, with the same kinds of error."""
+    logits, target = make_logits(7, 5, torch.float32, device), make_target(7, 5, device)
+    q = F.one_hot(target, 5).float()
+
+    def loss(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        if transformed:
+            return torch.func.vmap(lambda a: npu_xent.cross_entropy(a, target, weight))(x[None])
+        return npu_xent.cross_entropy(x, q[:, : x.shape[1]], weight)
+
+    for error, words, arguments in (
+        (TypeError, "logits must be float32, bfloat16, float16 or float64", (logits.int(),)),
+        (ValueError, "logits must have at least one class", (logits[:, :0],)),
+        (ValueError, "weight must have one value for each of the 5 classes", (logits, torch.ones(4, device=device))),
+        (TypeError, "weight must be float32", (logits, torch.ones(5, device=device, dtype=torch.float16))),
+    ):
+        with pytest.raises(error, match=words):
+            loss(*arguments)
+
+
 @pytest.mark.parametrize("shape", [(7,), (7, 4), (5, 7), (7, 5, 1)], ids=str)
 def test_probabilities_need_the_shape_of_the_logits(shape: tuple[int, ...], device: torch.device) -> None:
     logits = make_logits(7, 5, torch.float32, device)
