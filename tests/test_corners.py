@@ -176,8 +176,32 @@ def test_special_rows_in_words(function: Callable[..., Tensor], dtype: torch.dty
         assert_all(grad, NAN)
 
 
-# First and last lanes of vectors, both sides of the border between chunks of 4096 columns, the tail of a row.
-COLUMNS = [0, 1, 15, 16, 31, 32, 4095, 4096, 4111, 8191, 8192, 8999, 9000]
+# First and last lanes of both vectors of a block, both sides of the border between chunks of 4096 columns; in the last
+# chunk a block that is full, and one that lacks its last lane: for vectors of 4, 8 and 16.
+CLASSES = 2 * 4096 + 25 * 32 + 31
+COLUMNS = [
+    0,
+    1,
+    15,
+    16,
+    31,
+    32,
+    4095,
+    4096,
+    4111,
+    8191,
+    8192,
+    8208,
+    8991,
+    8992,
+    9007,
+    9008,
+    9015,
+    9016,
+    9020,
+    9021,
+    9022,
+]
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
@@ -186,7 +210,7 @@ def test_special_values_anywhere_in_a_row(
 ) -> None:
     """A vectorised loop that loses a NaN does so in some lanes only. The last row has none and stays finite."""
     rows = len(COLUMNS)
-    logits = make_logits(rows + 1, 9001, dtype, device, spread=1.0)
+    logits = make_logits(rows + 1, CLASSES, dtype, device, spread=1.0)
     target = torch.full((rows + 1,), 4242, device=device)
     logits[range(rows), COLUMNS] = value
     expected = truth(logits, target, reduction="sum")
