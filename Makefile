@@ -59,18 +59,21 @@ $(VENV)/.created:
 	  { echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@touch $@
 
-$(VENV)/.torch: $(VENV)/.created
+# The stamp carries the version asked for, so that another TORCH is installed and built against.
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
+
+$(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH) and the build tools"
 	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" cmake ninja
 	@touch $@
 
-$(VENV)/.build: $(VENV)/.torch $(SOURCES)
+$(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (about two minutes the first time)"
 	@$(PIP) install --no-build-isolation --no-deps --editable . || \
 	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
 	@touch $@
 
-$(VENV)/.train: $(VENV)/.torch
+$(VENV)/.train: $(TORCH_STAMP)
 	@echo "== Installing what the example needs"
 	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
 	@touch $@

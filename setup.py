@@ -67,7 +67,8 @@ class CMakeBuild(build_ext):
         subprocess.run([find_tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
         # Read before the library is loaded: against another torch, loading it would fail with a missing symbol.
         (output / "_build.py").write_text(
-            '"""Written by the build: the torch that the extension was compiled against."""\n\n'
+            '"""Written by the build: this version, and the torch that the extension was compiled against."""\n\n'
+            f'VERSION = "{self.distribution.get_version()}"\n'
             f'TORCH_VERSION = "{torch.__version__}"\n'
         )
 

@@ -8,6 +8,7 @@
 #include <c10/util/Exception.h>
 
 #include <cmath>
+#include <limits>
 
 #include "ops.h"
 #include "row_math.h"
@@ -27,6 +28,17 @@ inline Reduction parse_reduction(std::string_view name) {
   TORCH_CHECK_VALUE(name == "none", "npu_xent: reduction must be \"mean\", \"sum\" or \"none\", but is \"", name,
                     "\".");
   return Reduction::none;
+}
+
+inline void check_scales(double logit_scale, std::optional<double> grad_scale) {
+  TORCH_CHECK_VALUE(std::isfinite(logit_scale), "npu_xent: logit_scale must be finite, but is ", logit_scale, ".");
+  TORCH_CHECK_VALUE(std::isfinite(grad_scale.value_or(1)), "npu_xent: grad_scale must be finite, but is ", *grad_scale,
+                    ".");
+}
+
+inline void check_loss_dtype(at::ScalarType dtype) {
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ", dtype,
+                   ".");
 }
 
 inline void check_options(double label_smoothing, double lse_square_scale) {
@@ -71,10 +83,13 @@ inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const 
   const auto columns = logits.sym_size(1);
   CHECK_SYM_VALUE(columns.sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
-  const auto classes = num_classes ? *num_classes : class_start + columns;
   CHECK_SYM_VALUE(class_start.sym_ge(0), "npu_xent: class_start must not be negative, but is ", class_start, ".");
-  CHECK_SYM_VALUE(classes.sym_ge(class_start + columns), "npu_xent: the shard's classes ", class_start, " to ",
-                  class_start + columns, " must lie within num_classes, which is ", classes, ".");
+  // By subtraction: the sum of two large numbers would wrap round.
+  const auto all = num_classes.value_or(c10::SymInt(std::numeric_limits<int64_t>::max()));
+  CHECK_SYM_VALUE(columns.sym_le(all).sym_and(class_start.sym_le(all - columns)), "npu_xent: the ", columns,
+                  " classes of the shard, from class_start ", class_start,
+                  " on, must lie within num_classes, which is ", all, ".");
+  const auto classes = num_classes ? *num_classes : class_start + columns;
   check_target_and_weight(target, weight, classes, logits.device());
   check_weight_dtype(weight, dtype);
   CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)),
@@ -146,7 +161,7 @@ inline void check_row_stats_grad(const Tensor& logits, const Tensor& target, con
 
 // Memory that is to be overwritten: every element has a place of its own, and they follow one another.
 inline void check_dense(const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.is_non_overlapping_and_dense() && logits.is_contiguous(),
+  TORCH_CHECK_VALUE(logits.is_contiguous(),
                     "npu_xent: logits that are overwritten with their gradient must be contiguous, but have shape ",
                     logits.sym_sizes(), " and strides ", logits.sym_strides(), "; pass logits.contiguous().");
 }
@@ -168,7 +183,8 @@ inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight
   CHECK_SYM_VALUE(num_classes.sym_gt(0), "npu_xent: num_classes must be positive, but is ", num_classes, ".");
   check_target_and_weight(target, weight, num_classes, target.device());
   TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()),
-                   "npu_xent: weight must be a floating-point tensor.");
+                   "npu_xent: weight must be a floating-point tensor, but is ", weight->scalar_type(),
+                   "; convert it with weight.float().");
   if (!lse) {
     return;
   }

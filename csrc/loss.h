@@ -27,8 +27,8 @@ inline void check_loss(const Tensor& logits, const Tensor& target, const Optiona
   parse_reduction(o.reduction);
   check_options(o.label_smoothing, o.lse_square_scale);
   check_rows(logits, target, weight, 0, std::nullopt);
-  TORCH_CHECK_TYPE(at::isFloatingType(o.loss_dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ",
-                   o.loss_dtype, ".");
+  check_scales(o.logit_scale, o.grad_scale);
+  check_loss_dtype(o.loss_dtype);
   TORCH_CHECK(!(weight && weight->requires_grad() && at::GradMode::is_enabled()),
               "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach().");
 }

@@ -1,14 +1,16 @@
 // The schemas of the operators, and nothing else defines one.
 //
-// Shapes: logits [N, C], dense along C; target [N] int64; weight [num_classes], fp32 or fp64; lse, lse_low, picked,
-// wsum [N] and totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. row_math.h has the formulas. lse_low is
-// what rounding took from lse. An output that was not asked for has shape [0].
+// Shapes: logits [N, C] (one copy if not dense along C); target [N] int64; weight [num_classes], fp32 or the logits'
+// dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. row_math.h
+// has the formulas. lse_low is what rounding took from lse. An output that was not asked for has shape [0].
 //
 //   ignore_index   rows with this target take no part; their logits are read only if `read_ignored`
 //   logit_scale    t: the softmax is that of t x
 //   grad_scale     u: the outermost factor of the gradient, t unless given
 //   class_start    the class of column 0, and num_classes the classes of all shards together, when the logits are one
-//                  shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here
+//                  shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here.
+//                  Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
+//                  shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be left out
 //   loss_dtype     of the loss and z_loss; the logits' dtype unless given (under autocast fp32)
 #include "ops.h"
 
@@ -68,7 +70,7 @@ TORCH_LIBRARY(npu_xent, m) {
       "Tensor totals)",
       tags);
 
-  // self *= factor, [] on the same device; returns without touching self when factor is 1.
+  // self *= factor (one value); returns without touching self when factor is 1.
   m.def("scale_(Tensor(a!) self, Tensor factor) -> ()", tags);
 
   // The loss, made of the above; differentiable in the logits through `loss`, and through `z_loss` if

@@ -13,9 +13,12 @@ from . import _loading
 
 _loading.load_operators()
 
+from ._build import VERSION  # noqa: E402
 from ._constraints import ConstraintError  # noqa: E402
 from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
 from .modules import CrossEntropyLoss  # noqa: E402
+
+__version__ = VERSION
 
 __all__ = [
     "ConstraintError",

@@ -18,17 +18,18 @@ REDUCTIONS = ("mean", "sum", "none")
 class ConstraintError(ValueError):
     """A documented constraint of npu_cross_entropy_loss was broken: which one, the value seen, and the way out."""
 
-    def __init__(self, rule: str, seen: str) -> None:
-        super().__init__(
-            f"npu_cross_entropy_loss: {rule}, but {seen}. Pass strict=False to lift the documented restrictions, or "
-            "call npu_xent.cross_entropy."
-        )
+
+def _broken(rule: str, seen: str) -> ConstraintError:
+    return ConstraintError(
+        f"npu_cross_entropy_loss: {rule}, but {seen}. Pass strict=False to lift the documented restrictions, or call "
+        "npu_xent.cross_entropy."
+    )
 
 
 def _require(condition: bool, rule: str, seen: str, *values: object) -> None:
     """Raise unless condition; `seen` is formatted with `values` only then, which keeps it out of a compiler's sight."""
     if not condition:
-        raise ConstraintError(rule, seen.format(*values))
+        raise _broken(rule, seen.format(*values))
 
 
 def check_documented_constraints(
@@ -86,9 +87,7 @@ def _check_weight(weight: Tensor, classes: int) -> None:
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
-            raise ConstraintError(
-                "the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}"
-            )
+            raise _broken("the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}")
 
 
 def _check_training(weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_REBUILD = "Rebuild npu_xent in this environment: pip install --no-build-isolation --force-reinstall --no-deps npu_xent"
+_REBUILD = "Rebuild it: in a checkout of npu_xent, pip install --no-build-isolation --no-deps --force-reinstall ."
 
 
 def _release(version: str) -> str:

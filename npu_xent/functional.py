@@ -12,7 +12,10 @@ from torch.nn import functional as F
 from ._constraints import check_documented_constraints
 
 # What a target may be besides int64, which the operators take.
-_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+
+
+_LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -86,11 +89,7 @@ def cross_entropy(
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a second or a
             forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
-    if deprecated:
-        raise TypeError(
-            f"npu_xent.cross_entropy: unexpected argument {', '.join(deprecated)}; what size_average and reduce said "
-            'is said by reduction="mean", "sum" or "none"'
-        )
+    refuse_deprecated("cross_entropy", deprecated)
     _check_shapes(input, target)
     if target.is_floating_point() or _transformed():
         if consume_logits:
@@ -194,7 +193,19 @@ def npu_cross_entropy_loss(
     return loss, log_prob, z_loss, lse.to(input.dtype)
 
 
+def refuse_deprecated(name: str, arguments: dict[str, Any]) -> None:
+    """Raise TypeError for arguments that are not there, with a word on those that torch has deprecated."""
+    for argument in arguments:
+        hint = ""
+        if argument in ("size_average", "reduce"):
+            hint = '; say it with reduction="mean", "sum" or "none"'
+        raise TypeError(f"npu_xent.{name}: unexpected argument {argument!r}{hint}")
+
+
 def _index_target(target: Tensor) -> Tensor:
+    if target.dtype == torch.uint64:  # what does not fit in int64 is no class, and must not wrap round to ignore_index
+        target = target.view(torch.int64)
+        return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
     return target.long() if target.dtype in _INTEGERS else target
 
 
@@ -221,6 +232,8 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
 
 def _check_shapes(input: Tensor, target: Tensor) -> None:
     """Raise ValueError unless target has the shape of input (probabilities), or that without its classes (indices)."""
+    if input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0:
+        raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape
     if not target.is_floating_point():
         if input.dim() == 2:
@@ -254,6 +267,21 @@ def _by_torch_operations(
         raise ValueError(f"npu_xent: label_smoothing must lie in [0, 1], but is {label_smoothing}.")
     if not 0.0 <= lse_square_scale < math.inf:
         raise ValueError(f"npu_xent: lse_square_scale must be finite and not negative, but is {lse_square_scale}.")
+    classes = input.shape[min(input.dim() - 1, 1)]
+    if input.dtype not in _LOGITS:
+        raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")
+    if weight is not None and weight.shape != (classes,):
+        raise ValueError(
+            f"npu_xent: weight must have one value for each of the {classes} classes, but has {list(weight.shape)}."
+        )
+    if weight is not None and weight.dtype not in (torch.float32, input.dtype):
+        raise TypeError(
+            f"npu_xent: weight must be float32 or of the logits' dtype {input.dtype}, but is {weight.dtype}."
+        )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
+        )
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
     class_dim = min(input.dim() - 1, 1)

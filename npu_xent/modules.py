@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .functional import CrossEntropyOutput, cross_entropy
+from .functional import CrossEntropyOutput, cross_entropy, refuse_deprecated
 
 
 class CrossEntropyLoss(nn.Module):
@@ -37,11 +37,7 @@ class CrossEntropyLoss(nn.Module):
         **deprecated: Any,
     ) -> None:
         super().__init__()
-        if deprecated:
-            raise TypeError(
-                f"npu_xent.CrossEntropyLoss: unexpected argument {', '.join(deprecated)}; what size_average and reduce "
-                'said is said by reduction="mean", "sum" or "none"'
-            )
+        refuse_deprecated("CrossEntropyLoss", deprecated)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
         self.reduction = reduction

@@ -217,6 +217,9 @@ def test_special_values_anywhere_in_a_row(
     loss, grad = loss_and_grad(function, logits, target, reduction="sum")
     assert_near(loss, expected.loss, expected.loss_terms, name="loss")
     assert_near(grad, expected.grad, expected.grad_terms, name="grad")
+    with torch.no_grad():
+        lse = npu_xent.cross_entropy(logits, target, return_lse=True).lse
+    assert_near(lse, expected.lse, 20.0, name="lse")
     assert grad[-1].isfinite().all()
     if value == -INF:
         assert_all(grad[range(rows), COLUMNS].abs(), 0.0)

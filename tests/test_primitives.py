@@ -58,9 +58,9 @@ def problem(
     target = make_target(rows, classes, device, ignore_index=ignore_index)
     weight = make_weight(classes, torch.float32, device) if weighted else None
     ignored = -100 if ignore_index is None else ignore_index
-    stats = named(*("row_stats", logits, target, weight), ignore_index=ignored, logit_scale=logit_scale, need_wsum=True)
+    stats = named("row_stats", logits, target, weight, ignore_index=ignored, logit_scale=logit_scale, need_wsum=True)
     totals = named(
-        *("reduce_rows", target, weight), ignore_index=ignored, num_classes=classes, loss_dtype=stats_dtype(dtype)
+        "reduce_rows", target, weight, ignore_index=ignored, num_classes=classes, loss_dtype=stats_dtype(dtype)
     )
     return {"logits": logits, "target": target, "weight": weight, **stats, "totals": totals["totals"]}
 

@@ -57,10 +57,11 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     saved["logit_scale"] = o.logit_scale;
     saved["grad_scale"] = o.grad_scale;
     saved["inplace"] = inplace;
-    saved["one_sweep"] = one_sweep(logits, o);
+    const bool in_one_sweep = one_sweep(logits, o);
+    saved["one_sweep"] = in_one_sweep;
 
     LossAndStats out;
-    if (one_sweep(logits, o)) {
+    if (in_one_sweep) {
       out.totals = totals_of(logits, target, weight, o);
       Tensor picked, wsum, grad;
       if (inplace) {
@@ -78,6 +79,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       out.log_prob = not_wanted(logits);
       // Not save_for_backward: the backward gives this tensor away, and must hold the only reference to it.
       saved["grad"] = grad;
+      saved["version"] = static_cast<int64_t>(inplace ? grad._version() : 0);
     } else {
       out = loss_by_reading(logits, target, weight, o);
       ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
@@ -86,7 +88,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       out.lse = not_wanted(out.lse);
     }
     variable_list constants{out.lse, out.log_prob};
-    if (!o.differentiable_z_loss) {
+    if (!o.differentiable_z_loss || o.lse_square_scale == 0) {
       constants.push_back(out.z_loss);
     }
     ctx->mark_non_differentiable(constants);
@@ -111,6 +113,11 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
                         : "npu_xent: trying to backward through cross_entropy a second time, after its gradient has "
                           "been handed over; pass retain_graph=True to the first backward.");
     Tensor grad = found->second.toTensor();
+    TORCH_CHECK(
+        !inplace || grad._version() == ctx->saved_data["version"].toInt(),
+        "npu_xent: with consume_logits the logits held their gradient, but they have been written since (version ",
+        grad._version(), ", expected ", ctx->saved_data["version"].toInt(),
+        "); do not change them before the backward, or use consume_logits=False.");
     // keep_graph: a second backward may come, so this one gets a copy.
     const bool copy = torch::autograd::get_current_graph_task_keep_graph() && !inplace;
     if (!copy) {

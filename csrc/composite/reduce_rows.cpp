@@ -1,4 +1,4 @@
-// reduce_rows and scale_ out of aten operations.
+// reduce_rows out of aten operations.
 #include <torch/library.h>
 
 #include "composite/rows.h"
@@ -13,6 +13,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
                                                          int64_t ignore_index, double label_smoothing,
                                                          double lse_square_scale, int64_t num_classes,
                                                          at::ScalarType loss_dtype) {
+  check_loss_dtype(loss_dtype);
   check_reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const auto how = parse_reduction(reduction);
   const auto dtype = lse ? lse->scalar_type() : stats_dtype(loss_dtype);
@@ -53,18 +54,10 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_composite(const Tensor& target, c
   return {(loss + z_loss).to(loss_dtype), z_loss.to(loss_dtype), no_totals};
 }
 
-void scale_composite(const Tensor& self, const Tensor& factor) {
-  check_scale(self, factor);
-  // One multiplication in the statistics dtype, whatever self's.
-  const auto dtype = stats_dtype(self.scalar_type());
-  self.copy_(self.to(dtype) * factor.to(dtype).reshape({}));
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("reduce_rows", reduce_rows_composite);
-  m.impl("scale_", scale_composite);
 }
 
 }  // namespace npu_xent::composite

@@ -38,14 +38,21 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
     z = mean ? z / denominators.select(0, kKeptRows) : z;
     a = a + z * (2 * lse_square_scale) * lse;
   }
-  const auto a_after_low = lse_low ? a * lse_low->neg().exp() : a;
-  auto grad = (scaled(logits, logit_scale) - lse.unsqueeze(1)).exp() * a_after_low.unsqueeze(1);
+  const auto x = scaled(logits, logit_scale);
+  const auto low = lse_low ? *lse_low : at::full({}, 0.0, lse.options());
+  auto grad = (x - lse.unsqueeze(1)).exp() * (a * low.neg().exp()).unsqueeze(1);
+  const auto s = g * per_class;
   if (label_smoothing != 0) {
-    const auto s = (g * per_class).unsqueeze(1);
-    grad = grad - (weight ? s * weight->to(dtype).narrow(0, class_start, n_cols) : s);
+    const auto row = s.unsqueeze(1);
+    grad = grad - (weight ? row * weight->to(dtype).narrow(0, class_start, n_cols) : row);
   }
-  const auto minus_b = at::where(targets.in_shard, -b, 0.0).unsqueeze(1);
-  grad = grad.scatter_add(1, targets.column.unsqueeze(1), minus_b) * grad_scale.value_or(logit_scale);
+  // The target's own column, without the cancellation of a p - b for a confident prediction.
+  const auto column = targets.column.unsqueeze(1);
+  const auto from_lse = x.gather(1, column).squeeze(1) - lse - low;
+  const auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
+  grad =
+      grad.scatter(1, column, at::where(targets.in_shard, at_target, grad.gather(1, column).squeeze(1)).unsqueeze(1)) *
+      grad_scale.value_or(logit_scale);
   const auto undefined = targets.bad.logical_or(lse.isfinite().logical_not());
   return grad.masked_fill(undefined.unsqueeze(1), kNaN)
       .masked_fill(target.eq(ignore_index).unsqueeze(1), 0)
@@ -63,6 +70,7 @@ void row_grad_over_logits_composite(const Tensor& logits, const Tensor& target, 
   logits.copy_(row_grad_composite(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction,
                                   ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale, class_start,
                                   num_classes));
+  logits.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
 }
 
 }  // namespace

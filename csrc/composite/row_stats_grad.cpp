@@ -30,6 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_composite(
       row_stats_grad_composite(logits, target, weight, totals, reduction, ignore_index, label_smoothing,
                                lse_square_scale, logit_scale, grad_scale, read_ignored);
   logits.copy_(grad);
+  logits.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
   return {lse, lse_low, picked, wsum};
 }
 

@@ -1,5 +1,6 @@
 // The primitives out of aten operations, for every device that has no kernels of its own. Same formulas (row_math.h),
-// same results; nothing waits for the device, so a target out of range cannot raise: it makes its row NaN.
+// same results up to rounding; nothing waits for the device, so a target out of range cannot raise: it makes its row
+// NaN.
 #pragma once
 
 #include <ATen/TensorOperators.h>

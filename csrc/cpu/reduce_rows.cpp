@@ -35,6 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_cpu(const Tensor& target, const O
                                                    int64_t ignore_index, double label_smoothing,
                                                    double lse_square_scale, int64_t num_classes,
                                                    at::ScalarType loss_dtype) {
+  check_loss_dtype(loss_dtype);
   check_reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const RowOptions options{parse_reduction(reduction), ignore_index, label_smoothing, lse_square_scale, num_classes};
   const auto exact = target.options().dtype(at::kDouble);

@@ -118,8 +118,11 @@ class Sweep {
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
   // The target's column, or -1 if there is none here: an ignored row, or a class of another shard.
   int64_t target_column(int64_t n) const {
+    if (ignored(n)) {
+      return -1;
+    }
     const int64_t column = r_.target[n] - r_.class_start;
-    return !ignored(n) && column >= 0 && column < r_.n_cols ? column : -1;
+    return column >= 0 && column < r_.n_cols ? column : -1;
   }
   double target_logit(int64_t n) const {
     const int64_t column = target_column(n);

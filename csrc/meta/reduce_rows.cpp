@@ -12,6 +12,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_meta(const Tensor& target, const 
                                                     const OptionalTensor& totals, std::string_view reduction, int64_t,
                                                     double label_smoothing, double lse_square_scale,
                                                     c10::SymInt num_classes, at::ScalarType loss_dtype) {
+  check_loss_dtype(loss_dtype);
   check_reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const auto how = parse_reduction(reduction);
   const auto out = target.options().dtype(loss_dtype);

@@ -94,8 +94,8 @@ Pair<acc> keep_first(const Pair<acc>& v, int64_t n, acc value) {
 }
 
 inline Vec<float> exp(const Vec<float>& x) {
-  // Within 2 ulp for x in [-87, 0], which is all that a softmax asks for; exp_u20(-inf) is 0. exp_u20(NaN) is +inf:
-  // no caller passes a NaN, rows with one are recognised by their maximum.
+  // Within 2 ulp for x in [-87, 0], which is all that a softmax asks for; exp_u20(-inf) is 0. exp_u20(NaN) is +inf: a
+  // row with a NaN is recognised by its maximum, and what is made of it here is not used.
   return x.exp_u20();
 }
 inline Vec<double> exp(const Vec<double>& x) {

@@ -1,5 +1,5 @@
 // The vectorised loops of the CPU implementation: what happens to one chunk of one row of logits.
-// Compiled once per instruction set; the table for this machine is chosen at run time by cpu_capability().
+// Compiled once per instruction set; which table serves this machine is decided at run time.
 // Raw pointers and plain structs only, so that these files port to any host without torch.
 #pragma once
 
