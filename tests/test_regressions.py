@@ -6,10 +6,11 @@ import pickle
 
 import pytest
 import torch
+from reference import make_logits, make_target
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_xent
-from reference import make_logits, make_target
 
 
 def make(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -71,3 +72,16 @@ def test_probabilities_take_the_same_dtypes_and_shapes(device: torch.device) -> 
     for shape in ((3, 0), (0,), (3, 0, 2)):
         with pytest.raises(ValueError, match="at least one class"):
             npu_xent.cross_entropy(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_composite_tells_who_saved_the_logits(
+    reduction: str, device: torch.device, composite: type[TorchDispatchMode]
+) -> None:
+    """tanh saved its output, which the loss overwrites: its own backward must see a new version."""
+    leaf, target = make(device)
+    logits = leaf.detach().requires_grad_().tanh()
+    with composite():
+        loss = npu_xent.cross_entropy(logits, target, reduction=reduction, consume_logits=True).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
