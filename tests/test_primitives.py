@@ -574,7 +574,7 @@ REFUSALS = {
         "row_stats",
         lambda p: {"class_start": 3, "num_classes": 7},
         ValueError,
-        "the shard's classes 3 to 8 must lie within num_classes, which is 7",
+        "the 5 classes of the shard, from class_start 3 on, must lie within num_classes, which is 7",
     ),
     "target of two dimensions": Refusal(
         "row_stats",

@@ -152,6 +152,29 @@ class Sweep {
     }
     return lse;
   }
+  // The statistics of all rows, when threads share out chunks.
+  struct Joined {
+    std::vector<ChunkStats<acc>> chunks;
+    std::vector<Lse> lse;
+  };
+  Joined stats_by_chunks(bool read_ignored, const Stats<scalar_t>& out) const {
+    Joined all{std::vector<ChunkStats<acc>>(r_.n_rows * n_chunks_), std::vector<Lse>(r_.n_rows)};
+    const auto read = [&](int64_t n) { return read_ignored || !ignored(n); };
+    for_each_chunk([&](int64_t n, int64_t c) {
+      if (read(n)) {
+        all.chunks[n * n_chunks_ + c] = chunk_stats(n, c, out.wsum != nullptr, nullptr);
+      }
+    });
+    for (int64_t n = 0; n < r_.n_rows; ++n) {
+      if (read(n)) {
+        all.lse[n] = join(n, out, &all.chunks[n * n_chunks_]);
+      } else {
+        store_unread(n, out);
+      }
+    }
+    return all;
+  }
+
   void store_unread(int64_t n, const Stats<scalar_t>& out) const {
     out.lse[n] = out.lse_low[n] = out.picked[n] = 0;
     if (out.wsum) {
@@ -245,19 +268,7 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
     });
     return;
   }
-  std::vector<ChunkStats<acc>> chunks(rows.n_rows * n_chunks);
-  sweep.for_each_chunk([&](int64_t n, int64_t c) {
-    if (!skipped(n)) {
-      chunks[n * n_chunks + c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
-    }
-  });
-  for (int64_t n = 0; n < rows.n_rows; ++n) {
-    if (skipped(n)) {
-      sweep.store_unread(n, out);
-    } else {
-      sweep.join(n, out, &chunks[n * n_chunks]);
-    }
-  }
+  sweep.stats_by_chunks(read_ignored, out);
   if (log_prob) {
     sweep.for_each_chunk(write_log_prob);
   }
@@ -335,26 +346,13 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
     });
     return;
   }
-  std::vector<ChunkStats<acc>> chunks(rows.n_rows * n_chunks);
-  std::vector<Lse> lse(rows.n_rows);
-  const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
-  sweep.for_each_chunk([&](int64_t n, int64_t c) {
-    if (!skipped(n)) {
-      chunks[n * n_chunks + c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
-    }
-  });
-  for (int64_t n = 0; n < rows.n_rows; ++n) {
-    if (skipped(n)) {
-      sweep.store_unread(n, out);
-    } else {
-      lse[n] = sweep.join(n, out, &chunks[n * n_chunks]);
-    }
-  }
+  const auto joined = sweep.stats_by_chunks(read_ignored, out);
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
     if (sweep.ignored(n)) {
       zero_chunk(n, c);
     } else {
-      grad_chunk(n, c, coefficients(n, lse[n]), lse[n], chunks[n * n_chunks + c].max, nullptr);
+      const Lse row = joined.lse[n];
+      grad_chunk(n, c, coefficients(n, row), row, joined.chunks[n * n_chunks + c].max, nullptr);
     }
   });
 }
