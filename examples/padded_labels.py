@@ -1,0 +1,121 @@
+"""What the cross entropy of padded sequences is, step by step: printed, and drawn into a picture.
+
+A batch of token sequences of unequal length is padded to a rectangle, and its labels are -100 where there is nothing to
+predict. This script takes the loss of such a batch apart: log-probabilities, which rows count, the loss of each token,
+their mean, and at the end the same number from one call.
+
+    python examples/padded_labels.py --out padded_labels.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import npu_xent
+
+IGNORE = -100
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    """Logits [batch, time, classes] and labels [batch, time]; the last token of each sequence is padding."""
+    torch.manual_seed(42)
+    logits = torch.randn(2, 4, 10)
+    labels = torch.tensor([[2, 3, 4, IGNORE], [3, 2, 1, IGNORE]])
+    return logits, labels
+
+
+def explain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Print each step; return log-probabilities [rows, classes] and the loss of each row [rows]."""
+    torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
+    batch, time, classes = logits.shape
+    rows, targets = logits.reshape(-1, classes), labels.reshape(-1)
+    print(f"1. Flatten: logits [{batch}, {time}, {classes}] become {list(rows.shape)}: one row a token.")
+    print(f"   labels: {targets.tolist()}")
+
+    log_prob = npu_xent.npu_cross_entropy_loss(rows, targets)[1]
+    print("2. log_softmax of each row, so that the exponentials of a row add up to 1:")
+    print(log_prob)
+
+    kept = targets != IGNORE
+    print(
+        f"3. Rows that count (label is not {IGNORE}): {kept.nonzero().flatten().tolist()}, {int(kept.sum())} of them."
+    )
+
+    losses = npu_xent.cross_entropy(rows, targets, reduction="none")
+    print("4. The loss of a row is minus its log-probability at the label; 0 where the label is padding:")
+    for row, (target, loss) in enumerate(zip(targets.tolist(), losses.tolist(), strict=True)):
+        picked = "padding" if target == IGNORE else f"-log_prob[{row}, {target}]"
+        print(f"   row {row}: {loss:.4f}   {picked}")
+
+    loss = npu_xent.cross_entropy(rows, targets)
+    count = int(kept.sum())
+    print(f"5. The mean is over the {count} rows that count: {losses.sum():.4f} / {count} = {losses.sum() / count:.4f}")
+    print(f"   npu_xent.cross_entropy(logits.view(-1, {classes}), labels.view(-1)) = {loss:.4f}")
+    print(f"   (A mean over all {len(targets)} rows would be {losses.mean():.4f}: padding would flatter the model.)")
+    return log_prob, losses
+
+
+def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
+    """The log-probabilities as a heat map with the labels marked, and the loss of each row beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    targets = labels.flatten().tolist()
+    kept = [target != IGNORE for target in targets]
+    rows, classes = log_prob.shape
+    figure, (left, right) = pyplot.subplots(
+        1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
+    )
+    image = left.imshow(log_prob, cmap="viridis", aspect="auto")
+    figure.colorbar(image, ax=left, label="log-probability")
+    for row, target in enumerate(targets):
+        for column in range(classes):
+            value = float(log_prob[row, column])
+            color = "black" if value > -2 else "white"
+            left.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+        if kept[row]:
+            left.add_patch(
+                pyplot.Rectangle((target - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5)
+            )
+    names = [f"{row}: {'padding' if target == IGNORE else f'label {target}'}" for row, target in enumerate(targets)]
+    left.set(xlabel="class", title="log_softmax; red: the label's class", xticks=range(classes))
+    left.set_yticks(range(rows), names)
+
+    mean = float(losses.sum() / sum(kept))
+    right.barh(range(rows), losses.tolist(), color=["tab:red" if keep else "lightgray" for keep in kept])
+    for row, keep in enumerate(kept):
+        value = float(losses[row])
+        right.text(
+            value + 0.05,
+            row,
+            f"{value:.2f}" if keep else "does not count",
+            va="center",
+            fontsize=9,
+            backgroundcolor="white",
+        )
+    right.axvline(mean, color="black", linestyle="--", zorder=0)
+    right.set(xlabel="loss: minus the log-probability at the label", xlim=(0, float(losses.max()) * 1.25))
+    right.set_title(f"dashed: the mean, {mean:.4f}")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    print(f"Drawn into {path}")
+
+
+def main() -> None:
+    """Explain, then draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("padded_labels.png"), help="the picture to write")
+    arguments = parser.parse_args()
+    logits, labels = make_batch()
+    log_prob, losses = explain(logits, labels)
+    draw(arguments.out, log_prob, losses, labels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""nnsight's cross_entropy_loss: a mean of row means over a batch of token sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+def cross_entropy_loss(
+    logits: Tensor,
+    target_ids: Tensor,
+    shift: bool = False,
+    avg_batch: bool = True,
+    avg_token: bool = True,
+) -> Tensor:
+    """Cross entropy of each sequence of a batch, as nnsight computes it.
+
+    Args:
+        logits: [B, T, C], or [T, C] for a batch of one; float32, bfloat16, float16 or float64.
+        target_ids: [B, T], or [T] for a batch of one; classes in [0, C) or -100 for tokens that take no part. Converted
+            to int64.
+        shift: score the logits of each token against the next token: the last logits and the first target fall away.
+        avg_batch: mean over the sequences.
+        avg_token: mean over the tokens that take part, for each sequence by itself.
+
+    Returns:
+        On the CPU, in the dtype of logits: [] with both means, [T] without avg_token, [B] without avg_batch, [B, T]
+        without either; T is one less with shift. With both means it is a mean of row means, not a mean over tokens. A
+        sequence without a token that takes part is NaN.
+
+    Raises:
+        AssertionError: ranks, batch or length of logits and target_ids differ.
+        IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
+
+    Differs from the original on purpose: it computes where the logits are, and hands only the result over to the CPU
+    (the original moves the logits there first); it shifts the targets instead of copying the logits; means are taken in
+    float32 and rounded once.
+    """
+    if logits.dim() == 2:
+        logits = logits.unsqueeze(0)
+    if target_ids.dim() == 1:
+        target_ids = target_ids.unsqueeze(0)
+    if logits.dim() != 3 or logits.shape[:2] != target_ids.shape:
+        raise AssertionError(
+            "nnsight.cross_entropy_loss: logits must have shape [B, T, C] and target_ids [B, T], but they have "
+            f"{list(logits.shape)} and {list(target_ids.shape)}"
+        )
+    batch, length, classes = logits.shape
+    target = target_ids.to(logits.device, torch.int64)
+    if shift:
+        nothing = target.new_full((batch, 1), IGNORE_INDEX)
+        target = torch.cat([target[:, 1:], nothing], dim=1)
+    loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
+        logits.reshape(-1, classes),
+        target.reshape(-1),
+        reduction="none",
+        ignore_index=IGNORE_INDEX,
+        loss_dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32,
+    )
+    loss = loss.view(batch, length)
+    if avg_token:
+        loss = loss.sum(1) / target.ne(IGNORE_INDEX).sum(1)
+    elif shift:
+        loss = loss[:, : max(length - 1, 0)]
+    if avg_batch:
+        loss = loss.mean(0)
+    return loss.to(logits.dtype).cpu()

@@ -1,0 +1,146 @@
+"""unit_scaling's cross_entropy: the loss as usual, and a gradient of unit scale."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy as torch_cross_entropy
+
+
+class _ScaleForward(torch.autograd.Function):
+    """x * factor, whose gradient is that of x alone: unit scaling's forward factors do not reach the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class _ScaleBackward(torch.autograd.Function):
+    """x itself, whose gradient is multiplied by factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    mult: float = 1.0,
+) -> Tensor:
+    """Cross entropy of mult * input with a unit-scaled gradient, as unit_scaling.functional.cross_entropy computes it.
+
+    Args:
+        input: logits, [N, V], or [V] for one row; float32, bfloat16, float16 or float64.
+        target: classes in [0, V) or ignore_index, [N] or []; or class probabilities in the shape of input.
+        weight, size_average, reduce, label_smoothing: must keep their defaults.
+        ignore_index: rows with this target take no part, but N counts them.
+        reduction: "mean" divides by N, ignored rows included; "sum" does not.
+        mult: the inverse temperature; it does not scale the gradient.
+
+    Returns:
+        The loss, [], in the dtype of input. Its gradient, for "mean" and "sum" alike and in the dtype of input, is
+        V / sqrt(V - 1) * (softmax(mult * input) - one_hot(target)) * upstream, which has a standard deviation of about
+        1 at initialisation (unit scaling, https://arxiv.org/abs/2303.11257).
+
+    Raises:
+        ValueError: weight, size_average, reduce or label_smoothing is not at its default.
+        AssertionError: a rank other than 1 or 2, or a reduction other than "mean" and "sum" ("none" and inputs of more
+            dimensions, which the original's page lists, are refused there too).
+        ZeroDivisionError: V = 1, or "mean" over N = 0 rows.
+        IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
+
+    Differs from the original on purpose: statistics in float32 whatever the dtype, and the scaled gradient comes out of
+    the sweep over the logits instead of a multiplication of its own.
+    """
+    for name, value, default in (
+        ("weight", weight, None),
+        ("size_average", size_average, None),
+        ("reduce", reduce, None),
+        ("label_smoothing", label_smoothing, 0.0),
+    ):
+        if value is not default and value != default:
+            raise ValueError(
+                f"unit_scaling.cross_entropy: {name} is not supported and must keep its default {default}, but is "
+                f"{value!r}; use npu_xent.cross_entropy for it"
+            )
+    if reduction not in ("mean", "sum"):
+        raise AssertionError(f'unit_scaling.cross_entropy: reduction must be "mean" or "sum", but is {reduction!r}')
+    if input.dim() not in (1, 2):
+        raise AssertionError(
+            f"unit_scaling.cross_entropy: input must have shape [N, V] or [V], but has shape {list(input.shape)}"
+        )
+    rows, classes = (1, input.shape[0]) if input.dim() == 1 else input.shape
+    grad_scale = classes / math.sqrt(classes - 1)
+    loss_scale = 1.0 / rows if reduction == "mean" else 1.0
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if target.is_floating_point():
+        # Class probabilities are not fused: torch's own, between two scalings that keep mult out of the gradient.
+        scaled = _ScaleForward.apply(_ScaleBackward.apply(input.to(dtype), grad_scale), mult)
+        loss = torch_cross_entropy(scaled, target.to(dtype), ignore_index=ignore_index, reduction="sum")
+    else:
+        loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
+            input.reshape(rows, classes),
+            target.reshape(-1).to(torch.int64),
+            reduction="sum",
+            ignore_index=ignore_index,
+            logit_scale=mult,
+            grad_scale=grad_scale,
+            loss_dtype=dtype,
+        )
+    return _ScaleForward.apply(loss, loss_scale).to(input.dtype)
+
+
+class CrossEntropyLoss(nn.Module):
+    """`cross_entropy` as a module, in the place of unit_scaling.CrossEntropyLoss: `mult` comes first."""
+
+    def __init__(
+        self,
+        mult: float = 1.0,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.mult = mult
+        self.size_average = size_average
+        self.ignore_index = ignore_index
+        self.reduce = reduce
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of `input` against `target`; arguments, results and errors are those of `cross_entropy`."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            self.size_average,
+            self.ignore_index,
+            self.reduce,
+            self.reduction,
+            self.label_smoothing,
+            self.mult,
+        )

@@ -1,0 +1,193 @@
+"""The loss inside what PyTorch builds around functions: compilers, export, vmap, checkpoints, autocast."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from reference import make_logits, make_target
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import npu_xent
+from npu_xent.compat import mindformers, nnsight, unit_scaling
+
+pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mean": npu_xent.cross_entropy,
+    "none": lambda x, y: npu_xent.cross_entropy(x, y, reduction="none").sum(),
+    "z-loss": lambda x, y: npu_xent.cross_entropy(x, y, lse_square_scale=0.1, return_lse=True).loss,
+    "consumed": lambda x, y: npu_xent.cross_entropy(x * 1.0, y, consume_logits=True),
+    "K-dim": lambda x, y: npu_xent.cross_entropy(x.t().unsqueeze(0), y.unsqueeze(0), label_smoothing=0.1),
+    "probabilities": lambda x, y: npu_xent.cross_entropy(x, F.one_hot(y.clamp(min=0), x.shape[1]).to(x.dtype)),
+    "contract": lambda x, y: npu_xent.npu_cross_entropy_loss(x, y)[0].sum(),
+    "nnsight": lambda x, y: nnsight.cross_entropy_loss(x, y, shift=True),
+    "unit_scaling": lambda x, y: unit_scaling.cross_entropy(x, y, mult=0.5),
+    "mindformers": lambda x, y: mindformers.CrossEntropyLoss()(x, y.clamp(min=0), (y >= 0).float()).sum(),
+}
+
+
+def loss_and_grad(function: Callable[..., Tensor], logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a fresh leaf."""
+    leaf = logits.clone().requires_grad_()
+    loss = function(leaf, target)
+    (3 * loss).backward()
+    return loss.detach(), leaf.grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiles_in_one_graph(name: str, backend: str, device: torch.device) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(LOSSES[name], fullgraph=True, backend=backend, dynamic=True)
+    for rows in (5, 9):
+        logits = make_logits(rows, 13, torch.float32, device)
+        target = make_target(rows, 13, device)
+        for actual, expected in zip(
+            loss_and_grad(compiled, logits, target), loss_and_grad(LOSSES[name], logits, target), strict=True
+        ):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+class Exported(nn.Module):
+    """The loss as a module, for torch.export."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return npu_xent.cross_entropy(logits, target, label_smoothing=0.1)
+
+
+def test_export_saved_and_loaded(device: torch.device) -> None:
+    rows = torch.export.Dim("rows", min=2, max=1024)
+    example = (make_logits(6, 13, torch.float32, device), make_target(6, 13, device))
+    exported = torch.export.export(Exported(), example, dynamic_shapes=({0: rows}, {0: rows}))
+    file = io.BytesIO()
+    torch.export.save(exported, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for n in (6, 11):
+        logits, target = make_logits(n, 13, torch.float32, device), make_target(n, 13, device)
+        assert torch.equal(loaded(logits, target), Exported()(logits, target))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_vmap(reduction: str, device: torch.device) -> None:
+    logits = make_logits(12, 13, torch.float32, device).view(3, 4, 13)
+    target = make_target(12, 13, device).view(3, 4)
+    actual = torch.vmap(lambda x, y: npu_xent.cross_entropy(x, y, reduction=reduction))(logits, target)
+    expected = [npu_xent.cross_entropy(x, y, reduction=reduction) for x, y in zip(logits, target, strict=True)]
+    torch.testing.assert_close(actual, torch.stack(expected))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["mean", "none", "consumed", "contract", "unit_scaling"])
+def test_activation_checkpointing(name: str, use_reentrant: bool, device: torch.device) -> None:
+    logits, target = make_logits(6, 13, torch.float32, device), make_target(6, 13, device)
+
+    def checkpointed(x: Tensor, y: Tensor) -> Tensor:
+        return checkpoint(lambda a: LOSSES[name](a * 2, y), x, use_reentrant=use_reentrant)
+
+    def plain(x: Tensor, y: Tensor) -> Tensor:
+        return LOSSES[name](x * 2, y)
+
+    if use_reentrant and name == "consumed":
+        with pytest.raises(ValueError, match="these logits need no gradient"):  # its first forward runs without one
+            checkpointed(logits.requires_grad_(), target)
+        return
+    results = loss_and_grad(checkpointed, logits, target), loss_and_grad(plain, logits, target)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_trains(name: str, device: torch.device) -> None:
+    """The layer before the loss is bfloat16 there; the loss is float32, but where a contract keeps the dtype."""
+    layer = nn.Linear(7, 13, device=device)
+    inputs, target = make_logits(6, 7, torch.float32, device), make_target(6, 13, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = LOSSES[name](layer(inputs), target)
+    loss.backward()
+    keeps = name in ("contract", "nnsight", "unit_scaling", "consumed")
+    assert loss.dtype == (torch.bfloat16 if keeps and name != "consumed" else torch.float32)
+    assert layer.weight.grad.isfinite().all()
+
+
+def test_deterministic_algorithms_are_accepted(device: torch.device) -> None:
+    logits, target = make_logits(6, 13, torch.float32, device), make_target(6, 13, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for name in ("mean", "none", "contract"):
+            loss_and_grad(LOSSES[name], logits, target)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# Programs that call F.cross_entropy, unchanged ------------------------------------------------------------------------
+
+
+def classifier(generator: torch.Generator) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    """Images to classes, as torchvision's reference scripts do: nn.CrossEntropyLoss with label smoothing."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    criterion, labels = nn.CrossEntropyLoss(label_smoothing=0.1), torch.randint(10, (16,), generator=generator)
+    return model, torch.randn(16, 3, 8, 8, generator=generator), lambda logits: criterion(logits, labels)
+
+
+def tagger(generator: torch.Generator) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    """Tokens to tags, [N, C, T] logits, padding ignored, classes weighted."""
+    model = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 5))
+    tags, weight = torch.randint(5, (4, 9), generator=generator), torch.rand(5, generator=generator) + 0.5
+    tags[:, 7:] = -1
+
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.transpose(1, 2), tags, weight=weight, ignore_index=-1)
+
+    return model, torch.randn(4, 9, 6, generator=generator), loss
+
+
+def student(generator: torch.Generator) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    """Distillation: the teacher's probabilities, softened, beside the labels."""
+    inputs, teacher = torch.randn(12, 6, generator=generator), torch.randn(12, 8, generator=generator)
+    labels = teacher.argmax(1)
+
+    def loss(logits: Tensor) -> Tensor:
+        soft = F.cross_entropy(logits / 2, (teacher / 2).softmax(1)) * 4
+        return 0.5 * soft + 0.5 * F.cross_entropy(logits, labels)
+
+    return nn.Linear(6, 8), inputs, loss
+
+
+def segmenter(generator: torch.Generator) -> tuple[nn.Module, Tensor, Callable[[Tensor], Tensor]]:
+    """Pixels to classes: [N, C, H, W] logits, 255 ignored."""
+    masks = torch.randint(4, (2, 5, 6), generator=generator)
+    masks[:, 0] = 255
+
+    def loss(logits: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, masks, ignore_index=255, reduction="none").mean()
+
+    return nn.Conv2d(3, 4, 1), torch.randn(2, 3, 5, 6, generator=generator), loss
+
+
+@pytest.mark.parametrize("program", [classifier, tagger, student, segmenter], ids=lambda f: f.__name__)
+def test_programs_run_unchanged(program: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five steps of SGD on F.cross_entropy, and the same with ours in its place: the same losses."""
+    histories = []
+    for patched in (False, True):
+        with monkeypatch.context() as patch:
+            if patched:
+                patch.setattr(torch.nn.functional, "cross_entropy", npu_xent.cross_entropy)
+            torch.manual_seed(0)
+            model, inputs, loss_of = program(torch.Generator().manual_seed(1))
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            losses = []
+            for _ in range(5):
+                loss = loss_of(model(inputs))
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            histories.append(losses)
+    assert histories[0][0] != histories[0][-1]
+    assert histories[1] == pytest.approx(histories[0], rel=1e-5)
