@@ -68,7 +68,7 @@ $(TORCH_STAMP): $(VENV)/.created
 	@touch $@
 
 $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
-	@echo "== Building the extension (about two minutes the first time)"
+	@echo "== Building the extension (two to three minutes the first time)"
 	@$(PIP) install --no-build-isolation --no-deps --editable . || \
 	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
 	@touch $@

@@ -92,6 +92,7 @@ def cross_entropy(
             forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
     refuse_deprecated("cross_entropy", deprecated)
+    _check_types("cross_entropy", input, target, weight, reduction)
     _check_shapes(input, target)
     if target.is_floating_point() or _transformed():
         if consume_logits:
@@ -172,6 +173,7 @@ def npu_cross_entropy_loss(
         ConstraintError: (strict) a documented constraint is broken. It is a ValueError.
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
+    _check_types("npu_cross_entropy_loss", input, target, weight, reduction)
     if strict:
         check_documented_constraints(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
@@ -193,6 +195,17 @@ def npu_cross_entropy_loss(
         loss = loss.view(1)
     z_loss = _z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
     return loss, log_prob, z_loss, lse.to(input.dtype)
+
+
+def _check_types(name: str, input: Any, target: Any, weight: Any, reduction: Any) -> None:
+    """Raise TypeError for what is no tensor, or no name of a reduction: the operator would say it in C++ terms."""
+    for argument, value in (("input", input), ("target", target), ("weight", weight)):
+        if not isinstance(value, Tensor) and not (argument == "weight" and value is None):
+            raise TypeError(f"npu_xent.{name}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
+    if not isinstance(reduction, str):
+        raise TypeError(
+            f'npu_xent.{name}: reduction must be "mean", "sum" or "none", but is a {type(reduction).__name__}'
+        )
 
 
 def refuse_deprecated(name: str, arguments: dict[str, Any]) -> None:
@@ -242,9 +255,16 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
             return  # the operator says it, row by row
         expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
     if input.dim() == 0 or target.shape != expected:
+        hint = ""
+        if target.is_floating_point():
+            hint = f"; class indices are integers, and this target is {target.dtype}"
+        elif input.dim() > 2 and target.shape == input.shape[:-1]:
+            hint = (
+                "; classes are dimension 1, so for classes last, flatten both: input.flatten(0, -2), target.flatten()"
+            )
         raise ValueError(
             "npu_xent.cross_entropy: target must have the shape of input without its classes (class indices), or the "
-            f"shape of input (probabilities), but input has {list(input.shape)} and target {list(target.shape)}"
+            f"shape of input (probabilities), but input has {list(input.shape)} and target {list(target.shape)}{hint}"
         )
 
 

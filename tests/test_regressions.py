@@ -85,3 +85,18 @@ def test_the_composite_tells_who_saved_the_logits(
         loss = npu_xent.cross_entropy(logits, target, reduction=reduction, consume_logits=True).sum()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_what_is_no_tensor_is_named(device: torch.device) -> None:
+    logits, target = torch.zeros(3, 4, device=device), torch.zeros(3, dtype=torch.long, device=device)
+    for function in (npu_xent.cross_entropy, npu_xent.npu_cross_entropy_loss):
+        for wrong in ({"input": [[0.0]]}, {"target": [0, 1, 2]}, {"weight": [1.0] * 4}, {"reduction": None}):
+            with pytest.raises(TypeError, match=rf"{function.__name__}: {next(iter(wrong))} must be"):
+                function(**{"input": logits, "target": target} | wrong)
+
+
+def test_shapes_that_are_often_meant_get_a_hint(device: torch.device) -> None:
+    with pytest.raises(ValueError, match=r"class indices are integers, and this target is torch\.float32"):
+        npu_xent.cross_entropy(torch.zeros(4, 7, device=device), torch.zeros(4, device=device))
+    with pytest.raises(ValueError, match=r"input\.flatten\(0, -2\), target\.flatten\(\)"):
+        npu_xent.cross_entropy(torch.zeros(2, 5, 7, device=device), torch.zeros(2, 5, device=device).long())
