@@ -18,6 +18,7 @@ from torch import Tensor
 import npu_xent
 
 IGNORE = -100
+BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps a number legible on a line
 
 
 def make_batch() -> tuple[Tensor, Tensor]:
