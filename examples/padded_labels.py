@@ -98,7 +98,7 @@ def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
             f"{value:.2f}" if keep else "does not count",
             va="center",
             fontsize=9,
-            backgroundcolor="white",
+            bbox=BOX,
         )
     right.axvline(mean, color="black", linestyle="--", zorder=0)
     right.set(xlabel="loss: minus the log-probability at the label", xlim=(0, float(losses.max()) * 1.25))
