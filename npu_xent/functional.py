@@ -53,7 +53,8 @@ def cross_entropy(
 
     Args:
         input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
-            strided; classes that are not adjacent in memory ([N, C, d1, ...] as a rule) cost one copy.
+            strided; one copy is made where the classes are not adjacent in memory ([N, C, d1, ...] as a rule), or the
+            other dimensions together have no single stride.
         target: classes in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Those are differentiable too,
             and computed by torch operations, not fused.
@@ -116,7 +117,7 @@ def cross_entropy(
     op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
     loss, z_loss, lse, _ = op.default(
         input,
-        _index_target(target),
+        index_target(target),
         weight,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -180,7 +181,7 @@ def npu_cross_entropy_loss(
         )
     loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
         input,
-        _index_target(target),
+        index_target(target),
         weight,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -209,15 +210,18 @@ def _check_types(name: str, input: Any, target: Any, weight: Any, reduction: Any
 
 
 def refuse_deprecated(name: str, arguments: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that are not there, with a word on those that torch has deprecated."""
-    for argument in arguments:
+    """Raise TypeError for arguments that are not there; those that torch has deprecated may be None."""
+    for argument, value in arguments.items():
         hint = ""
+        if argument in ("size_average", "reduce") and value is None:
+            continue
         if argument in ("size_average", "reduce"):
             hint = '; say it with reduction="mean", "sum" or "none"'
         raise TypeError(f"npu_xent.{name}: unexpected argument {argument!r}{hint}")
 
 
-def _index_target(target: Tensor) -> Tensor:
+def index_target(target: Tensor) -> Tensor:
+    """Any integer dtype as int64, which the operators take; others as they are, for the operators to refuse."""
     if target.dtype == torch.uint64:  # what does not fit in int64 is no class, and must not wrap round to ignore_index
         target = target.view(torch.int64)
         return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
@@ -230,7 +234,7 @@ def _z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-    """[C] or [N, C, d1, ...] as rows [M, C], and its target as [M]; no copy when the classes are adjacent in memory."""
+    """[C] or [N, C, d1, ...] as rows [M, C], and its target as [M]; a view where the strides allow it."""
     if input.dim() == 2:
         return input, target
     if input.dim() == 1:
@@ -251,7 +255,7 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
         raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape
     if not target.is_floating_point():
-        if input.dim() == 2:
+        if input.dim() == 2 and not _transformed():
             return  # the operator says it, row by row
         expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
     if input.dim() == 0 or target.shape != expected:
@@ -312,7 +316,9 @@ def _by_torch_operations(
         target = target.to(dtype)
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
     else:
-        target = _index_target(target)
+        target = index_target(target)
+        if target.dtype != torch.int64:
+            raise TypeError(f"npu_xent: target must be int64 or another integer dtype, but is {target.dtype}.")
         kept = target != ignore_index
         logits = logits.masked_fill(kept.logical_not().unsqueeze(class_dim), 0.0)  # 0 * NaN would be NaN
     loss = torch_cross_entropy(

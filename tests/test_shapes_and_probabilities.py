@@ -296,16 +296,13 @@ TRANSFORMS = {
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_of_torch_func(transform: str, reduction: str, device: torch.device) -> None:
-    """Right, or refused; never a silent zero."""
+    """Served by torch operations, so right whatever the order of the derivative."""
     logits, target = make_logits(4, 5, torch.float32, device), make_target(4, 5, device, ignore_index=-100)
     weight = make_weight(5, torch.float32, device)
     options = {"reduction": reduction, "label_smoothing": 0.1}
     apply = TRANSFORMS[transform]
     expected = apply(lambda x: F.cross_entropy(x, target, weight, **options), logits)
-    try:
-        actual = apply(lambda x: npu_xent.cross_entropy(x, target, weight, **options), logits)
-    except (RuntimeError, NotImplementedError):
-        return
+    actual = apply(lambda x: npu_xent.cross_entropy(x, target, weight, **options), logits)
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 

@@ -35,11 +35,12 @@ class CrossEntropyLoss(nn.Module):
         NotImplementedError: model_parallel above 1.
         TypeError: label is neither int32 nor int64, or logits have another dtype.
         ValueError: logits are not [N, C], or label or input_mask have not one value for each row.
-        RuntimeError: N = 0.
+        RuntimeError: N = 0, or input_mask requires a gradient.
         IndexError: a label outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 
     Differs from the original on purpose: a label out of range under a mask raises instead of counting as 0; a bool mask
-    counts its rows; NaN in a masked row does no harm; a mask of length 1 is not broadcast.
+    counts its rows; NaN in a masked row does no harm; a mask of length 1 is not broadcast; float64 logits give a
+    float64 loss. No part in the transforms of torch.func.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class CrossEntropyLoss(nn.Module):
                 )
         if rows == 0:
             raise RuntimeError("mindformers.CrossEntropyLoss: logits have no rows, so there is nothing to average")
+        if input_mask.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "mindformers.CrossEntropyLoss: input_mask requires a gradient, which is not computed; pass "
+                "input_mask.detach()"
+            )
         dtype = torch.float64 if torch.float64 in (logits.dtype, input_mask.dtype) else torch.float32
         mask = input_mask.reshape(-1).to(dtype)
         # A row of weight 0 is an ignored row: its logits are not read, its label not looked at.

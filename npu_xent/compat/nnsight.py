@@ -26,9 +26,9 @@ def cross_entropy_loss(
         avg_token: mean over the tokens that take part, for each sequence by itself.
 
     Returns:
-        On the CPU, in the dtype of logits: [] with both means, [T] without avg_token, [B] without avg_batch, [B, T]
-        without either; T is one less with shift. With both means it is a mean of row means, not a mean over tokens. A
-        sequence without a token that takes part is NaN.
+        On the CPU, in the dtype of logits (float32 under autocast): [] with both means, [T] without avg_token, [B]
+        without avg_batch, [B, T] without either; T is one less with shift. With both means it is a mean of row means,
+        not a mean over tokens. A sequence without a token that takes part is NaN.
 
     Raises:
         AssertionError: ranks, batch or length of logits and target_ids differ.
@@ -36,7 +36,8 @@ def cross_entropy_loss(
 
     Differs from the original on purpose: it computes where the logits are, and hands only the result over to the CPU
     (the original moves the logits there first); it shifts the targets instead of copying the logits; means are taken in
-    float32 and rounded once.
+    float32 and rounded once; a batch of none is NaN or empty instead of an error. No part in the transforms of
+    torch.func. (Prefer shift=True to slicing the logits: a slice of a batch costs a copy.)
     """
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
@@ -49,7 +50,7 @@ def cross_entropy_loss(
         )
     batch, length, classes = logits.shape
     target = target_ids.to(logits.device, torch.int64)
-    if shift:
+    if shift and length:
         nothing = target.new_full((batch, 1), IGNORE_INDEX)
         target = torch.cat([target[:, 1:], nothing], dim=1)
     loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
@@ -66,4 +67,6 @@ def cross_entropy_loss(
         loss = loss[:, : max(length - 1, 0)]
     if avg_batch:
         loss = loss.mean(0)
-    return loss.to(logits.dtype).cpu()
+    if not torch.is_autocast_enabled(logits.device.type):
+        loss = loss.to(logits.dtype)
+    return loss.cpu()

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
+from ..functional import index_target
+
 
 class _ScaleForward(torch.autograd.Function):
     """x * factor, whose gradient is that of x alone: unit scaling's forward factors do not reach the gradient."""
@@ -57,9 +59,9 @@ def cross_entropy(
         mult: the inverse temperature; it does not scale the gradient.
 
     Returns:
-        The loss, [], in the dtype of input. Its gradient, for "mean" and "sum" alike and in the dtype of input, is
-        V / sqrt(V - 1) * (softmax(mult * input) - one_hot(target)) * upstream, which has a standard deviation of about
-        1 at initialisation (unit scaling, https://arxiv.org/abs/2303.11257).
+        The loss, [], in the dtype of input (float32 under autocast). Its gradient, for "mean" and "sum" alike and in
+        the dtype of input, is V / sqrt(V - 1) * (softmax(mult * input) - one_hot(target)) * upstream, with a standard
+        deviation of about 1 at initialisation (unit scaling, https://arxiv.org/abs/2303.11257).
 
     Raises:
         ValueError: weight, size_average, reduce or label_smoothing is not at its default.
@@ -68,8 +70,9 @@ def cross_entropy(
         ZeroDivisionError: V = 1, or "mean" over N = 0 rows.
         IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
-    Differs from the original on purpose: statistics in float32 whatever the dtype, and the scaled gradient comes out of
-    the sweep over the logits instead of a multiplication of its own.
+    Differs from the original on purpose: statistics in float32 whatever the dtype; with class indices the scaled
+    gradient comes out of the sweep over the logits instead of a multiplication of its own; every integer dtype is a
+    target. Like the original, it takes no part in the transforms of torch.func.
     """
     for name, value, default in (
         ("weight", weight, None),
@@ -94,19 +97,22 @@ def cross_entropy(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if target.is_floating_point():
         # Class probabilities are not fused: torch's own, between two scalings that keep mult out of the gradient.
-        scaled = _ScaleForward.apply(_ScaleBackward.apply(input.to(dtype), grad_scale), mult)
+        scaled = _ScaleBackward.apply(input.to(dtype), grad_scale)
+        scaled = scaled if mult == 1.0 else _ScaleForward.apply(scaled, mult)
         loss = torch_cross_entropy(scaled, target.to(dtype), ignore_index=ignore_index, reduction="sum")
     else:
+        target = index_target(target)
         loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
             input.reshape(rows, classes),
-            target.reshape(-1).to(torch.int64),
+            target.reshape(1) if input.dim() == 1 and target.numel() == 1 else target,
             reduction="sum",
             ignore_index=ignore_index,
             logit_scale=mult,
             grad_scale=grad_scale,
             loss_dtype=dtype,
         )
-    return _ScaleForward.apply(loss, loss_scale).to(input.dtype)
+    loss = _ScaleForward.apply(loss, loss_scale)
+    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
 class CrossEntropyLoss(nn.Module):
