@@ -3,6 +3,7 @@
     npu_xent.cross_entropy              in the place of torch.nn.functional.cross_entropy
     npu_xent.CrossEntropyLoss           in the place of torch.nn.CrossEntropyLoss
     npu_xent.npu_cross_entropy_loss     in the place of torch_npu.npu_cross_entropy_loss
+    npu_xent.compat                     in the place of the losses of nnsight, unit_scaling and mindformers
 
 Importing this package never imports torch_npu.
 """
@@ -13,6 +14,7 @@ from . import _loading
 
 _loading.load_operators()
 
+from . import compat  # noqa: E402
 from ._build import VERSION  # noqa: E402
 from ._constraints import ConstraintError  # noqa: E402
 from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
@@ -24,6 +26,7 @@ __all__ = [
     "ConstraintError",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "compat",
     "cross_entropy",
     "npu_cross_entropy_loss",
 ]

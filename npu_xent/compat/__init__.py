@@ -7,3 +7,7 @@ npu_xent.compat.mindformers.CrossEntropyLoss        in the place of mindformers'
 
 None of them needs the package it stands in for. Each says where it differs on purpose.
 """
+
+from . import mindformers, nnsight, unit_scaling
+
+__all__ = ["mindformers", "nnsight", "unit_scaling"]

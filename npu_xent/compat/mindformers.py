@@ -38,9 +38,9 @@ class CrossEntropyLoss(nn.Module):
         RuntimeError: N = 0, or input_mask requires a gradient.
         IndexError: a label outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 
-    Differs from the original on purpose: a label out of range under a mask raises instead of counting as 0; a bool mask
-    counts its rows; NaN in a masked row does no harm; a mask of length 1 is not broadcast; float64 logits give a
-    float64 loss. No part in the transforms of torch.func.
+    Differs from the original on purpose: a label out of range where input_mask is not 0 raises instead of counting as
+    0; a bool mask counts its rows; NaN in a masked row does no harm; a mask of length 1 is not broadcast; float64
+    logits give a float64 loss. No part in the transforms of torch.func.
     """
 
     def __init__(
@@ -89,6 +89,14 @@ class CrossEntropyLoss(nn.Module):
         # A row of weight 0 is an ignored row: its logits are not read, its label not looked at.
         target = label.reshape(-1).to(torch.int64)
         masked = mask == 0
+        if target.device.type == "cpu" and not torch.compiler.is_compiling():
+            bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
+            if bad.any():
+                row = int(bad.nonzero()[0])
+                raise IndexError(
+                    f"mindformers.CrossEntropyLoss: label[{row}] is {int(target[row])}, which is not a class in "
+                    f"[0, {logits.shape[1]}); set input_mask to 0 where there is nothing to predict"
+                )
         # An ignored row must not be confused with a label that happens to be IGNORE_INDEX under the mask: that one is
         # moved to another value that is no class either, so that it is refused like any label out of range.
         target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
