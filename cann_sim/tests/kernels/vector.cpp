@@ -1,0 +1,124 @@
+// Vector instructions against the rules for masks, repeats, strides, alignment and rounding modes. `n` is what the case
+// is about: one value is refused, another passes.
+#include "scratch.h"
+
+#define KERNEL(name) extern "C" __global__ __aicore__ void name(GM_ADDR x, GM_ADDR y, int32_t n)
+
+constexpr uint64_t kFull = 64;  // floats in one repeat
+
+KERNEL(mask_of_float) {
+  Scratch s(x, y);
+  s.Fill();
+  Adds(s.b, s.a, 1.0f, static_cast<uint64_t>(n), 2, UnaryRepeatParams{1, 1, 8, 8});  // HERE
+}
+
+KERNEL(mask_of_half) {
+  Scratch s(x, y);
+  LocalTensor<half> a = s.buffer_a.Get<half>();
+  Duplicate(a, static_cast<half>(1.0f), static_cast<uint64_t>(n), 2, 1, 8);  // HERE
+}
+
+KERNEL(mask_bits_of_float) {
+  Scratch s(x, y);
+  s.Fill();
+  uint64_t mask[2] = {~0ULL, static_cast<uint64_t>(n)};
+  Adds(s.b, s.a, 1.0f, mask, 2, UnaryRepeatParams{1, 1, 8, 8});  // HERE
+}
+
+KERNEL(mask_bits_empty) {
+  Scratch s(x, y);
+  s.Fill();
+  uint64_t mask[2] = {static_cast<uint64_t>(n), 0};
+  Adds(s.b, s.a, 1.0f, mask, 2, UnaryRepeatParams{1, 1, 8, 8});  // HERE
+}
+
+KERNEL(mask_of_binary) {
+  Scratch s(x, y);
+  s.Fill();
+  Add(s.c, s.a, s.b, static_cast<uint64_t>(n), 1, BinaryRepeatParams{1, 1, 1, 8, 8, 8});  // HERE
+}
+
+KERNEL(mask_of_reduction) {
+  Scratch s(x, y);
+  s.Fill();
+  WholeReduceSum(s.b, s.a, n, 2, 1, 1, 8);  // HERE
+}
+
+KERNEL(repeats_of_reduction) {
+  Scratch s(x, y);
+  s.Fill();
+  WholeReduceMax(s.b, s.a, 8, n, 1, 1, 1);  // HERE
+}
+
+// The last repeat leaves the tensor.
+KERNEL(repeat_range) {
+  Scratch s(x, y);
+  s.Fill();
+  Adds(s.b, s.a, 1.0f, kFull, static_cast<uint8_t>(n), UnaryRepeatParams{1, 1, 8, 8});  // HERE
+}
+
+KERNEL(stride_range) {
+  Scratch s(x, y);
+  s.Fill();
+  Adds(s.b, s.a, 1.0f, kFull, 2, UnaryRepeatParams{1, 1, 8, static_cast<uint8_t>(n)});  // HERE
+}
+
+KERNEL(repeat_alignment) {
+  Scratch s(x, y);
+  s.Fill();
+  Add(s.c, s.a[n], s.b, kFull, 1, BinaryRepeatParams{1, 1, 1, 8, 8, 8});  // HERE
+}
+
+KERNEL(reduction_alignment) {
+  Scratch s(x, y);
+  s.Fill();
+  WholeReduceMax(s.b[n], s.a, 64, 1, 1, 1, 8);  // HERE
+}
+
+KERNEL(compare_count) {
+  Scratch s(x, y);
+  s.Fill();
+  CompareScalar(s.buffer_b.Get<uint8_t>(), s.a, 0.5f, CMPMODE::GT, static_cast<uint32_t>(n));  // HERE
+}
+
+// ---- rounding modes ----
+
+KERNEL(cast_half_to_float) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<half> from = s.buffer_a.Get<half>();
+  if (n) {
+    Cast(s.b, from, RoundMode::CAST_NONE, 64);
+  } else {
+    Cast(s.b, from, RoundMode::CAST_RINT, 64);  // HERE
+  }
+}
+
+KERNEL(cast_float_to_bfloat16) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<bfloat16_t> to = s.buffer_b.Get<bfloat16_t>();
+  if (n) {
+    Cast(to, s.a, RoundMode::CAST_RINT, 64);
+  } else {
+    Cast(to, s.a, RoundMode::CAST_NONE, 64);  // HERE
+  }
+}
+
+KERNEL(cast_bfloat16_to_float) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<bfloat16_t> from = s.buffer_a.Get<bfloat16_t>();
+  if (n) {
+    Cast(s.b, from, RoundMode::CAST_NONE, 64);
+  } else {
+    Cast(s.b, from, RoundMode::CAST_FLOOR, 64);  // HERE
+  }
+}
+
+KERNEL(cast_float_to_bfloat16_odd) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<bfloat16_t> to = s.buffer_b.Get<bfloat16_t>();
+  Cast(to, s.a, n ? RoundMode::CAST_TRUNC : RoundMode::CAST_ODD, 64);  // HERE
+}
