@@ -48,7 +48,7 @@ def draw(
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    least = (right - left) / 2600  # about half a pixel
+    least = (right - left) / 1200  # about a pixel
     for lane, pipe in enumerate(reversed(PIPES)):
         bars, fills = _merge([event for event in shown if event.pipe == pipe], colours, least)
         axes.broken_barh(bars, (lane - 0.38, 0.76), facecolors=fills or "none", linewidth=0)

@@ -1,6 +1,7 @@
 // What an instruction costs in simulated time: every constant of the cost model, each with where it comes from.
-// "Published": stated in, or worked out from, public documents ([n] below). "Assumed": nothing is published; the value
-// is meant to be on the slow side. All are for one vector core of Atlas A2 (Ascend 910B1 to B4).
+// "Published" figures stand in public documents ([n] below), "derived" ones are worked out from a published
+// measurement, "assumed" ones have no source and are meant to be on the slow side. All are for one vector core of
+// Atlas A2 (Ascend 910B1 to B4).
 //
 //  [1] asc-devkit, examples/01_simd_cpp_api/05_best_practices/00_vector_compute/add_high_performance/README.md:
 //      an Add of 8192 x 8192 half on Atlas A2, with profiler figures for seven variants
@@ -24,9 +25,9 @@ struct CostModel {
   double clock_ghz = 1.85;  // published [5][6]: 910B1; 910B2 and 910B3 run at 1.8
 
   // ---- scalar unit
-  // Published [1]: variants 3 and 4 spend 33 ns = 61 cycles of scalar time a loop pass with 12 instructions.
+  // Derived [1]: variants 3 and 4 spend 33 ns = 61 cycles of scalar time a loop pass with 12 instructions.
   double issue_cycles = 5;
-  // Published [1]: variant 0 spends 34 cycles an element on two GetValue, a SetValue, conversions, add and loop.
+  // Derived [1]: variant 0 spends 34 cycles an element on two GetValue, a SetValue, conversions, add and loop.
   double scalar_ub_cycles = 10;
   double scalar_gm_cycles = 400;  // assumed: each GM access by the scalar unit misses its cache, and a miss takes what
                                   // a DMA read takes to its first byte
@@ -37,18 +38,18 @@ struct CostModel {
   double barrier_cycles = 1;  // published [5]: pipe_barrier, besides the draining
 
   // ---- vector unit (cycles of a repeat: repeat_cycles below)
-  // Published [2]: 1000 independent Adds of 64 repeats take 88.4 cycles each, 24 more than their repeats; [1] has
+  // Derived [2]: 1000 independent Adds of 64 repeats take 88.4 cycles each, 24 more than their repeats; [1] has
   // 22.5 (variant 4) and 22.6 (variant 6), [5] 24 for Add.
   double vector_start_cycles = 24;
-  double vector_latency_cycles = 8;  // published [5]: what Exp, Ln, Div, Cast take longer than Add to their result
+  double vector_latency_cycles = 8;  // derived [5]: what Exp, Ln, Div, Cast take longer than Add to their result
 
   // ---- transfers
-  // Published [1]: the profile of variant 1 (one core, 8 KiB blocks, nothing overlapped) has 379 ns for two reads and
+  // Derived [1]: the profile of variant 1 (one core, 8 KiB blocks, nothing overlapped) has 379 ns for two reads and
   // 159.5 ns for a write; less the time of the bytes and mte_start_cycles this is what is left.
   double mte2_latency_ns = 208;
   double mte3_latency_ns = 81;
-  double mte_start_cycles = 18;  // published [3]: 128-byte DataCopyPads one after the other take 20.6 cycles each
-  double mte_block_cycles = 6;   // published [3]: a 128-byte block of a 64-block DataCopyPad takes 8.3 cycles in all
+  double mte_start_cycles = 18;  // derived [3]: 128-byte DataCopyPads one after the other take 20.6 cycles each
+  double mte_block_cycles = 6;   // derived [3]: a 128-byte block of a 64-block DataCopyPad takes 8.3 cycles in all
   double core_read_gbps = 108;   // published [5]: GM to UB, 100.9 GiB/s a core
   double core_write_gbps = 118;  // published [6]: UB to L2, 64 bytes a cycle ([5] says 202 GB/s; this is the slower)
   // Published [4]: "about 1.6 TB/s", shared by reads and writes. [1] reaches 1.56 (variant 4), [3] 1.49. L2 hits,
@@ -59,7 +60,7 @@ struct CostModel {
   // ---- launch
   // Times are those on the cores, as a profiler's aiv_time; what the dispatch of a launch adds is kept apart.
   double launch_ns = 0;
-  double dispatch_ns = 6500;  // published [1]: task duration less aiv_time with 48 cores, variants 3 and 4
+  double dispatch_ns = 6500;  // derived [1]: task duration less aiv_time with 48 cores, variants 3 and 4
 
   // Cycles of one repeat (256 bytes, or as many elements as the wider type of a Cast has in 256 bytes). `op` tells
   // the forms of a class apart; without it the slowest is taken.
