@@ -111,9 +111,9 @@ inline uint32_t require_repeat(const char* op, Place where, int64_t repeat, int6
 }
 
 inline void set_prefix_mask(const char* op, Place where, uint64_t mask, uint32_t width) {
-  if (mask > width) {
+  if (mask == 0 || mask > width) {
     core().fail("mask", where,
-                format("%s: mask is %llu, a repeat has %u elements of this type", op,
+                format("%s: mask is %llu, allowed are 1 to %u, the elements of a repeat", op,
                        static_cast<unsigned long long>(mask), width));
   }
   set_mask_bits(low_bits(mask), mask > 64 ? low_bits(mask - 64) : 0);
@@ -124,6 +124,9 @@ inline void set_bit_mask(const char* op, Place where, uint64_t low, uint64_t hig
     core().fail("mask", where,
                 format("%s: the mask {0x%llx, 0x%llx} has bits beyond the %u elements of a repeat", op,
                        static_cast<unsigned long long>(low), static_cast<unsigned long long>(high), width));
+  }
+  if (low == 0 && high == 0) {
+    core().fail("mask", where, format("%s: no bit of the mask is set", op));
   }
   set_mask_bits(low, high);
 }

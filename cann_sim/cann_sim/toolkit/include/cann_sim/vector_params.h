@@ -6,7 +6,6 @@
 
 namespace AscendC {
 
-constexpr int32_t DEFAULT_BLK_NUM = 8;
 constexpr int32_t DEFAULT_BLK_STRIDE = 1;
 constexpr uint8_t DEFAULT_REPEAT_STRIDE = 8;
 constexpr uint64_t MASK_PLACEHOLDER = 0;
@@ -18,7 +17,7 @@ struct UnaryRepeatParams {
   UnaryRepeatParams(int64_t dst_block, int64_t src_block, int64_t dst_repeat, int64_t src_repeat)
       : dstBlkStride(dst_block), srcBlkStride(src_block), dstRepStride(dst_repeat), srcRepStride(src_repeat) {}
 
-  uint32_t blockNumber = DEFAULT_BLK_NUM;
+  uint32_t blockNumber = 8;
   int64_t dstBlkStride = DEFAULT_BLK_STRIDE, srcBlkStride = DEFAULT_BLK_STRIDE;
   int64_t dstRepStride = DEFAULT_REPEAT_STRIDE, srcRepStride = DEFAULT_REPEAT_STRIDE;
   bool repeatStrideMode = false;
@@ -36,7 +35,7 @@ struct BinaryRepeatParams {
         src0RepStride(src0_repeat),
         src1RepStride(src1_repeat) {}
 
-  uint32_t blockNumber = DEFAULT_BLK_NUM;
+  uint32_t blockNumber = 8;
   int64_t dstBlkStride = DEFAULT_BLK_STRIDE, src0BlkStride = DEFAULT_BLK_STRIDE, src1BlkStride = DEFAULT_BLK_STRIDE;
   int64_t dstRepStride = DEFAULT_REPEAT_STRIDE, src0RepStride = DEFAULT_REPEAT_STRIDE,
           src1RepStride = DEFAULT_REPEAT_STRIDE;
@@ -57,7 +56,7 @@ struct BrcbRepeatParams {
   BrcbRepeatParams() = default;
   BrcbRepeatParams(int64_t dst_block, int64_t dst_repeat) : dstRepStride(dst_repeat), dstBlkStride(dst_block) {}
 
-  uint32_t blockNumber = DEFAULT_BLK_NUM;
+  uint32_t blockNumber = 8;
   int64_t dstRepStride = DEFAULT_REPEAT_STRIDE, dstBlkStride = DEFAULT_BLK_STRIDE;
 };
 
