@@ -23,13 +23,13 @@ constexpr uint32_t kUbUsable = kUbBytes - kUbReserved;
 struct Place {
   const char* file;
   int line;
+
+  static constexpr Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
 // Last parameter of every API function: default arguments are evaluated at the call, so it is the kernel's own line.
-#define CANN_SIM_HERE                           \
-  ::cann_sim::Place where = ::cann_sim::Place { \
-    __builtin_FILE(), __builtin_LINE()          \
-  }
+// (The two builtins have to be default arguments themselves: written out here, templates would give this line.)
+#define CANN_SIM_HERE ::cann_sim::Place where = ::cann_sim::Place::here()
 
 // A byte range of the unified buffer.
 struct Access {
@@ -39,7 +39,7 @@ struct Access {
 // A short list of ranges; neighbours are merged as they are added, and up to kInline of them need no allocation.
 class Accesses {
  public:
-  Accesses() = default;
+  Accesses() {}  // leaves the inline items unset
   Accesses(uint32_t offset, uint64_t bytes) { add(offset, bytes); }
   Accesses(const Accesses&) = delete;
   Accesses& operator=(const Accesses&) = delete;

@@ -1,0 +1,29 @@
+"""cann_sim: Ascend C kernels, compiled with g++ and run on the host, checked and timed.
+
+    library = cann_sim.compile("add.cpp")
+    report = library.launch("add", 8, x, y, cann_sim.Uninit(z), n)
+    print(report.table())
+
+A launch computes the kernel's result, proves that no other schedule the documented orderings allow would have given
+another one, counts what moved, and says how long it would have taken by a published cost model.
+"""
+
+from ._compile import CompileError, compile
+from ._config import Config
+from ._library import KernelError, KernelLibrary, Uninit, Workspace
+from ._runtime import toolkit_path
+from .report import CoreReport, Report
+
+__version__ = "0.1.0"
+__all__ = [
+    "CompileError",
+    "Config",
+    "CoreReport",
+    "KernelError",
+    "KernelLibrary",
+    "Report",
+    "Uninit",
+    "Workspace",
+    "compile",
+    "toolkit_path",
+]

@@ -1,0 +1,86 @@
+"""The runtime library: where it is, and its C interface through ctypes (see toolkit/include/cann_sim/launch.h)."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import subprocess
+from pathlib import Path
+
+TOOLKIT = Path(__file__).resolve().parent / "toolkit"
+LIBRARY = TOOLKIT / "lib64" / "libcann_sim.so"
+SOURCES = Path(__file__).resolve().parent.parent / "src"  # there in a source tree, not in an installed package
+
+
+class Site(ctypes.Structure):
+    """A synchronisation site, as cann_sim_site."""
+
+    _fields_ = (("kind", ctypes.c_char_p), ("file", ctypes.c_char_p), ("line", ctypes.c_int32))
+
+
+class RunConfig(ctypes.Structure):
+    """How this thread's launches run, as cann_sim_config."""
+
+    _fields_ = (
+        ("check", ctypes.c_int32),
+        ("trace_core", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+        ("quiet", ctypes.c_int32),
+        ("bandwidth_scale", ctypes.c_double),
+        ("vector_scale", ctypes.c_double),
+        ("scalar_scale", ctypes.c_double),
+        ("removed", ctypes.POINTER(Site)),
+        ("removed_count", ctypes.c_uint32),
+    )
+
+
+class Parameter(ctypes.Structure):
+    """A kernel's parameter as its library describes it, as cann_sim_parameter."""
+
+    _fields_ = (("kind", ctypes.c_char), ("bytes", ctypes.c_uint32))
+
+
+def toolkit_path() -> str:
+    """The folder to point ASCEND_HOME_PATH at."""
+    _build_in_source_tree()
+    return str(TOOLKIT)
+
+
+@functools.cache
+def runtime() -> ctypes.CDLL:
+    """libcann_sim.so, with its functions declared."""
+    _build_in_source_tree()
+    if not LIBRARY.exists():
+        raise ImportError(f"{LIBRARY} is missing: install cann_sim with pip")
+    library = ctypes.CDLL(str(LIBRARY), mode=ctypes.RTLD_GLOBAL)
+    library.cann_sim_register.argtypes = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int)
+    library.cann_sim_register.restype = ctypes.c_uint64
+    library.cann_sim_unregister.argtypes = (ctypes.c_uint64,)
+    library.cann_sim_unregister.restype = None
+    library.cann_sim_configure.argtypes = (ctypes.POINTER(RunConfig),)
+    library.cann_sim_configure.restype = None
+    library.cann_sim_last_report.restype = ctypes.c_char_p
+    library.cann_sim_last_error.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _build_in_source_tree() -> None:
+    """Builds the runtime when the package is used from its sources and they are newer than it."""
+    if not SOURCES.is_dir():
+        return
+    LIBRARY.parent.mkdir(exist_ok=True)
+    with open(LIBRARY.parent / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        inputs = [*SOURCES.glob("*"), *(TOOLKIT / "include" / "cann_sim").glob("*.h")]
+        if LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
+            return
+        built = LIBRARY.with_suffix(".so.new")
+        command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread"]
+        command += [f"-I{TOOLKIT / 'include'}", *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(built)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise ImportError(f"building {LIBRARY.name} failed:\n{result.stderr}")
+        built.replace(LIBRARY)

@@ -1,0 +1,132 @@
+// Names of Ascend C that kernels use and cann_sim does not model: using one is a compile error that names it.
+#pragma once
+
+#include "cann_sim/core.h"
+
+namespace cann_sim {
+
+template <typename...>
+inline constexpr bool always_false = false;
+template <auto...>
+inline constexpr bool always_false_value = false;
+
+}  // namespace cann_sim
+
+namespace AscendC {
+
+// Each is callable with any arguments, with type or with value template arguments.
+#define CANN_SIM_UNSUPPORTED(NAME)                                                                     \
+  template <typename... Types, typename... Arguments>                                                  \
+  void NAME(Arguments&&...) {                                                                          \
+    static_assert(::cann_sim::always_false<Types..., Arguments...>, "cann_sim does not model " #NAME); \
+  }                                                                                                    \
+  template <auto first, auto... rest, typename... Arguments>                                           \
+  void NAME(Arguments&&...) {                                                                          \
+    static_assert(::cann_sim::always_false<Arguments...>, "cann_sim does not model " #NAME);           \
+  }
+
+// between cores
+CANN_SIM_UNSUPPORTED(SyncAll)
+CANN_SIM_UNSUPPORTED(IBSet)
+CANN_SIM_UNSUPPORTED(IBWait)
+CANN_SIM_UNSUPPORTED(CrossCoreSetFlag)
+CANN_SIM_UNSUPPORTED(CrossCoreWaitFlag)
+CANN_SIM_UNSUPPORTED(InitDetermineComputeWorkspace)
+CANN_SIM_UNSUPPORTED(WaitPreBlock)
+CANN_SIM_UNSUPPORTED(NotifyNextBlock)
+CANN_SIM_UNSUPPORTED(SetNextTaskStart)
+CANN_SIM_UNSUPPORTED(WaitPreTaskEnd)
+// atomics
+CANN_SIM_UNSUPPORTED(SetAtomicAdd)
+CANN_SIM_UNSUPPORTED(SetAtomicMax)
+CANN_SIM_UNSUPPORTED(SetAtomicMin)
+CANN_SIM_UNSUPPORTED(SetAtomicNone)
+CANN_SIM_UNSUPPORTED(SetAtomicType)
+CANN_SIM_UNSUPPORTED(SetStoreAtomicConfig)
+CANN_SIM_UNSUPPORTED(GetStoreAtomicConfig)
+// cube unit
+CANN_SIM_UNSUPPORTED(Mmad)
+CANN_SIM_UNSUPPORTED(MmadWithSparse)
+CANN_SIM_UNSUPPORTED(LoadData)
+CANN_SIM_UNSUPPORTED(LoadDataWithTranspose)
+CANN_SIM_UNSUPPORTED(LoadDataWithSparse)
+CANN_SIM_UNSUPPORTED(LoadDataUnzip)
+CANN_SIM_UNSUPPORTED(Fixpipe)
+CANN_SIM_UNSUPPORTED(Fill)
+CANN_SIM_UNSUPPORTED(InitConstValue)
+CANN_SIM_UNSUPPORTED(BroadCastVecToMM)
+CANN_SIM_UNSUPPORTED(Conv2D)
+CANN_SIM_UNSUPPORTED(Gemm)
+CANN_SIM_UNSUPPORTED(SetFixPipeConfig)
+CANN_SIM_UNSUPPORTED(SetHF32Mode)
+// transfers
+CANN_SIM_UNSUPPORTED(SetPadValue)
+CANN_SIM_UNSUPPORTED(DataCopyGather)
+CANN_SIM_UNSUPPORTED(SetLoopModePara)
+CANN_SIM_UNSUPPORTED(ResetLoopModePara)
+CANN_SIM_UNSUPPORTED(DataCachePreload)
+// sorting, gathering, transposing
+CANN_SIM_UNSUPPORTED(Sort)
+CANN_SIM_UNSUPPORTED(Sort32)
+CANN_SIM_UNSUPPORTED(MrgSort)
+CANN_SIM_UNSUPPORTED(MrgSort4)
+CANN_SIM_UNSUPPORTED(RpSort16)
+CANN_SIM_UNSUPPORTED(ProposalConcat)
+CANN_SIM_UNSUPPORTED(ProposalExtract)
+CANN_SIM_UNSUPPORTED(Concat)
+CANN_SIM_UNSUPPORTED(Extract)
+CANN_SIM_UNSUPPORTED(Gatherb)
+CANN_SIM_UNSUPPORTED(Scatter)
+CANN_SIM_UNSUPPORTED(Transpose)
+CANN_SIM_UNSUPPORTED(TransDataTo5HD)
+// composite vector instructions and the library on top
+CANN_SIM_UNSUPPORTED(AddRelu)
+CANN_SIM_UNSUPPORTED(AddReluCast)
+CANN_SIM_UNSUPPORTED(SubRelu)
+CANN_SIM_UNSUPPORTED(SubReluCast)
+CANN_SIM_UNSUPPORTED(MulAddRelu)
+CANN_SIM_UNSUPPORTED(FusedMulAddRelu)
+CANN_SIM_UNSUPPORTED(MulCast)
+CANN_SIM_UNSUPPORTED(AddDeqRelu)
+CANN_SIM_UNSUPPORTED(CastDeq)
+CANN_SIM_UNSUPPORTED(CastDequant)
+CANN_SIM_UNSUPPORTED(SetDeqScale)
+CANN_SIM_UNSUPPORTED(BilinearInterpolation)
+CANN_SIM_UNSUPPORTED(SoftMax)
+CANN_SIM_UNSUPPORTED(SoftmaxFlash)
+CANN_SIM_UNSUPPORTED(SoftmaxFlashV2)
+CANN_SIM_UNSUPPORTED(SimpleSoftMax)
+CANN_SIM_UNSUPPORTED(LogSoftMax)
+CANN_SIM_UNSUPPORTED(LayerNorm)
+CANN_SIM_UNSUPPORTED(RmsNorm)
+CANN_SIM_UNSUPPORTED(Broadcast)
+CANN_SIM_UNSUPPORTED(BroadCast)
+CANN_SIM_UNSUPPORTED(Tanh)
+CANN_SIM_UNSUPPORTED(Sigmoid)
+CANN_SIM_UNSUPPORTED(Gelu)
+CANN_SIM_UNSUPPORTED(Log)
+CANN_SIM_UNSUPPORTED(Power)
+CANN_SIM_UNSUPPORTED(TopK)
+CANN_SIM_UNSUPPORTED(DropOut)
+// debugging aids
+CANN_SIM_UNSUPPORTED(DumpTensor)
+CANN_SIM_UNSUPPORTED(DumpAccChkPoint)
+CANN_SIM_UNSUPPORTED(Trap)
+
+#undef CANN_SIM_UNSUPPORTED
+
+#define CANN_SIM_UNSUPPORTED_CLASS(NAME)                                                 \
+  template <typename... Types>                                                           \
+  class NAME {                                                                           \
+    static_assert(::cann_sim::always_false<Types...>, "cann_sim does not model " #NAME); \
+  };
+
+CANN_SIM_UNSUPPORTED_CLASS(TSCM)
+CANN_SIM_UNSUPPORTED_CLASS(GroupBarrier)
+CANN_SIM_UNSUPPORTED_CLASS(CubeResGroupHandle)
+CANN_SIM_UNSUPPORTED_CLASS(Matmul)
+CANN_SIM_UNSUPPORTED_CLASS(MatmulImpl)
+
+#undef CANN_SIM_UNSUPPORTED_CLASS
+
+}  // namespace AscendC

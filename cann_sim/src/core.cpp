@@ -1,0 +1,401 @@
+// The core: hazard checks of every access, running one block of a kernel, and what is left of it afterwards.
+#include "core_state.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <stdexcept>
+
+namespace cann_sim {
+
+__thread Core* current_core = nullptr;
+
+namespace {
+
+const char* kPipeNames[kPipes] = {"S", "V", "MTE2", "MTE3"};
+
+std::string range_text(uint64_t start, uint64_t end) {
+  return format("[%llu, %llu)", static_cast<unsigned long long>(start), static_cast<unsigned long long>(end));
+}
+
+// What a kernel would write to order `later` after `earlier`.
+std::string remedy(Pipe earlier, Pipe later) {
+  if (earlier == later) {
+    return format("a PipeBarrier<PIPE_%s> between them is missing", pipe_name(later));
+  }
+  return format(
+      "a flag %s_%s (SetFlag/WaitFlag, or EnQue/DeQue, FreeTensor/AllocTensor of a queue) between them is missing",
+      pipe_name(earlier), pipe_name(later));
+}
+
+}  // namespace
+
+const char* pipe_name(Pipe pipe) {
+  return kPipeNames[static_cast<int>(pipe)];
+}
+
+std::string format(const char* text, ...) {
+  va_list arguments, again;
+  va_start(arguments, text);
+  va_copy(again, arguments);
+  const int length = std::vsnprintf(nullptr, 0, text, arguments);
+  va_end(arguments);
+  std::string result(static_cast<size_t>(length) + 1, '\0');
+  std::vsnprintf(result.data(), result.size(), text, again);
+  va_end(again);
+  result.pop_back();
+  return result;
+}
+
+std::string place_text(const PlaceEntry& place) {
+  return format("%s:%d", place.where.file, place.where.line);
+}
+
+void Core::fail(const char* kind, Place where, const std::string& message) {
+  Error error;
+  error.kind = kind;
+  error.file = where.file == nullptr ? "" : where.file;
+  error.line = where.line;
+  error.message = message;
+  throw CoreFailure{std::move(error)};
+}
+
+void fail_range(const char* op, Place where, const char* name, const LocalTensorBase& tensor, uint64_t offset,
+                uint64_t bytes, uint32_t element_bytes) {
+  if (!tensor.valid()) {
+    core().fail("bounds", where,
+                format("%s: tensor %s was never given memory (not from AllocTensor, DeQue or TBuf::Get)", op, name));
+  }
+  const auto wide = [](uint64_t value) { return static_cast<unsigned long long>(value); };
+  core().fail("bounds", where,
+              format("%s: %s needs bytes [%llu, %llu) of a tensor of %u bytes (elements up to %llu of %u)", op, name,
+                     wide(offset), wide(offset + bytes), tensor.bytes(), wide((offset + bytes) / element_bytes),
+                     tensor.bytes() / element_bytes));
+}
+
+void fail_alignment(const char* op, Place where, const char* name, const LocalTensorBase& tensor, uint32_t alignment) {
+  core().fail(
+      "alignment", where,
+      format("%s: %s starts at byte %u of UB, which is not a multiple of %u", op, name, tensor.address(), alignment));
+}
+
+// ---- accesses ----
+
+Instruction CoreState::begin(Pipe pipe, const char* op, Place where) {
+  const int p = static_cast<int>(pipe);
+  const Instruction self{pipe, ++issued[p], places.intern(op, where)};
+  if (pipe == Pipe::S) {
+    clocks[p].seen[p] = self.seq;  // the scalar unit is in order with itself
+  }
+  return self;
+}
+
+void CoreState::fail_conflict(Core& core, const Instruction& self, const char* memory, uint64_t start, uint64_t end,
+                              bool writes, const Conflict& conflict) {
+  const PlaceEntry& place = places[self.place];
+  const PlaceEntry& earlier = places[conflict.place];
+  core.fail("race", place.where,
+            format("%s (pipe %s) %s %s bytes %s that %s (pipe %s) at %s %s, and nothing orders it after that: %s",
+                   place.op, pipe_name(self.pipe), writes ? "writes" : "reads", memory, range_text(start, end).c_str(),
+                   earlier.op, pipe_name(conflict.pipe), place_text(earlier).c_str(),
+                   conflict.earlier_writes ? "writes" : "reads", remedy(conflict.pipe, self.pipe).c_str()));
+}
+
+void CoreState::read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end) {
+  const int p = static_cast<int>(self.pipe);
+  ub.update(start, end, [&](uint32_t from, uint32_t to, Record& record) {
+    if (record.state != ByteState::written) {
+      const PlaceEntry& place = places[self.place];
+      if (record.state == ByteState::freed) {
+        core.fail(
+            "queue", place.where,
+            format("%s reads UB bytes %s after FreeTensor gave them back", place.op, range_text(from, to).c_str()));
+      }
+      core.fail("uninitialised", place.where,
+                format("%s (pipe %s) reads UB bytes %s, which nothing has written since they were allocated", place.op,
+                       pipe_name(self.pipe), range_text(from, to).c_str()));
+    }
+    const Conflict conflict = conflict_of_read(record, clocks[p]);
+    if (conflict.found) {
+      fail_conflict(core, self, "UB", from, to, false, conflict);
+    }
+    record.read_seq[p] = self.seq;
+    record.read_place[p] = self.place;
+  });
+}
+
+void CoreState::write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end, ByteState state) {
+  ub.update(start, end, [&](uint32_t from, uint32_t to, Record& record) {
+    if (record.state == ByteState::freed) {
+      const PlaceEntry& place = places[self.place];
+      core.fail(
+          "queue", place.where,
+          format("%s writes UB bytes %s after FreeTensor gave them back", place.op, range_text(from, to).c_str()));
+    }
+    const Conflict conflict = conflict_of_write(record, clocks[static_cast<int>(self.pipe)], self);
+    if (conflict.found) {
+      fail_conflict(core, self, "UB", from, to, true, conflict);
+    }
+  });
+  Record record;
+  record.write_seq = self.seq;
+  record.write_place = self.place;
+  record.write_pipe = self.pipe;
+  record.state = state;
+  ub.assign(start, end, record);
+}
+
+void CoreState::hazards_ub(Core& core, const Instruction& self, const Accesses& reads, const Accesses& writes) {
+  for (const Accesses* list : {&reads, &writes}) {
+    for (const Access& access : *list) {
+      if (uint64_t{access.offset} + access.bytes > kUbBytes) {
+        core.fail("bounds", places[self.place].where,
+                  format("%s touches UB bytes %s, but UB has %u", places[self.place].op,
+                         range_text(access.offset, uint64_t{access.offset} + access.bytes).c_str(), kUbBytes));
+      }
+    }
+  }
+  for (const Access& access : reads) {
+    read_ub(core, self, access.offset, access.offset + access.bytes);
+  }
+  for (const Access& access : writes) {
+    write_ub(core, self, access.offset, access.offset + access.bytes);
+  }
+}
+
+void Core::vector(const char* op, Place where, VectorClass kind, uint32_t repeats, uint32_t element_bytes,
+                  const Accesses& reads, const Accesses& writes) {
+  CoreState& state = *state_;
+  const Instruction self = state.begin(Pipe::V, op, where);
+  if (checking_) {
+    state.hazards_ub(*this, self, reads, writes);
+  }
+  state.timing.vector(kind, op, repeats, element_bytes, self.place);
+}
+
+void Core::scalar(const char* op, Place where, const Accesses& reads, const Accesses& writes) {
+  CoreState& state = *state_;
+  const Instruction self = state.begin(Pipe::S, op, where);
+  if (checking_) {
+    state.hazards_ub(*this, self, reads, writes);
+  }
+  state.timing.scalar(state.launch->cost.scalar_ub_cycles, self.place);
+}
+
+void Core::order(Pipe from, Pipe to) {
+  CoreState& state = *state_;
+  const int f = static_cast<int>(from), t = static_cast<int>(to);
+  Clock carried = state.clocks[f];
+  carried.seen[f] = state.issued[f];
+  state.clocks[t].join(carried);
+  if (from == to) {
+    if (from != Pipe::S) {
+      state.timing.barrier(from);
+    }
+  } else {
+    state.timing.wait_flag(to, state.timing.set_flag(from));
+  }
+}
+
+// ---- device memory ----
+
+const Buffer& CoreState::find_buffer(Core& core, const Instruction& self, uint64_t start, uint64_t end, bool writes) {
+  if (last_buffer != nullptr && last_buffer->start <= start && end <= last_buffer->end) {
+    return *last_buffer;
+  }
+  const Buffer* nearest = nullptr;
+  uint64_t distance = 1 << 20;  // further away than this it has nothing to do with the buffer
+  for (const Buffer& buffer : launch->buffers) {
+    if (buffer.start <= start && end <= buffer.end) {
+      last_buffer = &buffer;
+      return buffer;
+    }
+    const uint64_t gap = start < buffer.start ? buffer.start - start : start > buffer.end ? start - buffer.end : 0;
+    if (gap < distance) {
+      distance = gap;
+      nearest = &buffer;
+    }
+  }
+  const PlaceEntry& place = places[self.place];
+  const char* verb = writes ? "writes" : "reads";
+  if (nearest == nullptr) {
+    core.fail("gm-bounds", place.where,
+              format("%s (pipe %s) %s %llu bytes of GM at %#llx, which is in no buffer of this launch", place.op,
+                     pipe_name(self.pipe), verb, static_cast<unsigned long long>(end - start),
+                     static_cast<unsigned long long>(start)));
+  }
+  core.fail("gm-bounds", place.where,
+            format("%s (pipe %s) %s bytes [%lld, %lld) of a GM buffer of %llu bytes", place.op, pipe_name(self.pipe),
+                   verb, static_cast<long long>(start - nearest->start), static_cast<long long>(end - nearest->start),
+                   static_cast<unsigned long long>(nearest->end - nearest->start)));
+}
+
+void CoreState::read_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end) {
+  const Buffer& buffer = find_buffer(core, self, start, end, false);
+  if (!check) {
+    return;
+  }
+  const int p = static_cast<int>(self.pipe);
+  gm.update(start, end, [&](uint64_t from, uint64_t to, Record& record) {
+    if (record.state == ByteState::unwritten && !buffer.all_written && !result->unwritten.found &&
+        buffer.written.first_missing(from, to) < to) {
+      result->unwritten = {true, from, to, self.place};
+    }
+    const Conflict conflict = conflict_of_read(record, clocks[p]);
+    if (conflict.found) {
+      fail_conflict(core, self, "GM", from - buffer.start, to - buffer.start, false, conflict);
+    }
+    record.read_seq[p] = self.seq;
+    record.read_place[p] = self.place;
+  });
+}
+
+void CoreState::write_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end) {
+  const Buffer& buffer = find_buffer(core, self, start, end, true);
+  if (!check) {
+    return;
+  }
+  gm.update(start, end, [&](uint64_t from, uint64_t to, Record& record) {
+    const Conflict conflict = conflict_of_write(record, clocks[static_cast<int>(self.pipe)], self);
+    if (conflict.found) {
+      fail_conflict(core, self, "GM", from - buffer.start, to - buffer.start, true, conflict);
+    }
+  });
+  Record record;
+  record.write_seq = self.seq;
+  record.write_place = self.place;
+  record.write_pipe = self.pipe;
+  record.state = ByteState::written;
+  gm.assign(start, end, record);
+}
+
+void scalar_gm(const char* op, Place where, const void* address, uint32_t bytes, bool writes) {
+  Core& self = core();
+  CoreState& state = self.state();
+  const Instruction instruction = state.begin(Pipe::S, op, where);
+  const auto start = reinterpret_cast<uint64_t>(address);
+  if (start % bytes != 0) {
+    self.fail("alignment", where,
+              format("%s of a %u-byte element at a GM address that is not a multiple of that", op, bytes));
+  }
+  if (writes) {
+    state.write_gm(self, instruction, start, start + bytes);
+    const uint64_t line = start / 64 * 64;
+    if (state.check && line != state.last_line) {
+      state.scalar_lines.emplace_back(line, instruction.place);
+      state.last_line = line;
+    }
+    state.result->written_bytes += bytes;
+  } else {
+    state.read_gm(self, instruction, start, start + bytes);
+    state.result->read_bytes += bytes;
+  }
+  state.timing.scalar(state.launch->cost.scalar_gm_cycles, instruction.place);
+}
+
+void clean_cache(Place where, const void* /*address*/, bool /*whole*/) {
+  CoreState& state = core().state();
+  const Instruction instruction = state.begin(Pipe::S, "DataCacheCleanAndInvalid", where);
+  state.timing.scalar(state.launch->cost.scalar_gm_cycles, instruction.place);
+}
+
+// ---- running one block ----
+
+RunningCore::RunningCore() {
+  ub_ = static_cast<uint8_t*>(std::aligned_alloc(64, kUbBytes));
+  state_ = new CoreState;
+}
+
+RunningCore::~RunningCore() {
+  delete state_;
+  std::free(ub_);
+}
+
+void RunningCore::reset(const Launch& launch, CoreResult& result, uint32_t index) {
+  index_ = index;
+  blocks_ = launch.blocks;
+  checking_ = launch.config.check;
+  mask = Mask{};
+  std::memset(ub_, 0xFF, kUbBytes);  // NaN in every floating type
+  CoreState& state = *state_;
+  state.launch = &launch;
+  state.result = &result;
+  state.check = checking_;
+  for (int pipe = 0; pipe < kPipes; ++pipe) {
+    state.clocks[pipe] = Clock{};
+    state.issued[pipe] = 0;
+  }
+  state.places.reset();
+  state.places.removed = launch.config.removed;
+  state.ub.reset();
+  state.gm.reset();
+  state.scalar_lines.clear();
+  state.last_line = ~uint64_t{0};
+  for (auto& event : state.flags) {
+    for (Flag& flag : event) {
+      flag = Flag{};
+    }
+  }
+  std::memset(state.taken_ids, 0, sizeof(state.taken_ids));
+  std::memset(state.id_places, 0, sizeof(state.id_places));
+  state.queues.clear();
+  state.ub_used = state.buffer_count = 0;
+  state.pipe = nullptr;
+  state.last_buffer = nullptr;
+  state.timing.reset(&launch, &result, launch.config.trace_core == static_cast<int>(index));
+}
+
+void RunningCore::run(Launch& launch, uint32_t index) {
+  CoreResult& result = launch.results[index];
+  reset(launch, result, index);
+  Core* const outer = current_core;
+  current_core = this;
+  try {
+    launch.run(launch.args);
+    if (checking_) {
+      const Place end{"", 0};
+      check_leaks(*this, end, "when the kernel ended");
+      check_flags(*this);
+    }
+  } catch (CoreFailure& failure) {
+    result.error = std::move(failure.error);
+  } catch (const std::exception& exception) {
+    result.error.kind = "exception";
+    result.error.message = format("the kernel threw a C++ exception: %s", exception.what());
+  }
+  current_core = outer;
+  result.ran = true;
+  result.time = state_->timing.finish();
+  collect(result);
+}
+
+void RunningCore::collect(CoreResult& result) {
+  const CoreState& state = *state_;
+  const auto add = [&](uint64_t start, uint64_t end, GmUse::Kind kind, uint16_t place) {
+    if (!result.uses.empty()) {
+      GmUse& last = result.uses.back();
+      if (last.end == start && last.kind == kind && last.place == place) {
+        last.end = end;
+        return;
+      }
+    }
+    result.uses.push_back({start, end, kind, place, index_});
+  };
+  for (const auto& [start, range] : state.gm.ranges()) {
+    if (range.record.write_seq != 0) {
+      add(start, range.end, GmUse::Kind::write, range.record.write_place);
+      continue;  // a write between cores conflicts with all that a read does
+    }
+    for (int pipe = 0; pipe < kPipes; ++pipe) {
+      if (range.record.read_seq[pipe] != 0) {
+        add(start, range.end, GmUse::Kind::read, range.record.read_place[pipe]);
+        break;
+      }
+    }
+  }
+  for (const auto& [line, place] : state.scalar_lines) {
+    add(line, line + 64, GmUse::Kind::line, place);
+  }
+  result.places = state.places.entries();
+}
+
+}  // namespace cann_sim

@@ -1,0 +1,132 @@
+// Everything the simulator keeps of a running core.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "cann_sim/pipe.h"
+#include "cann_sim/queue.h"
+#include "launch_state.h"
+
+namespace cann_sim {
+
+constexpr int kEvents = static_cast<int>(AscendC::HardEvent::MAX);
+constexpr int kEventIds = 8;
+
+struct Flag {
+  bool set = false, by_queue = false;
+  Clock clock;
+  double time = 0;
+  uint16_t place = 0;
+};
+
+// One buffer of a queue, in one of the states a tensor goes through.
+struct QueueBuffer {
+  enum class State : uint8_t { idle, allocated, queued, dequeued } state = State::idle;
+  uint32_t address = 0, bytes = 0;
+  QueueState* queue = nullptr;
+  // The flag that carries EnQue to DeQue, then FreeTensor to the next AllocTensor; id < 0 when there is none.
+  AscendC::HardEvent event = AscendC::HardEvent::MAX;
+  int8_t id = -1;
+  uint16_t place = 0;  // of the last AllocTensor, EnQue, DeQue or FreeTensor
+  uint64_t turn = 0;   // when it became idle: the one idle for longest is handed out first
+};
+
+struct QueueState {
+  AscendC::TPosition position;
+  uint32_t depth, bytes;
+  Place where;
+  std::vector<QueueBuffer> buffers;
+  std::deque<QueueBuffer*> fifo;
+  uint64_t turn = 0;
+};
+
+class Timing {
+ public:
+  void reset(const Launch* launch, CoreResult* result, bool trace);
+  void vector(VectorClass kind, const char* op, uint32_t repeats, uint32_t element_bytes, uint16_t place);
+  void local_copy(uint64_t bytes, uint32_t blocks, uint16_t place);
+  void transfer(Pipe pipe, uint64_t bytes, uint32_t blocks, uint16_t place);
+  void scalar(double cycles, uint16_t place);
+  double set_flag(Pipe from);
+  void wait_flag(Pipe to, double time);
+  void barrier(Pipe pipe);
+  void barrier_all();
+  double finish();
+
+ private:
+  double issue(Pipe pipe);  // when the pipe starts on an instruction given to it now
+  void run(Pipe pipe, double start, double end, double latency, uint16_t place);
+
+  CostModel cost_;
+  CoreResult* result_ = nullptr;
+  bool trace_ = false;
+  double cycle_ns_ = 1, vector_ns_ = 1, issue_ns_ = 1, scalar_ns_ = 1;  // of one cycle, scaled
+  double read_ns_ = 0, write_ns_ = 0, share_ns_ = 0;                    // of one byte
+  double now_ = 0, memory_free_ = 0;
+  double free_[kPipes] = {}, done_[kPipes] = {};
+  std::vector<double> queue_[kPipes];  // start times of the instructions that are or were in a pipe's queue
+  uint64_t given_[kPipes] = {};
+};
+
+struct CoreState {
+  const Launch* launch = nullptr;
+  CoreResult* result = nullptr;
+  bool check = true;
+  Clock clocks[kPipes];
+  uint32_t issued[kPipes] = {};
+  PlaceTable places;
+  UbMap ub;
+  GmMap gm;
+  std::vector<std::pair<uint64_t, uint16_t>> scalar_lines;  // 64-byte lines the scalar unit wrote
+  uint64_t last_line = ~uint64_t{0};
+  Flag flags[kEvents][kEventIds];
+  uint8_t taken_ids[kEvents] = {};              // bits: event ids that AllocEventID or a queue holds
+  uint16_t id_places[kEvents][kEventIds] = {};  // where AllocEventID took them; 0 for a queue's
+  std::deque<QueueState> queues;
+  uint32_t ub_used = 0, buffer_count = 0;
+  AscendC::TPipe* pipe = nullptr;
+  const Buffer* last_buffer = nullptr;
+  Timing timing;
+
+  Instruction begin(Pipe pipe, const char* op, Place where);
+  void hazards_ub(Core& core, const Instruction& self, const Accesses& reads, const Accesses& writes);
+  void read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end);
+  void write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end,
+                ByteState state = ByteState::written);
+  const Buffer& find_buffer(Core& core, const Instruction& self, uint64_t start, uint64_t end, bool writes);
+  void read_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end);
+  void write_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end);
+
+  [[noreturn]] void fail_conflict(Core& core, const Instruction& self, const char* memory, uint64_t start, uint64_t end,
+                                  bool writes, const Conflict& conflict);
+};
+
+// A core and its state as the thread pool reuses them.
+class RunningCore : public Core {
+ public:
+  RunningCore();
+  ~RunningCore();
+  RunningCore(const RunningCore&) = delete;
+  RunningCore& operator=(const RunningCore&) = delete;
+  void run(Launch& launch, uint32_t index);
+
+ private:
+  void reset(const Launch& launch, CoreResult& result, uint32_t index);
+  void collect(CoreResult& result);
+};
+
+// Ends a core; caught by RunningCore::run.
+struct CoreFailure {
+  Error error;
+};
+
+void check_leaks(Core& core, Place where, const char* when);  // queue buffers that never came back
+void check_flags(Core& core);                                 // flags never waited for, ids never released
+int8_t take_event(AscendC::HardEvent event, Place where);     // an event id, without an owner
+AscendC::HardEvent queue_event(Pipe from, Pipe to);
+const char* event_name(AscendC::HardEvent event);
+// Kinds of synchronisation as the list of sites names them.
+const char* flag_site(AscendC::HardEvent event);
+
+}  // namespace cann_sim

@@ -1,0 +1,194 @@
+// Launching: configuration, the threads that run the cores, and the C interface of launch.h.
+#include "cann_sim/launch.h"
+
+#include <atomic>
+#include <cstdio>
+#include <mutex>
+#include <thread>
+
+#include "core_state.h"
+#include "registry.h"
+
+namespace cann_sim {
+
+namespace {
+
+thread_local Config thread_config;
+thread_local bool thread_quiet = false;
+thread_local std::string last_report = "{}", last_error;
+std::atomic<void (*)(void*, void (*)(void*), void*)> executor{nullptr};
+
+double scale_from_environment(const char* name) {
+  const char* text = std::getenv(name);
+  const double scale = text == nullptr ? 1 : std::atof(text);
+  return scale > 0 ? scale : 1;
+}
+
+Config current_config() {
+  Config config = thread_config;
+  const char* check = std::getenv("CANN_SIM_CHECK");
+  config.check = config.check && (check == nullptr || std::string(check) != "0");
+  config.bandwidth_scale *= scale_from_environment("CANN_SIM_BANDWIDTH_SCALE");
+  config.vector_scale *= scale_from_environment("CANN_SIM_VECTOR_SCALE");
+  config.scalar_scale *= scale_from_environment("CANN_SIM_SCALAR_SCALE");
+  const char* threads = std::getenv("CANN_SIM_THREADS");
+  if (config.threads <= 0 && threads != nullptr) {
+    config.threads = std::atoi(threads);
+  }
+  if (config.threads <= 0) {
+    config.threads = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
+  }
+  return config;
+}
+
+// Cores are a few megabytes of maps each: they are kept for the next launch.
+class CorePool {
+ public:
+  std::unique_ptr<RunningCore> take() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (idle_.empty()) {
+      return std::make_unique<RunningCore>();
+    }
+    auto core = std::move(idle_.back());
+    idle_.pop_back();
+    return core;
+  }
+  void give(std::unique_ptr<RunningCore> core) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    idle_.push_back(std::move(core));
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<RunningCore>> idle_;
+};
+
+CorePool& core_pool() {
+  static auto* pool = new CorePool;  // outlives static destructors
+  return *pool;
+}
+
+// A launch with its own copy of the arguments.
+struct Request {
+  std::string kernel;
+  std::vector<uint64_t> args;  // in words, for their alignment
+  Launch launch;
+  bool quiet;
+};
+
+uint32_t execute(Request& request) {
+  Launch& launch = request.launch;
+  run_cores(launch);
+  check_across_cores(launch);
+  record_writes(launch);
+  last_report = report_json(launch);
+  last_error.clear();
+  if (!launch.error) {
+    return 0;
+  }
+  const std::string at =
+      launch.error.file.empty() ? "" : format(", %s:%d", launch.error.file.c_str(), launch.error.line);
+  last_error = format("kernel %s, core %d%s: %s: %s", launch.kernel, launch.error_core, at.c_str(),
+                      launch.error.kind.c_str(), launch.error.message.c_str());
+  if (!request.quiet && std::getenv("CANN_SIM_QUIET") == nullptr) {
+    std::fprintf(stderr, "cann_sim: %s\n", last_error.c_str());
+  }
+  return 1;
+}
+
+void execute_and_delete(void* closure) {
+  const std::unique_ptr<Request> request(static_cast<Request*>(closure));
+  execute(*request);
+}
+
+}  // namespace
+
+void run_cores(Launch& launch) {
+  launch.results.resize(launch.blocks);
+  std::atomic<uint32_t> next{0}, failed{launch.blocks};
+  const auto work = [&] {
+    std::unique_ptr<RunningCore> core = core_pool().take();
+    for (uint32_t index; (index = next++) < launch.blocks;) {
+      if (index > failed) {  // the lowest core's error is the one reported
+        continue;
+      }
+      core->run(launch, index);
+      if (launch.results[index].error) {
+        uint32_t lowest = failed;
+        while (index < lowest && !failed.compare_exchange_weak(lowest, index)) {
+        }
+      }
+    }
+    core_pool().give(std::move(core));
+  };
+  const uint32_t threads = std::min<uint32_t>(launch.blocks, static_cast<uint32_t>(launch.config.threads));
+  std::vector<std::thread> helpers;
+  for (uint32_t i = 1; i < threads; ++i) {
+    helpers.emplace_back(work);
+  }
+  work();
+  for (std::thread& helper : helpers) {
+    helper.join();
+  }
+}
+
+}  // namespace cann_sim
+
+uint32_t cann_sim_launch(const char* kernel, uint32_t blocks, void* stream, void (*run)(void* args), const void* args,
+                         size_t args_bytes, void* const* pointers, size_t pointer_count) {
+  using namespace cann_sim;
+  auto request = std::make_unique<Request>();
+  request->kernel = kernel;
+  request->args.resize((args_bytes + 7) / 8);
+  if (args_bytes != 0) {
+    std::memcpy(request->args.data(), args, args_bytes);
+  }
+  request->quiet = thread_quiet;
+  Launch& launch = request->launch;
+  launch.kernel = request->kernel.c_str();
+  launch.blocks = blocks;
+  launch.run = run;
+  launch.args = request->args.data();
+  launch.config = current_config();
+  launch.buffers = snapshot_buffers(pointers, pointer_count);
+  if (blocks == 0 || blocks > 65535) {
+    last_error = format("kernel %s: a launch needs 1 to 65535 blocks, not %u", kernel, blocks);
+    last_report = "{}";
+    return 1;
+  }
+  if (const auto submit = executor.load(); submit != nullptr && stream != nullptr) {
+    submit(stream, execute_and_delete, request.release());
+    return 0;
+  }
+  return execute(*request);
+}
+
+void cann_sim_configure(const cann_sim_config* config) {
+  using namespace cann_sim;
+  thread_config = Config{};
+  thread_quiet = false;
+  if (config == nullptr) {
+    return;
+  }
+  thread_config.check = config->check != 0;
+  thread_config.trace_core = config->trace_core;
+  thread_config.threads = config->threads;
+  thread_config.bandwidth_scale = config->bandwidth_scale;
+  thread_config.vector_scale = config->vector_scale;
+  thread_config.scalar_scale = config->scalar_scale;
+  for (uint32_t i = 0; i < config->removed_count; ++i) {
+    thread_config.removed.push_back({config->removed[i].kind, config->removed[i].file, config->removed[i].line});
+  }
+  thread_quiet = config->quiet != 0;
+}
+
+void cann_sim_set_executor(void (*submit)(void* stream, void (*task)(void* closure), void* closure)) {
+  cann_sim::executor = submit;
+}
+
+const char* cann_sim_last_report() {
+  return cann_sim::last_report.c_str();
+}
+const char* cann_sim_last_error() {
+  return cann_sim::last_error.c_str();
+}
