@@ -51,9 +51,9 @@ struct CastNearest {
     } else if constexpr (std::is_integral_v<S>) {
       return D(static_cast<float>(value));
     } else if constexpr (std::is_integral_v<D>) {
-      return saturate<D>(std::nearbyint(static_cast<float>(value)));
+      return saturate<D>(nearest_integral(static_cast<float>(value)));
     } else if constexpr (std::is_same_v<D, S>) {
-      return std::nearbyint(value);
+      return nearest_integral(value);
     } else {
       return D(static_cast<float>(value));
     }

@@ -21,28 +21,34 @@ inline float bits_float(uint32_t bits) {
   return value;
 }
 
+// Chosen by masking: the compiler keeps a conditional expression as a jump, which does not vectorise.
+inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) {
+  const uint32_t all = 0u - static_cast<uint32_t>(condition);
+  return (yes & all) | (no & ~all);
+}
+
 inline float half_to_float(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
-  const uint32_t magnitude = bits & 0x7fffu;
+  const int32_t magnitude = bits & 0x7fff;
   // Converted from an integer, so that a thread which flushes subnormals gets them right too.
-  const uint32_t small = float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t normal = (magnitude << 13) + (112u << 23);
-  const uint32_t special = (magnitude << 13) | 0x7f800000u;
-  const uint32_t finite = magnitude < 0x400u ? small : normal;
-  return bits_float((magnitude >= 0x7c00u ? special : finite) | sign);
+  const uint32_t small = float_bits(static_cast<float>(magnitude) * 0x1p-24f);
+  const uint32_t shifted = static_cast<uint32_t>(magnitude) << 13;
+  const uint32_t finite = choose(magnitude < 0x400, small, shifted + (112u << 23));
+  return bits_float(choose(magnitude >= 0x7c00, shifted | 0x7f800000u, finite) | sign);
 }
 
 inline uint16_t float_to_half(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
+  const auto ordered = static_cast<int32_t>(magnitude);  // signed comparisons are the cheap ones
   // Adding one half lines a subnormal result up with the last bits of the sum, which the addition rounds.
   const uint32_t small = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
   const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   const uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  const uint32_t finite = magnitude < (113u << 23) ? small : normal;
-  const uint32_t bounded = magnitude >= 0x477ff000u ? 0x7c00u : finite;  // 65520 and more round to infinity
-  return static_cast<uint16_t>((magnitude > 0x7f800000u ? nan : bounded) | sign);
+  const uint32_t finite = choose(ordered < (113 << 23), small, normal);
+  const uint32_t bounded = choose(ordered >= 0x477ff000, 0x7c00u, finite);  // 65520 and more round to infinity
+  return static_cast<uint16_t>(choose(ordered > 0x7f800000, nan, bounded) | sign);
 }
 
 inline float bfloat16_to_float(uint16_t bits) {
@@ -53,7 +59,7 @@ inline uint16_t float_to_bfloat16(float value) {
   const uint32_t bits = float_bits(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  return static_cast<uint16_t>(choose(static_cast<int32_t>(bits & 0x7fffffffu) > 0x7f800000, nan, rounded));
 }
 
 }  // namespace cann_sim

@@ -3,6 +3,8 @@
 // the type each time. Of several extremes the first counts; a NaN counts as the extreme (not documented).
 #pragma once
 
+#include <limits>
+
 #include "cann_sim/vector_engine.h"
 #include "cann_sim/vector_ops.h"
 
@@ -39,39 +41,54 @@ bool beats(float candidate, float best) {
   return candidate != candidate || (type == ReduceType::MAX ? candidate > best : candidate < best);
 }
 
-// The lanes of a repeat as float, lane by lane; absent ones are -0. Returns how many lanes to look at.
+// The lanes of a repeat as float; those that take no part get `absent`, which changes no result.
 template <typename T>
-void gather_repeat(const Operand<T>& src, const Lanes& lanes, uint32_t repeat, float* values) {
-  const T* data = src.local.data();
-  if (lanes.prefix && src.strides.block == 1) {
-    const T* from = advance(data, src.block_offset(repeat, 0));
-    const uint32_t active = lanes.active_in(repeat);
-    for (uint32_t lane = 0; lane < active; ++lane) {
-      values[lane] = float(from[lane]);
-    }
-    for (uint32_t lane = active; lane < lanes.width; ++lane) {
-      values[lane] = -0.0f;
-    }
-    return;
+void load_repeat(const Operand<T>& src, const Lanes& lanes, uint32_t repeat, float absent, float* values) {
+  const uint32_t active = lanes.prefix ? lanes.active_in(repeat) : 0;
+  for (uint32_t lane = 0; lane < active; lane += kChunk) {
+    const uint32_t part = active - lane < kChunk ? active - lane : kChunk;
+    const Chunk<T> chunk = load_lanes(src, repeat, lane, part);
+    const Chunk<float> wide = apply_chunk<float>([](T value) { return float(value); }, part, chunk);
+    std::memcpy(values + lane, wide.at, part * sizeof(float));
   }
-  for (uint32_t lane = 0; lane < lanes.width; ++lane) {
-    const bool on = lanes.prefix ? lane < lanes.active_in(repeat) : lanes.on(lane);
-    values[lane] = on ? float(*advance(data, src.lane_offset(repeat, lane))) : -0.0f;
+  for (uint32_t lane = active; lane < lanes.width; ++lane) {
+    values[lane] = !lanes.prefix && lanes.on(lane)
+                       ? float(*advance(static_cast<const T*>(src.local.data()), src.lane_offset(repeat, lane)))
+                       : absent;
   }
 }
 
+template <ReduceType type>
+constexpr float absent_value() {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  return type == ReduceType::SUM ? -0.0f : type == ReduceType::MAX ? -infinity : infinity;
+}
+
+// The first extreme of lanes [first, first + count), `count` a multiple of 8.
 template <ReduceType type, typename T>
-Extreme<T> find_extreme(const Lanes& lanes, uint32_t repeat, const float* values, uint32_t first, uint32_t count) {
-  uint32_t best = first;
-  bool found = false;
-  for (uint32_t lane = first; lane < first + count; ++lane) {
-    const bool on = lanes.prefix ? lane < lanes.active_in(repeat) : lanes.on(lane);
-    if (on && (!found || beats<type>(values[lane], values[best]))) {
-      best = lane;
-      found = true;
+Extreme<T> find_extreme(const Lanes& lanes, const float* values, uint32_t first, uint32_t count) {
+  float best[8];
+  uint32_t nan[8] = {};
+  std::memcpy(best, values + first, sizeof(best));
+  for (uint32_t lane = first; lane < first + count; lane += 8) {
+    for (uint32_t i = 0; i < 8; ++i) {
+      const float value = values[lane + i];
+      best[i] = (type == ReduceType::MAX ? value > best[i] : value < best[i]) ? value : best[i];
+      nan[i] |= value != value ? 1u : 0u;
     }
   }
-  return {T(values[best]), best};
+  bool any_nan = false;
+  float extreme = best[0];
+  for (uint32_t i = 0; i < 8; ++i) {
+    any_nan = any_nan || nan[i] != 0;
+    extreme = beats<type>(best[i], extreme) ? best[i] : extreme;
+  }
+  for (uint32_t lane = first; lane < first + count; ++lane) {
+    if ((any_nan ? values[lane] != values[lane] : values[lane] == extreme) && (lanes.prefix || lanes.on(lane))) {
+      return {T(values[lane]), lane};
+    }
+  }
+  return {T(extreme), first};
 }
 
 inline uint32_t stride16(const char* op, Place where, const char* name, int64_t stride) {
@@ -141,13 +158,13 @@ void whole_reduce(const char* op, Place where, const Lanes& lanes, const AscendC
                [&](Accesses& list, uint32_t repeat) { list.add(uint64_t{repeat} * stride * unit, unit); });
   for (uint32_t repeat = 0; repeat < lanes.repeats; ++repeat) {
     float values[kMostLanes];
-    gather_repeat(from, lanes, repeat, values);
+    load_repeat(from, lanes, repeat, absent_value<type>(), values);
     uint8_t* to = reinterpret_cast<uint8_t*>(dst.data()) + uint64_t{repeat} * stride * unit;
     if constexpr (type == ReduceType::SUM) {
       const T sum = tree_sum<T>(values, lanes.width);
       std::memcpy(to, &sum, sizeof(T));
     } else {
-      const Extreme<T> extreme = find_extreme<type, T>(lanes, repeat, values, 0, lanes.width);
+      const Extreme<T> extreme = find_extreme<type, T>(lanes, values, 0, lanes.width);
       // The index has the bits of an integer as wide as T; alone it is a uint32_t.
       if (order == ReduceOrder::ORDER_ONLY_INDEX) {
         std::memcpy(to, &extreme.index, sizeof(uint32_t));
@@ -183,7 +200,7 @@ void group_reduce(const char* op, Place where, const Lanes& lanes, const AscendC
   });
   for (uint32_t repeat = 0; repeat < lanes.repeats; ++repeat) {
     float values[kMostLanes];
-    gather_repeat(from, lanes, repeat, values);
+    load_repeat(from, lanes, repeat, absent_value<type>(), values);
     T* to = advance(dst.data(), uint64_t{repeat} * stride * unit);
     for (uint32_t g = 0; g < groups; ++g) {
       if (!lanes.any(repeat, g * group, group)) {
@@ -192,7 +209,7 @@ void group_reduce(const char* op, Place where, const Lanes& lanes, const AscendC
       if constexpr (type == ReduceType::SUM) {
         to[g] = tree_sum<T>(values + g * group, group);
       } else {
-        to[g] = find_extreme<type, T>(lanes, repeat, values, g * group, group).value;
+        to[g] = find_extreme<type, T>(lanes, values, g * group, group).value;
       }
     }
   }

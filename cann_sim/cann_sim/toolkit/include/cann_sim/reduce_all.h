@@ -71,7 +71,7 @@ std::vector<T> repeat_sums(const Reduction<T>& r) {
   std::vector<T> sums;
   for (uint32_t repeat = 0; repeat < r.lanes.repeats; ++repeat) {
     float values[kMostLanes];
-    gather_repeat(r.src, r.lanes, repeat, values);
+    load_repeat(r.src, r.lanes, repeat, -0.0f, values);
     sums.push_back(tree_sum<T>(values, r.lanes.width));
   }
   return sums;
@@ -138,8 +138,8 @@ void reduce_extreme(const Reduction<T>& r, bool index, uint32_t tmp_repeats) {
   uint64_t best_index = 0;
   for (uint32_t repeat = 0; repeat < r.lanes.repeats; ++repeat) {
     float values[kMostLanes];
-    gather_repeat(r.src, r.lanes, repeat, values);
-    const Extreme<T> extreme = find_extreme<type, T>(r.lanes, repeat, values, 0, r.lanes.width);
+    load_repeat(r.src, r.lanes, repeat, absent_value<type>(), values);
+    const Extreme<T> extreme = find_extreme<type, T>(r.lanes, values, 0, r.lanes.width);
     if (repeat == 0 || beats<type>(float(extreme.value), best)) {
       best = float(extreme.value);
       // The index counts elements of src from its start, strides included.

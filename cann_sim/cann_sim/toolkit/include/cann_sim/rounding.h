@@ -76,6 +76,13 @@ inline bfloat16_t to_bfloat16(RoundMode mode, float value) {
   return bfloat16_t::from_bits(result | (negative ? 0x8000u : 0));
 }
 
+// The nearest integral value, ties to even, without a branch or a call: adding 2^23 leaves no bits of a fraction.
+inline float nearest_integral(float value) {
+  const float magnitude = std::fabs(value);
+  const float rounded = magnitude < 0x1p23f ? (magnitude + 0x1p23f) - 0x1p23f : magnitude;
+  return std::copysign(rounded, value);
+}
+
 // To an integral value, still as float.
 inline float to_integral(RoundMode mode, float value) {
   switch (mode) {
@@ -88,21 +95,19 @@ inline float to_integral(RoundMode mode, float value) {
     case RoundMode::CAST_TRUNC:
       return std::trunc(value);
     default:
-      return std::nearbyint(value);
+      return nearest_integral(value);
   }
 }
 
 template <typename I>
 I saturate(float integral) {
   constexpr float most = 2.0f * static_cast<float>(std::numeric_limits<I>::max() / 2 + 1);  // a power of two
-  if (!(integral == integral)) {
-    return 0;
-  }
-  if (integral >= most) {
-    return std::numeric_limits<I>::max();
-  }
-  return integral < static_cast<float>(std::numeric_limits<I>::min()) ? std::numeric_limits<I>::min()
-                                                                      : static_cast<I>(integral);
+  constexpr float least = static_cast<float>(std::numeric_limits<I>::min());
+  const bool inside = integral >= least && integral < most;
+  const I outside = integral >= most   ? std::numeric_limits<I>::max()
+                    : integral < least ? std::numeric_limits<I>::min()
+                                       : I{0};  // NaN
+  return inside ? static_cast<I>(inside ? integral : 0.0f) : outside;
 }
 
 template <typename I>

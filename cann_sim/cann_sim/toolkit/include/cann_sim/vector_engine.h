@@ -65,6 +65,12 @@ struct Operand : OperandBase {
   using Type = T;
   Operand(const char* name, const AscendC::LocalTensor<T>& tensor, Strides strides)
       : OperandBase{name, &tensor, sizeof(T), strides}, local(tensor) {}
+
+  // As in the base, with a division by a constant.
+  static constexpr uint32_t kPerBlock = kBlockBytes / sizeof(T);
+  uint64_t lane_offset(uint32_t repeat, uint32_t lane) const {
+    return block_offset(repeat, lane / kPerBlock) + uint64_t{lane % kPerBlock} * sizeof(T);
+  }
   const AscendC::LocalTensor<T>& local;
 };
 
@@ -236,66 +242,99 @@ struct Chunk {
 };
 
 template <typename T>
+T* advance(T* data, uint64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const uint8_t, uint8_t>;
+  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + bytes);
+}
+
+template <typename T>
 Chunk<T> load_chunk(const T* from, uint32_t count) {
   Chunk<T> chunk;
   std::memcpy(chunk.at, from, count * sizeof(T));
   return chunk;
 }
 
-template <typename Op, typename D, typename... S>
-void apply_chunk(const Op& op, D* dst, const Chunk<S>&... src) {
-  Chunk<D> result;
-  for (uint32_t i = 0; i < kChunk; ++i) {
-    result.at[i] = op(src.at[i]...);
+// Lanes [first, first + count) of a repeat; `first` is the first lane of a block.
+template <typename T>
+Chunk<T> load_lanes(const Operand<T>& operand, uint32_t repeat, uint32_t first, uint32_t count) {
+  const T* data = operand.local.data();
+  if (operand.strides.block == 1) {
+    return load_chunk(advance(data, operand.lane_offset(repeat, first)), count);
   }
-  std::memcpy(dst, result.at, sizeof(result));
+  Chunk<T> chunk;
+  constexpr uint32_t block = Operand<T>::kPerBlock;
+  uint32_t lane = 0;
+  for (; lane + block <= count; lane += block) {
+    std::memcpy(chunk.at + lane, advance(data, operand.lane_offset(repeat, first + lane)), kBlockBytes);
+  }
+  if (lane < count) {
+    std::memcpy(chunk.at + lane, advance(data, operand.lane_offset(repeat, first + lane)), (count - lane) * sizeof(T));
+  }
+  return chunk;
+}
+
+template <typename T>
+void store_lanes(const Operand<T>& operand, uint32_t repeat, uint32_t first, uint32_t count, const Chunk<T>& chunk) {
+  T* data = operand.local.data();
+  if (operand.strides.block == 1) {
+    std::memcpy(advance(data, operand.lane_offset(repeat, first)), chunk.at, count * sizeof(T));
+    return;
+  }
+  for (uint32_t lane = 0; lane < count; lane += Operand<T>::kPerBlock) {
+    const uint32_t left = count - lane, part = left < Operand<T>::kPerBlock ? left : Operand<T>::kPerBlock;
+    std::memcpy(advance(data, operand.lane_offset(repeat, first + lane)), chunk.at + lane, part * sizeof(T));
+  }
+}
+
+template <typename D, typename Op, typename... S>
+Chunk<D> apply_chunk(const Op& op, uint32_t count, const Chunk<S>&... src) {
+  Chunk<D> result;
+  if (count == kChunk) {
+    for (uint32_t i = 0; i < kChunk; ++i) {
+      result.at[i] = op(src.at[i]...);
+    }
+  } else {
+    for (uint32_t i = 0; i < count; ++i) {
+      result.at[i] = op(src.at[i]...);
+    }
+  }
+  return result;
 }
 
 template <typename Op, typename D, typename... S>
 void apply_flat(const Op& op, uint64_t count, D* dst, const S*... src) {
   uint64_t done = 0;
   for (; done + kChunk <= count; done += kChunk) {
-    apply_chunk(op, dst + done, load_chunk(src + done, kChunk)...);
+    const Chunk<D> result = apply_chunk<D>(op, kChunk, load_chunk(src + done, kChunk)...);
+    std::memcpy(dst + done, result.at, sizeof(result));
   }
-  for (; done < count; ++done) {
-    dst[done] = op(src[done]...);
+  if (done < count) {
+    const auto rest = static_cast<uint32_t>(count - done);
+    const Chunk<D> result = apply_chunk<D>(op, rest, load_chunk(src + done, rest)...);
+    std::memcpy(dst + done, result.at, rest * sizeof(D));
   }
-}
-
-template <typename T>
-T* advance(T* data, uint64_t bytes) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const uint8_t, uint8_t>;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(data) + bytes);
 }
 
 template <typename Op, typename D, typename... S>
 void apply_lanes(const Op& op, const Lanes& lanes, const Operand<D>& dst, const Operand<S>&... src) {
-  D* out = dst.local.data();
   if (dst.contiguous(lanes) && (src.contiguous(lanes) && ...)) {
-    apply_flat(op, uint64_t{lanes.repeats - 1} * lanes.active + lanes.tail, out,
+    apply_flat(op, uint64_t{lanes.repeats - 1} * lanes.active + lanes.tail, dst.local.data(),
                static_cast<const S*>(src.local.data())...);
     return;
   }
-  const auto run = [&](uint32_t repeat, uint32_t lane, uint32_t count) {
-    apply_flat(op, count, advance(out, dst.lane_offset(repeat, lane)),
-               advance(static_cast<const S*>(src.local.data()), src.lane_offset(repeat, lane))...);
-  };
-  const bool dense = dst.strides.block == 1 && ((src.strides.block == 1) && ...);
-  uint32_t piece = dst.per_block();  // a block of the widest operand is contiguous in all of them
-  ((piece = src.per_block() < piece ? src.per_block() : piece), ...);
   for (uint32_t repeat = 0; repeat < lanes.repeats; ++repeat) {
-    if (lanes.prefix && dense) {
-      run(repeat, 0, lanes.active_in(repeat));
-    } else if (lanes.prefix) {
-      for (uint32_t lane = 0; lane < lanes.active_in(repeat); lane += piece) {
-        const uint32_t left = lanes.active_in(repeat) - lane;
-        run(repeat, lane, left < piece ? left : piece);
+    if (lanes.prefix) {
+      const uint32_t active = lanes.active_in(repeat);
+      for (uint32_t lane = 0; lane < active; lane += kChunk) {
+        const uint32_t part = active - lane < kChunk ? active - lane : kChunk;
+        store_lanes(dst, repeat, lane, part, apply_chunk<D>(op, part, load_lanes(src, repeat, lane, part)...));
       }
-    } else {
-      for (uint32_t lane = 0; lane < lanes.width; ++lane) {
-        if (lanes.on(lane)) {
-          run(repeat, lane, 1);
-        }
+      continue;
+    }
+    for (uint32_t lane = 0; lane < lanes.width; ++lane) {
+      if (lanes.on(lane)) {
+        *advance(dst.local.data(), dst.lane_offset(repeat, lane)) =
+            op(*advance(static_cast<const S*>(src.local.data()), src.lane_offset(repeat, lane))...);
       }
     }
   }
