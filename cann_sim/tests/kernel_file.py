@@ -20,6 +20,19 @@ FOLDER = Path(__file__).parent / "kernels"
 ELEMENTS = 1024  # of each of the two buffers that a kernel gets, see scratch.h
 
 
+def aligned(elements: int) -> np.ndarray:
+    """Zeros that start at a cache line of 64 bytes, as device memory does."""
+    room = np.zeros(elements + 16, np.float32)
+    start = -(room.ctypes.data // 4) % 16
+    return room[start : start + elements]
+
+
+def ones() -> np.ndarray:
+    array = aligned(ELEMENTS)
+    array[:] = 1
+    return array
+
+
 @functools.cache
 def kernel_file(name: str) -> KernelFile:
     return KernelFile(name)
@@ -41,10 +54,6 @@ class KernelFile:
         start = next(i for i, line in enumerate(self.lines) if line.startswith(f"KERNEL({kernel})"))
         return start, next(i for i in range(start, len(self.lines)) if self.lines[i] == "}")
 
-    def body(self, kernel: str) -> list[str]:
-        start, end = self.span(kernel)
-        return self.lines[start:end]
-
     def line(self, kernel: str, mark: str = "HERE") -> int:
         """The number of the line in `kernel`'s body (or, for a mark found nowhere in it, of the file) so marked."""
         start, end = self.span(kernel)
@@ -58,8 +67,8 @@ class KernelFile:
         return f"{self.path.name}:{self.line(kernel, mark)}"
 
     def launch(self, kernel: str, number: int, x: Any = None, y: Any = None, *, blocks: int = 1) -> Any:
-        x = np.ones(ELEMENTS, np.float32) if x is None else x
-        y = np.ones(ELEMENTS, np.float32) if y is None else y
+        x = ones() if x is None else x
+        y = ones() if y is None else y
         return self.library.launch(kernel, blocks, x, y, number)
 
 
@@ -73,6 +82,7 @@ class Broken:
     bad: int = 0
     good: int | None = 1
     mark: str = "HERE"
+    first: str = "FIRST"  # the mark of the other place
     core: int = 0
 
     def __str__(self) -> str:

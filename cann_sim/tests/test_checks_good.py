@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from kernel_file import kernel_file
+from kernel_file import aligned, kernel_file
 
 import cann_sim
 from cann_sim import Uninit, Workspace
@@ -120,9 +120,7 @@ def test_preload(tiles: int) -> None:
 
 @pytest.mark.parametrize("kernel, distance", [("line_per_core", 16), ("number_per_core", 1)])
 def test_one_number_per_core(kernel: str, distance: int) -> None:
-    buffer = np.zeros(16 * 6 + 16, np.float32)
-    start = -(buffer.ctypes.data // 4) % 16  # the buffers that CANN gives start at a line
-    y = buffer[start : start + 16 * 6]
+    y = aligned(16 * 6)
     launch(kernel, 6, y)
     np.testing.assert_array_equal(y[: 6 * distance : distance], np.arange(1, 7))
 

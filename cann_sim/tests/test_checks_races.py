@@ -47,7 +47,7 @@ CASES = [
     Broken("gm_mte3_s_waw", "race", "DataCopy MTE3 SetValue S"),
     Broken("flag_too_early", "race", "DataCopy MTE2 Add V"),
     Broken("wait_too_late", "race", "DataCopy MTE2 Adds V"),
-    Broken("second_tile", "race", "Adds V DataCopy MTE2"),
+    Broken("second_tile", "race", "DataCopy MTE2", first="HERE"),
     Broken("strided_row", "race", "DataCopyPad MTE2 Adds V"),
     Broken("queue_passed_by", "race", "DataCopy MTE2 Adds V"),
     Broken("queue_does_not_order_s", "race", "DataCopy MTE2 GetValue S"),
@@ -58,8 +58,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_without_its_synchronisation_it_is_a_race(case: Broken) -> None:
     error = check_refused(FILE, case)
-    for mark in ("FIRST", "HERE"):
-        assert FILE.place(case.kernel, mark) in str(error)
+    assert FILE.place(case.kernel, case.mark) in str(error)
+    assert FILE.place(case.kernel, case.first) in error.message
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

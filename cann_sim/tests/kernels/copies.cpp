@@ -4,8 +4,6 @@
 
 #define KERNEL(name) extern "C" __global__ __aicore__ void name(GM_ADDR x, GM_ADDR y, int32_t n)
 
-constexpr DataCopyPadExtParams<float> kNoPad{false, 0, 0, 0.0f};
-
 // ---- parameters ----
 
 KERNEL(block_count_in) {
@@ -15,7 +13,7 @@ KERNEL(block_count_in) {
   GlobalTensor<float> source;
   source.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(x));
   DataCopyExtParams copy{static_cast<uint16_t>(n), 4, 0, 0, 0};
-  DataCopyPad(buffer.Get<float>(), source, copy, kNoPad);  // HERE
+  DataCopyPad(buffer.Get<float>(), source, copy, NoPad());  // HERE
 }
 
 KERNEL(block_count_out) {
@@ -41,7 +39,7 @@ KERNEL(block_count_plain) {
 
 KERNEL(block_len_in) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x, DataCopyExtParams{1, static_cast<uint32_t>(n), 0, 0, 0}, kNoPad);  // HERE
+  DataCopyPad(s.a, s.x, DataCopyExtParams{1, static_cast<uint32_t>(n), 0, 0, 0}, NoPad());  // HERE
 }
 
 KERNEL(block_len_out) {
@@ -85,7 +83,7 @@ KERNEL(plain_count_out) {
 
 KERNEL(gm_read_end) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x[8], DataCopyExtParams{1, static_cast<uint32_t>(n) * 4, 0, 0, 0}, kNoPad);  // HERE
+  DataCopyPad(s.a, s.x[8], DataCopyExtParams{1, static_cast<uint32_t>(n) * 4, 0, 0, 0}, NoPad());  // HERE
 }
 
 KERNEL(gm_plain_read_end) {
@@ -96,7 +94,7 @@ KERNEL(gm_plain_read_end) {
 // The last of the rows, and only the end of it.
 KERNEL(gm_read_last_row) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x, DataCopyExtParams{4, 12, static_cast<uint32_t>(n), 0, 0}, kNoPad);  // HERE
+  DataCopyPad(s.a, s.x, DataCopyExtParams{4, 12, static_cast<uint32_t>(n), 0, 0}, NoPad());  // HERE
 }
 
 KERNEL(gm_write_end) {
@@ -153,8 +151,8 @@ KERNEL(gm_null_write) {
 // What a copy of nothing would touch does not matter.
 KERNEL(copies_of_nothing) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x[n], DataCopyExtParams{0, 64, 0, 0, 0}, kNoPad);
-  DataCopyPad(s.a, s.x[n], DataCopyExtParams{4, 0, 0, 0, 0}, kNoPad);
+  DataCopyPad(s.a, s.x[n], DataCopyExtParams{0, 64, 0, 0, 0}, NoPad());
+  DataCopyPad(s.a, s.x[n], DataCopyExtParams{4, 0, 0, 0, 0}, NoPad());
   DataCopyPad(s.y[n], s.a, DataCopyExtParams{0, 64, 0, 0, 0});
   DataCopyPad(s.y[n], s.a, DataCopyExtParams{4, 0, 0, 0, 0});
 }

@@ -62,8 +62,7 @@ KERNEL(in_place_with_halo) {
   Scratch s(x, y);
   const uint32_t begin = GetBlockIdx() * kCount;
   const uint32_t halo = right ? 0 : 1;
-  DataCopyPadExtParams<float> pad{false, 0, 0, 0.0f};
-  DataCopyPad(s.a, s.y[begin], DataCopyExtParams{1, (kCount + halo) * 4, 0, 0, 0}, pad);  // FIRST
+  DataCopyPad(s.a, s.y[begin], DataCopyExtParams{1, (kCount + halo) * 4, 0, 0, 0}, NoPad());  // FIRST
   Order<HardEvent::MTE2_V>();
   Adds(s.b, s.a, 1.0f, kCount);
   Order<HardEvent::V_MTE3>();

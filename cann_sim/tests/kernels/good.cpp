@@ -104,7 +104,7 @@ extern "C" __global__ __aicore__ void softmax(GM_ADDR x, GM_ADDR y, Rows shape) 
   for (uint32_t row = GetBlockIdx(); row < shape.rows; row += GetBlockNum()) {
     const uint64_t start = static_cast<uint64_t>(row) * shape.pitch;
     LocalTensor<float> a = in.AllocTensor<float>();
-    DataCopyPad(a, from[start], DataCopyExtParams{1, bytes, 0, 0, 0}, DataCopyPadExtParams<float>{false, 0, 0, 0.0f});
+    DataCopyPad(a, from[start], DataCopyExtParams{1, bytes, 0, 0, 0}, NoPad());
     in.EnQue(a);
     a = in.DeQue<float>();
     LocalTensor<float> b = out.AllocTensor<float>();

@@ -62,8 +62,7 @@ KERNEL(copy_out_alignment) {
 
 KERNEL(pad_in_alignment) {
   Scratch s(x, y);
-  DataCopyPadExtParams<float> pad{false, 0, 0, 0.0f};
-  DataCopyPad(s.a[n], s.x, DataCopyExtParams{1, 4, 0, 0, 0}, pad);  // HERE
+  DataCopyPad(s.a[n], s.x, DataCopyExtParams{1, 4, 0, 0, 0}, NoPad());  // HERE
 }
 
 KERNEL(pad_out_alignment) {
@@ -82,7 +81,7 @@ KERNEL(gm_element_alignment) {
 KERNEL(offset_alignment) {
   Scratch s(x, y);
   LocalTensor<float> part = s.buffer_a.GetWithOffset<float>(8, n);  // HERE
-  Duplicate(part, 0.0f, 8);                                         // HERE_TOO
+  Duplicate(part, 0.0f, 8);
 }
 
 // ---- range ----
@@ -102,7 +101,7 @@ KERNEL(get_range) {
 KERNEL(index_range) {
   Scratch s(x, y);
   LocalTensor<float> part = s.a[n];  // HERE
-  Duplicate(part, 0.0f, 8);          // HERE_TOO
+  Duplicate(part, 0.0f, 8);
 }
 
 KERNEL(vector_write_range) {

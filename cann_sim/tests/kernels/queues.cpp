@@ -186,10 +186,10 @@ KERNEL(never_freed) {
   Scratch s(x, y);
   InQueue queue;
   s.pipe.InitBuffer(queue, 2, kBytes);
-  LocalTensor<float> mine = queue.AllocTensor<float>();  // HERE
+  LocalTensor<float> mine = queue.AllocTensor<float>();
   DataCopy(mine, s.x, kCount);
   queue.EnQue(mine);
-  mine = queue.DeQue<float>();
+  mine = queue.DeQue<float>();  // HERE
   Adds(s.b, mine, 1.0f, kCount);
   if (right) {
     queue.FreeTensor(mine);
@@ -200,8 +200,8 @@ KERNEL(never_dequeued) {
   Scratch s(x, y);
   InQueue queue;
   s.pipe.InitBuffer(queue, 2, kBytes);
-  LocalTensor<float> mine = queue.AllocTensor<float>();  // HERE
-  queue.EnQue(mine);                                     // HERE_TOO
+  LocalTensor<float> mine = queue.AllocTensor<float>();
+  queue.EnQue(mine);  // HERE
   if (right) {
     mine = queue.DeQue<float>();
     queue.FreeTensor(mine);

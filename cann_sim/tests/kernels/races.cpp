@@ -399,7 +399,7 @@ KERNEL(wait_too_late) {
   }
 }
 
-// Right for the first tile, and the second reuses the buffer too soon.
+// Right for the first tile, and the second one's copy, the same line, comes too soon for the buffer.
 KERNEL(second_tile) {
   Scratch s(x, y);
   for (uint32_t tile = 0; tile < 2; ++tile) {
@@ -408,7 +408,7 @@ KERNEL(second_tile) {
     }
     DataCopy(s.a, s.x[tile * kCount], kCount);  // HERE
     Order<HardEvent::MTE2_V>();
-    Adds(s.b[tile * kCount], s.a, 1.0f, kCount);  // FIRST
+    Adds(s.b[tile * kCount], s.a, 1.0f, kCount);
     if (ordered && tile == 0) {
       SetFlag<HardEvent::V_MTE2>(EVENT_ID0);
     }
@@ -419,8 +419,7 @@ KERNEL(second_tile) {
 KERNEL(strided_row) {
   Scratch s(x, y);
   s.Fill();
-  DataCopyPadExtParams<float> pad{false, 0, 0, 0.0f};
-  DataCopyPad(s.a, s.x, DataCopyExtParams{8, 16, 0, 1, 0}, pad);  // FIRST
+  DataCopyPad(s.a, s.x, DataCopyExtParams{8, 16, 0, 1, 0}, NoPad());  // FIRST
   if (ordered) {
     Order<HardEvent::MTE2_V>();
   }

@@ -37,6 +37,11 @@ struct Scratch {
   GlobalTensor<float> x, y;
 };
 
+// Pads the last 32 bytes of a block with the block's first element, as a copy without padding does.
+__aicore__ inline DataCopyPadExtParams<float> NoPad() {
+  return DataCopyPadExtParams<float>{false, 0, 0, 0.0f};
+}
+
 // Orders what the event's first pipe was given so far before what its second pipe is given from now on.
 template <HardEvent event>
 __aicore__ inline void Order() {

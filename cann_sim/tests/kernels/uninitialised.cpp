@@ -3,8 +3,6 @@
 
 #define KERNEL(name) extern "C" __global__ __aicore__ void name(GM_ADDR x, GM_ADDR y, int32_t right)
 
-constexpr DataCopyPadExtParams<float> kNoPad{false, 0, 0, 0.0f};
-
 // ---- UB ----
 
 KERNEL(vector_read) {
@@ -54,7 +52,7 @@ KERNEL(hole) {
 // A copy of 3 floats fills up its 32 bytes, and no more.
 KERNEL(behind_the_block) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x, DataCopyExtParams{1, 12, 0, 0, 0}, kNoPad);
+  DataCopyPad(s.a, s.x, DataCopyExtParams{1, 12, 0, 0, 0}, NoPad());
   Order<HardEvent::MTE2_V>();
   Adds(s.b, s.a, 1.0f, right ? 8 : 9);  // HERE
 }
@@ -79,7 +77,7 @@ KERNEL(left_padding_without_value) {
 // The gap between two rows stays as it was.
 KERNEL(gap_between_rows) {
   Scratch s(x, y);
-  DataCopyPad(s.a, s.x, DataCopyExtParams{2, 32, 0, static_cast<uint32_t>(right ? 0 : 1), 0}, kNoPad);
+  DataCopyPad(s.a, s.x, DataCopyExtParams{2, 32, 0, static_cast<uint32_t>(right ? 0 : 1), 0}, NoPad());
   Order<HardEvent::MTE2_V>();
   Adds(s.b, s.a, 1.0f, 16);  // HERE
 }
@@ -165,5 +163,5 @@ KERNEL(gm_one_beyond) {
   DataCopyPad(s.y, s.b, DataCopyExtParams{1, 100, 0, 0, 0});
   Order<HardEvent::MTE3_MTE2>();
   const uint32_t bytes = right ? 100 : 104;
-  DataCopyPad(s.a, s.y, DataCopyExtParams{1, bytes, 0, 0, 0}, kNoPad);  // HERE
+  DataCopyPad(s.a, s.y, DataCopyExtParams{1, bytes, 0, 0, 0}, NoPad());  // HERE
 }
