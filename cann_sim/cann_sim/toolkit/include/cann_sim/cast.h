@@ -78,6 +78,18 @@ struct CastRounded {
   }
 };
 
+template <typename T>
+constexpr const char* type_name() {
+  return std::is_same_v<T, half>         ? "half"
+         : std::is_same_v<T, bfloat16_t> ? "bfloat16_t"
+         : std::is_same_v<T, float>      ? "float"
+         : std::is_same_v<T, int64_t>    ? "int64_t"
+         : std::is_same_v<T, int32_t>    ? "int32_t"
+         : std::is_same_v<T, int16_t>    ? "int16_t"
+         : std::is_same_v<T, int8_t>     ? "int8_t"
+                                         : "uint8_t";
+}
+
 template <typename D, typename S>
 void check_cast(Place where, RoundMode mode) {
   static_assert(!(std::is_same_v<D, half> && std::is_same_v<S, int32_t>),
@@ -94,8 +106,8 @@ void check_cast(Place where, RoundMode mode) {
       }
     }
     core().fail("rounding", where,
-                format("Cast: %s is no rounding mode of this conversion, which has %s", index > 6 ? "it" : names[index],
-                       allowed.c_str()));
+                format("Cast: %s is no rounding mode from %s to %s, which has %s", index > 6 ? "this" : names[index],
+                       type_name<S>(), type_name<D>(), allowed.c_str()));
   }
 }
 

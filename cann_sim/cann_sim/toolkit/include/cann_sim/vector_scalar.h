@@ -57,29 +57,32 @@ void axpy(Place where, const Lanes& lanes, const AscendC::LocalTensor<D>& dst, c
 
 namespace AscendC {
 
-// Both forms, with the scalar as T; a scalar of another type does not deduce, as on the device, unless T is given.
-#define CANN_SIM_SCALAR(NAME, KIND, ...)                                                                        \
-  template <typename T, bool isSetMask = true, typename M>                                                      \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& scalarValue, M mask,                 \
-            const int64_t repeatTime, const UnaryRepeatParams& repeatParams, CANN_SIM_HERE) {                   \
-    CANN_SIM_TYPES(NAME, T, __VA_ARGS__);                                                                       \
-    const auto lanes = ::cann_sim::repeat_lanes<isSetMask, T>(#NAME, where, mask, repeatTime);                  \
-    const auto op = ::cann_sim::scalar_op<::cann_sim::ops::NAME<T>>(#NAME, where, scalarValue);                 \
-    ::cann_sim::unary_repeat(#NAME, where, ::cann_sim::VectorClass::KIND, lanes, op, dst, src, repeatParams);   \
-  }                                                                                                             \
-  template <typename T, bool isSetMask = true>                                                                  \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& scalarValue, const int32_t& count,   \
-            CANN_SIM_HERE) {                                                                                    \
-    CANN_SIM_TYPES(NAME, T, __VA_ARGS__);                                                                       \
-    const auto lanes = ::cann_sim::count_lanes<isSetMask, T>(#NAME, where, count);                              \
-    const auto op = ::cann_sim::scalar_op<::cann_sim::ops::NAME<T>>(#NAME, where, scalarValue);                 \
-    ::cann_sim::unary_count(#NAME, where, ::cann_sim::VectorClass::KIND, lanes, op, dst, src);                  \
-  }                                                                                                             \
-  template <typename T, typename U, bool isSetMask = true, std::enable_if_t<std::is_same_v<T, U>, bool> = true, \
-            typename... Rest>                                                                                   \
-  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src, const U& scalarValue, const Rest&... rest) {  \
-    NAME<T, isSetMask>(dst, src, static_cast<const T&>(scalarValue), rest...);                                  \
+// Both forms, each with the scalar as T and, as on the device, as a U that has to be T: a scalar of another type does
+// not deduce unless T is given.
+#define CANN_SIM_SCALAR_FORMS(NAME, KIND, SCALAR, PARAMETERS, ...)                                                 \
+  template <CANN_SIM_UNPACK PARAMETERS, typename M>                                                                \
+  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src, const SCALAR& scalarValue, M mask,               \
+            const int64_t repeatTime, const UnaryRepeatParams& repeatParams, CANN_SIM_HERE) {                      \
+    CANN_SIM_TYPES(NAME, T, __VA_ARGS__);                                                                          \
+    const auto lanes = ::cann_sim::repeat_lanes<isSetMask, T>(#NAME, where, mask, repeatTime);                     \
+    const auto op = ::cann_sim::scalar_op<::cann_sim::ops::NAME<T>>(#NAME, where, scalarValue);                    \
+    ::cann_sim::unary_repeat(#NAME, where, ::cann_sim::VectorClass::KIND, lanes, op, dst, src, repeatParams);      \
+  }                                                                                                                \
+  template <CANN_SIM_UNPACK PARAMETERS>                                                                            \
+  void NAME(const LocalTensor<T>& dst, const LocalTensor<T>& src, const SCALAR& scalarValue, const int32_t& count, \
+            CANN_SIM_HERE) {                                                                                       \
+    CANN_SIM_TYPES(NAME, T, __VA_ARGS__);                                                                          \
+    const auto lanes = ::cann_sim::count_lanes<isSetMask, T>(#NAME, where, count);                                 \
+    const auto op = ::cann_sim::scalar_op<::cann_sim::ops::NAME<T>>(#NAME, where, scalarValue);                    \
+    ::cann_sim::unary_count(#NAME, where, ::cann_sim::VectorClass::KIND, lanes, op, dst, src);                     \
   }
+#define CANN_SIM_UNPACK(...) __VA_ARGS__
+#define CANN_SIM_SCALAR(NAME, KIND, ...)                                                                    \
+  CANN_SIM_SCALAR_FORMS(NAME, KIND, T, (typename T, bool isSetMask = true), __VA_ARGS__)                    \
+  CANN_SIM_SCALAR_FORMS(                                                                                    \
+      NAME, KIND, U,                                                                                        \
+      (typename T, typename U, bool isSetMask = true, std::enable_if_t<std::is_same_v<T, U>, bool> = true), \
+      __VA_ARGS__)
 
 CANN_SIM_SCALAR(Adds, add, int16_t, half, int32_t, float)
 CANN_SIM_SCALAR(Muls, mul, int16_t, half, int32_t, float)
@@ -89,6 +92,8 @@ CANN_SIM_SCALAR(LeakyRelu, mul, half, float)
 CANN_SIM_SCALAR(ShiftLeft, logic, int16_t, uint16_t, int32_t, uint32_t)
 
 #undef CANN_SIM_SCALAR
+#undef CANN_SIM_UNPACK
+#undef CANN_SIM_SCALAR_FORMS
 
 template <typename T, bool isSetMask = true, typename M>
 void ShiftRight(const LocalTensor<T>& dst, const LocalTensor<T>& src, const T& scalarValue, M mask,
