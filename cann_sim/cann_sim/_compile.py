@@ -56,7 +56,7 @@ def compile(
 
 
 def _build(launchers: ModuleType, compiler: list[str], paths: list[Path], texts: list[str], library: Path) -> None:
-    """Compiles in a temporary folder and moves the result into place, so that processes do not see each other's halves."""
+    """Compiles in a temporary folder and moves the result into place: other processes see all of it or nothing."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         wrappers = []

@@ -156,8 +156,8 @@ class KernelLibrary:
         for index in indices:
             if not 0 <= index < len(known):
                 raise ValueError(
-                    f"remove_sync={index}: {len(known)} synchronisations of kernel {kernel} are known; indices are those "
-                    "of an earlier launch's sync_sites"
+                    f"remove_sync={index}: {len(known)} synchronisations of kernel {kernel} are known; indices are "
+                    "those of an earlier launch's sync_sites"
                 )
         sites = (Site * len(indices))(*(Site(k.encode(), f.encode(), n) for k, f, n in map(known.__getitem__, indices)))
         return RunConfig(

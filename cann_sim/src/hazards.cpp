@@ -52,14 +52,15 @@ Conflict conflict_of_read(const Record& record, const Clock& clock) {
 
 Conflict conflict_of_write(const Record& record, const Clock& clock, const Instruction& self) {
   const auto is_self = [&](Pipe pipe, uint32_t seq) { return pipe == self.pipe && seq == self.seq; };
-  if (record.write_seq > clock.seen[static_cast<int>(record.write_pipe)] &&
-      !is_self(record.write_pipe, record.write_seq)) {
-    return {true, true, record.write_pipe, record.write_place};
-  }
+  // Reads first: they come after the write, so what orders them usually orders the write too.
   for (int reader = 0; reader < kPipes; ++reader) {
     if (record.read_seq[reader] > clock.seen[reader] && !is_self(static_cast<Pipe>(reader), record.read_seq[reader])) {
       return {true, false, static_cast<Pipe>(reader), record.read_place[reader]};
     }
+  }
+  if (record.write_seq > clock.seen[static_cast<int>(record.write_pipe)] &&
+      !is_self(record.write_pipe, record.write_seq)) {
+    return {true, true, record.write_pipe, record.write_place};
   }
   return {};
 }

@@ -44,16 +44,16 @@ namespace AscendC {
 
 struct DataCopyParams {
   uint16_t blockCount = 1, blockLen = 0, srcStride = 0, dstStride = 0;
-  DataCopyParams() {}
-  DataCopyParams(uint16_t count, uint16_t len, uint16_t src, uint16_t dst)
+  constexpr DataCopyParams() {}
+  constexpr DataCopyParams(uint16_t count, uint16_t len, uint16_t src, uint16_t dst)
       : blockCount(count), blockLen(len), srcStride(src), dstStride(dst) {}
 };
 
 struct DataCopyExtParams {
   uint16_t blockCount = 1;
   uint32_t blockLen = 0, srcStride = 0, dstStride = 0, rsv = 0;
-  DataCopyExtParams() {}
-  DataCopyExtParams(uint16_t count, uint32_t len, uint32_t src, uint32_t dst, uint32_t reserved)
+  constexpr DataCopyExtParams() {}
+  constexpr DataCopyExtParams(uint16_t count, uint32_t len, uint32_t src, uint32_t dst, uint32_t reserved)
       : blockCount(count), blockLen(len), srcStride(src), dstStride(dst), rsv(reserved) {}
 };
 
@@ -61,8 +61,8 @@ struct DataCopyPadParams {
   bool isPad = false;
   uint8_t leftPadding = 0, rightPadding = 0;
   uint64_t paddingValue = 0;
-  DataCopyPadParams() {}
-  DataCopyPadParams(bool pad, uint8_t left, uint8_t right, uint64_t value)
+  constexpr DataCopyPadParams() {}
+  constexpr DataCopyPadParams(bool pad, uint8_t left, uint8_t right, uint64_t value)
       : isPad(pad), leftPadding(left), rightPadding(right), paddingValue(value) {}
 };
 
@@ -71,8 +71,8 @@ struct DataCopyPadExtParams {
   bool isPad = false;
   uint8_t leftPadding = 0, rightPadding = 0;
   T paddingValue{};
-  DataCopyPadExtParams() {}
-  DataCopyPadExtParams(bool pad, uint8_t left, uint8_t right, T value)
+  constexpr DataCopyPadExtParams() {}
+  constexpr DataCopyPadExtParams(bool pad, uint8_t left, uint8_t right, T value)
       : isPad(pad), leftPadding(left), rightPadding(right), paddingValue(value) {}
 };
 

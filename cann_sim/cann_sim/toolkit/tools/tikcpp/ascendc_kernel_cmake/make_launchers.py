@@ -97,8 +97,8 @@ def _parameters(kernel: str, text: str, source: str) -> tuple[Parameter, ...]:
             kind = "struct"
         else:
             raise LauncherError(
-                f"kernel {kernel}: the type of parameter '{words}' is neither a pointer, a builtin number, nor a struct "
-                f"defined in this source by 'struct {bare} {{'"
+                f"kernel {kernel}: the type of parameter '{words}' is neither a pointer, a builtin number, nor a "
+                f"struct defined in this source by 'struct {bare} {{'"
             )
         parameters.append(Parameter(written if kind == "pointer" else bare, match[2], kind))
     return tuple(parameters)
@@ -163,8 +163,8 @@ def wrapper(source: Path, kernels: list[Kernel]) -> str:
             f"{_signature(kernel)} {{",
             f"  const {args} args{{{', '.join(p.pass_on for p in parameters)}}};",
             f"  void* const pointers[] = {{{', '.join([*pointers, 'nullptr'])}}};",
-            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name}, &args, sizeof(args),',
-            f"                         pointers, {len(pointers)});",
+            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name}, &args,',
+            f"                         sizeof(args), pointers, {len(pointers)});",
             "}",
             "}",
         ]
@@ -173,9 +173,9 @@ def wrapper(source: Path, kernels: list[Kernel]) -> str:
 
 def make(source: Path, output: Path, headers: Path, compiler: list[str], depfile: Path | None = None) -> list[Kernel]:
     """Writes wrapper and headers of a source; returns its kernels."""
-    kernels = find_kernels(preprocess(source, compiler, depfile, str(output)))
     headers.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
+    kernels = find_kernels(preprocess(source, compiler, depfile, str(output)))
     for kernel in kernels:
         _write(headers / f"aclrtlaunch_{kernel.name}.h", header(kernel))
     output.write_text(wrapper(source, kernels))

@@ -1,0 +1,42 @@
+"""Builds the runtime library with CMake and puts it into the package's toolkit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+
+
+class BuildRuntime(build_py):
+    """build_py, and the runtime library beside what it copied."""
+
+    def run(self) -> None:
+        """Copies the package, then builds toolkit/lib64/libcann_sim.so where it will be looked for."""
+        super().run()
+        package = ROOT / "cann_sim" if self.editable_mode else Path(self.build_lib).resolve() / "cann_sim"
+        build = Path(self.get_finalized_command("build").build_temp).resolve() / "runtime"
+        configure = ["-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DCANN_SIM_TOOLKIT={package / 'toolkit'}"]
+        subprocess.run([*cmake(), *configure], check=True)
+        subprocess.run([*cmake(), "--build", build], check=True)
+
+
+class BinaryDistribution(Distribution):
+    """A wheel with a compiled library in it is for one platform."""
+
+    def has_ext_modules(self) -> bool:
+        """Yes: the runtime, though it is no extension module."""
+        return True
+
+
+def cmake() -> list[str]:
+    """The cmake of this environment if it has one, else the one on the path."""
+    beside = Path(sys.executable).parent / "cmake"
+    return [str(beside)] if beside.exists() else ["cmake"]
+
+
+setup(cmdclass={"build_py": BuildRuntime}, distclass=BinaryDistribution)
