@@ -27,6 +27,14 @@ void fill(uint8_t* to, uint64_t bytes, const void* pattern, uint32_t element_byt
   }
 }
 
+void require_gm_alignment(const char* op, Place where, const char* name, uint64_t address, const Transfer& transfer) {
+  if (address % transfer.gm_alignment != 0) {
+    core().fail("alignment", where,
+                format("%s: the GM address of %s is not a multiple of the element's %u bytes", op, name,
+                       transfer.gm_alignment));
+  }
+}
+
 // Calls visit(start, end) for each stretch of device memory; one when the blocks touch.
 template <typename Visit>
 void for_each_gm_range(uint64_t base, const Transfer& transfer, const Layout& layout, Visit visit) {
@@ -96,6 +104,7 @@ void copy_in(const char* op, Place where, const LocalTensorBase& dst, const void
   require_alignment(op, where, "dst", dst, 32);
   const Instruction instruction = state.begin(Pipe::MTE2, op, where);
   const auto base = reinterpret_cast<uint64_t>(src);
+  require_gm_alignment(op, where, "src", base, transfer);
   for_each_gm_range(base, transfer, layout,
                     [&](uint64_t start, uint64_t end) { state.read_gm(self, instruction, start, end); });
   if (state.check) {
@@ -163,6 +172,7 @@ void copy_out(const char* op, Place where, void* dst, const LocalTensorBase& src
     }
   }
   const auto base = reinterpret_cast<uint64_t>(dst);
+  require_gm_alignment(op, where, "dst", base, transfer);
   for_each_gm_range(base, transfer, layout,
                     [&](uint64_t start, uint64_t end) { state.write_gm(self, instruction, start, end); });
   const uint64_t bytes = transfer.count * transfer.length;

@@ -13,6 +13,21 @@ namespace {
 
 const char* kPipeNames[kPipes] = {"S", "V", "MTE2", "MTE3"};
 
+// Whether an instruction may read what it writes; long lists are not looked through.
+bool overlapping(const Accesses& reads, const Accesses& writes) {
+  if (uint64_t{reads.size()} * writes.size() > 64) {
+    return true;
+  }
+  for (const Access& read : reads) {
+    for (const Access& write : writes) {
+      if (read.offset < write.offset + write.bytes && write.offset < read.offset + read.bytes) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 std::string range_text(uint64_t start, uint64_t end) {
   return format("[%llu, %llu)", static_cast<unsigned long long>(start), static_cast<unsigned long long>(end));
 }
@@ -100,31 +115,39 @@ void CoreState::fail_conflict(Core& core, const Instruction& self, const char* m
                    conflict.earlier_writes ? "writes" : "reads", remedy(conflict.pipe, self.pipe).c_str()));
 }
 
+void CoreState::check_read(Core& core, const Instruction& self, uint32_t from, uint32_t to, const Record& record) {
+  if (record.state != ByteState::written) {
+    const PlaceEntry& place = places[self.place];
+    if (record.state == ByteState::freed) {
+      core.fail("queue", place.where,
+                format("%s reads UB bytes %s after FreeTensor gave them back", place.op, range_text(from, to).c_str()));
+    }
+    core.fail("uninitialised", place.where,
+              format("%s (pipe %s) reads UB bytes %s, which nothing has written since they were allocated", place.op,
+                     pipe_name(self.pipe), range_text(from, to).c_str()));
+  }
+  const Conflict conflict = conflict_of_read(record, clocks[static_cast<int>(self.pipe)]);
+  if (conflict.found) {
+    fail_conflict(core, self, "UB", from, to, false, conflict);
+  }
+}
+
+void CoreState::check_read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end) {
+  ub.update(start, end,
+            [&](uint32_t from, uint32_t to, const Record& record) { check_read(core, self, from, to, record); });
+}
+
 void CoreState::read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end) {
   const int p = static_cast<int>(self.pipe);
   ub.update(start, end, [&](uint32_t from, uint32_t to, Record& record) {
-    if (record.state != ByteState::written) {
-      const PlaceEntry& place = places[self.place];
-      if (record.state == ByteState::freed) {
-        core.fail(
-            "queue", place.where,
-            format("%s reads UB bytes %s after FreeTensor gave them back", place.op, range_text(from, to).c_str()));
-      }
-      core.fail("uninitialised", place.where,
-                format("%s (pipe %s) reads UB bytes %s, which nothing has written since they were allocated", place.op,
-                       pipe_name(self.pipe), range_text(from, to).c_str()));
-    }
-    const Conflict conflict = conflict_of_read(record, clocks[p]);
-    if (conflict.found) {
-      fail_conflict(core, self, "UB", from, to, false, conflict);
-    }
+    check_read(core, self, from, to, record);
     record.read_seq[p] = self.seq;
     record.read_place[p] = self.place;
   });
 }
 
-void CoreState::write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end, ByteState state) {
-  ub.update(start, end, [&](uint32_t from, uint32_t to, Record& record) {
+void CoreState::check_write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end) {
+  ub.update(start, end, [&](uint32_t from, uint32_t to, const Record& record) {
     if (record.state == ByteState::freed) {
       const PlaceEntry& place = places[self.place];
       core.fail(
@@ -136,6 +159,10 @@ void CoreState::write_ub(Core& core, const Instruction& self, uint32_t start, ui
       fail_conflict(core, self, "UB", from, to, true, conflict);
     }
   });
+}
+
+void CoreState::write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end, ByteState state) {
+  check_write_ub(core, self, start, end);
   Record record;
   record.write_seq = self.seq;
   record.write_place = self.place;
@@ -152,6 +179,14 @@ void CoreState::hazards_ub(Core& core, const Instruction& self, const Accesses& 
                   format("%s touches UB bytes %s, but UB has %u", places[self.place].op,
                          range_text(access.offset, uint64_t{access.offset} + access.bytes).c_str(), kUbBytes));
       }
+    }
+  }
+  if (overlapping(reads, writes)) {  // before the reads are noted: an earlier read of the same pipe would be forgotten
+    for (const Access& access : reads) {
+      check_read_ub(core, self, access.offset, access.offset + access.bytes);
+    }
+    for (const Access& access : writes) {
+      check_write_ub(core, self, access.offset, access.offset + access.bytes);
     }
   }
   for (const Access& access : reads) {

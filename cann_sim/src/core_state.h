@@ -91,6 +91,9 @@ struct CoreState {
 
   Instruction begin(Pipe pipe, const char* op, Place where);
   void hazards_ub(Core& core, const Instruction& self, const Accesses& reads, const Accesses& writes);
+  void check_read(Core& core, const Instruction& self, uint32_t from, uint32_t to, const Record& record);
+  void check_read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end);
+  void check_write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end);
   void read_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end);
   void write_ub(Core& core, const Instruction& self, uint32_t start, uint32_t end,
                 ByteState state = ByteState::written);

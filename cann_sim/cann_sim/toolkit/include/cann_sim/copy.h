@@ -13,7 +13,8 @@ struct Transfer {
   uint64_t length, gm_gap, ub_gap;
   uint32_t left = 0, right = 0;
   enum class Fill : uint8_t { none, first_element, value, undefined } fill = Fill::none;
-  uint64_t value = 0;  // the padding's bytes, as many as the element has
+  uint64_t value = 0;         // the padding's bytes, as many as the element has
+  uint32_t gm_alignment = 1;  // of the address in device memory
 };
 
 void copy_in(const char* op, Place where, const LocalTensorBase& dst, const void* src, const Transfer& transfer,
@@ -30,6 +31,14 @@ void check_padding(const char* op, Place where, uint32_t left, uint32_t right, u
                    uint32_t element_bytes);
 void check_count(const char* op, Place where, uint64_t count, uint32_t element_bytes);
 
+// A transfer of DataCopy: its device memory has to be aligned to the element.
+template <typename T>
+Transfer whole_blocks(uint32_t count, uint64_t length, uint64_t gm_gap, uint64_t ub_gap) {
+  Transfer transfer{count, length, gm_gap, ub_gap};
+  transfer.gm_alignment = sizeof(T);
+  return transfer;
+}
+
 template <typename T>
 uint64_t bits_of(T value) {
   static_assert(sizeof(T) <= 8);
@@ -42,11 +51,20 @@ uint64_t bits_of(T value) {
 
 namespace AscendC {
 
+// Strides and gaps are two names of the same thing.
 struct DataCopyParams {
-  uint16_t blockCount = 1, blockLen = 0, srcStride = 0, dstStride = 0;
+  uint16_t blockCount = 1, blockLen = 0;
+  union {
+    uint16_t srcGap = 0;
+    uint16_t srcStride;
+  };
+  union {
+    uint16_t dstGap = 0;
+    uint16_t dstStride;
+  };
   constexpr DataCopyParams() {}
   constexpr DataCopyParams(uint16_t count, uint16_t len, uint16_t src, uint16_t dst)
-      : blockCount(count), blockLen(len), srcStride(src), dstStride(dst) {}
+      : blockCount(count), blockLen(len), srcGap(src), dstGap(dst) {}
 };
 
 struct DataCopyExtParams {
@@ -81,12 +99,14 @@ struct DataCopyPadExtParams {
 template <typename T>
 void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, uint32_t count, CANN_SIM_HERE) {
   ::cann_sim::check_count("DataCopy", where, count, sizeof(T));
-  ::cann_sim::copy_in("DataCopy", where, dst, src.GetPhyAddr(), {1, uint64_t{count} * sizeof(T), 0, 0}, sizeof(T));
+  ::cann_sim::copy_in("DataCopy", where, dst, src.GetPhyAddr(),
+                      ::cann_sim::whole_blocks<T>(1, uint64_t{count} * sizeof(T), 0, 0), sizeof(T));
 }
 template <typename T>
 void DataCopy(const GlobalTensor<T>& dst, const LocalTensor<T>& src, uint32_t count, CANN_SIM_HERE) {
   ::cann_sim::check_count("DataCopy", where, count, sizeof(T));
-  ::cann_sim::copy_out("DataCopy", where, dst.GetPhyAddr(0), src, {1, uint64_t{count} * sizeof(T), 0, 0}, sizeof(T));
+  ::cann_sim::copy_out("DataCopy", where, dst.GetPhyAddr(0), src,
+                       ::cann_sim::whole_blocks<T>(1, uint64_t{count} * sizeof(T), 0, 0), sizeof(T));
 }
 template <typename T>
 void DataCopy(const LocalTensor<T>& dst, const LocalTensor<T>& src, uint32_t count, CANN_SIM_HERE) {
@@ -97,22 +117,24 @@ void DataCopy(const LocalTensor<T>& dst, const LocalTensor<T>& src, uint32_t cou
 template <typename T>
 void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const DataCopyParams& repeat, CANN_SIM_HERE) {
   ::cann_sim::check_blocks("DataCopy", where, repeat.blockCount, repeat.blockLen * 32u, 1);
-  ::cann_sim::copy_in("DataCopy", where, dst, src.GetPhyAddr(),
-                      {repeat.blockCount, repeat.blockLen * 32u, repeat.srcStride * 32u, repeat.dstStride * 32u},
-                      sizeof(T));
+  ::cann_sim::copy_in(
+      "DataCopy", where, dst, src.GetPhyAddr(),
+      ::cann_sim::whole_blocks<T>(repeat.blockCount, repeat.blockLen * 32u, repeat.srcGap * 32u, repeat.dstGap * 32u),
+      sizeof(T));
 }
 template <typename T>
 void DataCopy(const GlobalTensor<T>& dst, const LocalTensor<T>& src, const DataCopyParams& repeat, CANN_SIM_HERE) {
   ::cann_sim::check_blocks("DataCopy", where, repeat.blockCount, repeat.blockLen * 32u, 1);
-  ::cann_sim::copy_out("DataCopy", where, dst.GetPhyAddr(0), src,
-                       {repeat.blockCount, repeat.blockLen * 32u, repeat.dstStride * 32u, repeat.srcStride * 32u},
-                       sizeof(T));
+  ::cann_sim::copy_out(
+      "DataCopy", where, dst.GetPhyAddr(0), src,
+      ::cann_sim::whole_blocks<T>(repeat.blockCount, repeat.blockLen * 32u, repeat.dstGap * 32u, repeat.srcGap * 32u),
+      sizeof(T));
 }
 template <typename T>
 void DataCopy(const LocalTensor<T>& dst, const LocalTensor<T>& src, const DataCopyParams& repeat, CANN_SIM_HERE) {
   ::cann_sim::check_blocks("DataCopy", where, repeat.blockCount, repeat.blockLen * 32u, 1);
-  ::cann_sim::copy_local("DataCopy", where, dst, src, repeat.blockCount, repeat.blockLen * 32u, repeat.srcStride * 32u,
-                         repeat.dstStride * 32u, sizeof(T));
+  ::cann_sim::copy_local("DataCopy", where, dst, src, repeat.blockCount, repeat.blockLen * 32u, repeat.srcGap * 32u,
+                         repeat.dstGap * 32u, sizeof(T));
 }
 
 // ---- DataCopyPad: any number of bytes; strides are bytes in device memory, 32-byte units in the unified buffer ----

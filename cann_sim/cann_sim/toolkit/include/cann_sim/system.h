@@ -55,7 +55,12 @@ void PRINTF(const char* text, Arguments... arguments) {
     std::printf(text, arguments...);
   }
 }
-// `printf` in a kernel is the host's.
+using ::printf;
+
+// There is no system workspace, so the user's starts where the kernel's argument does.
+inline GM_ADDR GetUserWorkspace(GM_ADDR workspace) {
+  return workspace;
+}
 
 inline void kernel_assert(bool holds, const char* text, ::cann_sim::Place where) {
   if (!holds) {

@@ -83,6 +83,16 @@ class LocalTensor : public ::cann_sim::LocalTensorBase {
 
   LocalTensor() = default;
 
+  // A tensor at an address of one's own choice, without TPipe; `size` in elements.
+  LocalTensor(TPosition position, uint32_t address, uint32_t size, CANN_SIM_HERE) {
+    ::cann_sim::TensorAccess::set(*this, address, size * sizeof(T), position, nullptr);
+    if (uint64_t{address} + uint64_t{size} * sizeof(T) > ::cann_sim::kUbUsable) {
+      ::cann_sim::core().fail("ub-overflow", where,
+                              ::cann_sim::format("LocalTensor of %u elements at byte %u: %u bytes of UB are usable",
+                                                 size, address, ::cann_sim::kUbUsable));
+    }
+  }
+
   // What operator() gives: reads and writes through it are scalar accesses at the place of the call.
   class Element {
    public:

@@ -14,15 +14,16 @@ inline constexpr bool always_false_value = false;
 
 namespace AscendC {
 
-// Each is callable with any arguments, with type or with value template arguments.
-#define CANN_SIM_UNSUPPORTED(NAME)                                                                     \
-  template <typename... Types, typename... Arguments>                                                  \
-  void NAME(Arguments&&...) {                                                                          \
-    static_assert(::cann_sim::always_false<Types..., Arguments...>, "cann_sim does not model " #NAME); \
-  }                                                                                                    \
-  template <auto first, auto... rest, typename... Arguments>                                           \
-  void NAME(Arguments&&...) {                                                                          \
-    static_assert(::cann_sim::always_false<Arguments...>, "cann_sim does not model " #NAME);           \
+// Each is callable with any arguments, with type or with value template arguments. The ellipsis makes it the worst of
+// all matches, so that a kernel's own function of the same name is still the one that is called.
+#define CANN_SIM_UNSUPPORTED(NAME)                                                                   \
+  template <typename... Types>                                                                       \
+  void NAME(...) {                                                                                   \
+    static_assert(::cann_sim::always_false<Types...>, "cann_sim does not model " #NAME);             \
+  }                                                                                                  \
+  template <auto first, auto... rest>                                                                \
+  void NAME(...) {                                                                                   \
+    static_assert(::cann_sim::always_false_value<first, rest...>, "cann_sim does not model " #NAME); \
   }
 
 // between cores
@@ -121,6 +122,8 @@ CANN_SIM_UNSUPPORTED(Trap)
     static_assert(::cann_sim::always_false<Types...>, "cann_sim does not model " #NAME); \
   };
 
+CANN_SIM_UNSUPPORTED_CLASS(TBufPool)
+CANN_SIM_UNSUPPORTED_CLASS(LocalMemAllocator)
 CANN_SIM_UNSUPPORTED_CLASS(TSCM)
 CANN_SIM_UNSUPPORTED_CLASS(GroupBarrier)
 CANN_SIM_UNSUPPORTED_CLASS(CubeResGroupHandle)
@@ -130,3 +133,15 @@ CANN_SIM_UNSUPPORTED_CLASS(MatmulImpl)
 #undef CANN_SIM_UNSUPPORTED_CLASS
 
 }  // namespace AscendC
+
+// Tiling data of operators that are registered with the framework; here a kernel gets it as a pointer or by value.
+#define CANN_SIM_NO_TILING(NAME) static_assert(false, "cann_sim does not model " #NAME)
+#define GET_TILING_DATA(...) CANN_SIM_NO_TILING(GET_TILING_DATA)
+#define GET_TILING_DATA_WITH_STRUCT(...) CANN_SIM_NO_TILING(GET_TILING_DATA_WITH_STRUCT)
+#define GET_TILING_DATA_MEMBER(...) CANN_SIM_NO_TILING(GET_TILING_DATA_MEMBER)
+#define REGISTER_TILING_DEFAULT(...) CANN_SIM_NO_TILING(REGISTER_TILING_DEFAULT)
+#define TILING_KEY_IS(...)             \
+  ([] {                                \
+    CANN_SIM_NO_TILING(TILING_KEY_IS); \
+    return false;                      \
+  }())
