@@ -286,8 +286,9 @@ void store_lanes(const Operand<T>& operand, uint32_t repeat, uint32_t first, uin
   }
 }
 
+// Out of line, as elementwise below: once in a program for each operation and type is enough to compile.
 template <typename D, typename Op, typename... S>
-Chunk<D> apply_chunk(const Op& op, uint32_t count, const Chunk<S>&... src) {
+__attribute__((noinline)) Chunk<D> apply_chunk(const Op& op, uint32_t count, const Chunk<S>&... src) {
   Chunk<D> result;
   if (count == kChunk) {
     for (uint32_t i = 0; i < kChunk; ++i) {
@@ -342,7 +343,7 @@ void apply_lanes(const Op& op, const Lanes& lanes, const Operand<D>& dst, const 
 
 // Checks, accounts for and runs one element-wise instruction: dst[lane] = op(src[lane]...).
 template <typename Op, typename D, typename... S>
-void elementwise(const char* name, Place where, VectorClass kind, uint32_t accumulates, const Lanes& lanes,
+__attribute__((noinline)) void elementwise(const char* name, Place where, VectorClass kind, uint32_t accumulates, const Lanes& lanes,
                  const Op& op, const Operand<D>& dst, const Operand<S>&... src) {
   if (lanes.repeats == 0) {
     return;
