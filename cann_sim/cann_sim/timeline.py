@@ -41,7 +41,9 @@ def draw(
     if not shown:
         raise ValueError(f"{title}: nothing happened in the window {start_ns}..{end_ns} ns")
     left = shown[0].start_ns if start_ns is None else start_ns
-    right = max(event.end_ns for event in shown) if end_ns is None or cut else end_ns
+    right = max(event.end_ns for event in shown)
+    if end_ns is not None:
+        right = min(right, end_ns)
     names = [name for name, _ in Counter(event.name for event in shown).most_common()]
     colours = {name: COLOURS[i] if i < len(COLOURS) else OTHER for i, name in enumerate(names)}
 
@@ -72,17 +74,18 @@ def draw(
 def _merge(
     events: Sequence[Event], colours: dict[str, str], least: float
 ) -> tuple[list[tuple[float, float]], list[str]]:
-    """Bars (start, width in us) and their colours; same-coloured neighbours closer than `least` become one."""
+    """Bars (start, width in us) and their colours: slivers join a same-coloured neighbour, wide bars stay apart."""
     bars: list[tuple[float, float]] = []
     fills: list[str] = []
     end = 0.0
     for event in events:
-        colour = colours[event.name]
-        if fills and fills[-1] == colour and event.start_ns - end < least:
+        colour, width = colours[event.name], event.end_ns - event.start_ns
+        if fills and fills[-1] == colour and event.start_ns - end < least and width < 4 * least:
             end = max(end, event.end_ns)
             bars[-1] = (bars[-1][0], end / 1e3 - bars[-1][0])
             continue
-        end = max(event.end_ns, event.start_ns + least)
-        bars.append((event.start_ns / 1e3, (end - event.start_ns) / 1e3))
+        end = event.start_ns + max(width, least)
+        gap = least if width > 4 * least else 0.0
+        bars.append((event.start_ns / 1e3, (end - event.start_ns - gap) / 1e3))
         fills.append(colour)
     return bars, fills

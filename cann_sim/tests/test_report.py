@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from cann_sim.timeline import MAX_EVENTS, window
 
 import cann_sim
 
-TILE = 16384
+TILE = 15360  # two buffers of 30 KiB for each of three tensors: what UB has room for
 SOURCE = Path(__file__).parent / "kernels" / "streaming_add.cpp"
 EXAMPLE = Path(__file__).parents[1] / "examples" / "softmax" / "run.py"
 
@@ -93,19 +94,21 @@ def test_scale_from_the_environment() -> None:
 
 
 @pytest.mark.parametrize(
-    ("buffers", "tile", "cores", "tiles", "published_us", "published_tiles"),
+    ("buffers", "tile", "cores", "tiles", "published_us"),
     [
-        pytest.param(1, 4096, 1, 64, 6909.14, 16384, id="one-core-8-KiB"),
-        pytest.param(1, 16384, 48, 48 * 20, 261.5, 4096, id="48-cores-single-buffer"),
-        pytest.param(2, 16384, 48, 48 * 20, 257.56, 4096, id="48-cores-double-buffer"),
+        pytest.param(1, 4096, 1, 64, 6909.14, id="one-core-8-KiB"),
+        pytest.param(1, 16384, 48, 48 * 20, 261.5, id="48-cores-single-buffer"),
+        pytest.param(2, TILE, 48, 48 * 20, 257.56, id="48-cores-double-buffer"),
     ],
 )
 def test_simulated_time_is_near_the_published_one(
-    buffers: int, tile: int, cores: int, tiles: int, published_us: float, published_tiles: int
+    buffers: int, tile: int, cores: int, tiles: int, published_us: float
 ) -> None:
-    """Add of 8192 x 8192 half on Atlas A2, time on the cores as published (variants 1, 3, 4), for a part of the tiles."""
+    """Add of 8192 x 8192 half on Atlas A2: times as published (variants 1, 3, 4), for a part of the matrix."""
     report = add(tiles, cores, buffers=buffers, tile=tile, check=False)
-    assert report.time_ns / 1e3 == pytest.approx(published_us * tiles / published_tiles, rel=0.15)
+    part = tiles * tile / 8192**2
+    print(f"{report.time_ns / 1e3 / part:.1f} us simulated, {published_us} us published")
+    assert report.time_ns / 1e3 == pytest.approx(published_us * part, rel=0.15)
 
 
 def made_report(cores: int = 2) -> Report:
@@ -126,15 +129,17 @@ def test_sums_and_shares() -> None:
 
 
 def test_table() -> None:
-    lines = {line[:34].strip(): line[34:].split() for line in made_report().table(elements=2000).splitlines()}
-    assert lines["cores with work / launched"] == ["2", "/", "3"]
-    assert lines["simulated time, us"] == ["1.0"]
-    assert lines["GM read, MB"] == ["0.008"]
-    assert lines["read bytes / element"] == ["4.000"]
-    assert lines["written bytes / element"] == ["2.000"]
-    assert lines["V (vector) instructions"] == ["40"]
-    assert lines["MTE2 (GM to UB) busy"] == ["90.0%"]
-    assert lines["busiest pipe"] == ["MTE2", "90.0%"]
+    head, _, *rows = [re.split(r"  +", line) for line in made_report().table(elements=2000).splitlines()]
+    assert head == ["", "made"]
+    lines = dict(rows)
+    assert lines["cores with work / launched"] == "2 / 3"
+    assert lines["simulated time, us"] == "1.0"
+    assert lines["GM read, MB"] == "0.008"
+    assert lines["read bytes / element"] == "4.000"
+    assert lines["written bytes / element"] == "2.000"
+    assert lines["V (vector) instructions"] == "40"
+    assert lines["MTE2 (GM to UB) busy"] == "90.0%"
+    assert lines["busiest pipe"] == "MTE2 90.0%"
 
 
 def test_table_of_cores_and_of_several_launches() -> None:
@@ -142,7 +147,7 @@ def test_table_of_cores_and_of_several_launches() -> None:
     assert [line.split()[0] for line in per_core[2:]] == ["0", "1", "2"]
     assert "90.0%" in per_core[2]
     both = compare([made_report(), made_report(1)], ["two cores", "one core"]).splitlines()
-    assert both[0].split("  ")[-2:] == ["two cores", "one core"]
+    assert re.split(r"  +", both[0]) == ["", "two cores", "one core"]
     assert len({len(line) for line in both}) == 1
 
 
@@ -168,7 +173,7 @@ def test_timeline(tmp_path: Path) -> None:
     for pipe in ("V", "MTE2", "MTE3"):
         lane = sorted((event.start_ns, event.end_ns) for event in report.trace if event.pipe == pipe)
         assert all(before[1] <= after[0] + 1e-6 for before, after in zip(lane, lane[1:], strict=False)), pipe
-        assert sum(end - start for start, end in lane) == pytest.approx(report.cores[1].busy_ns[pipe])
+        assert sum(end - start for start, end in lane) == pytest.approx(report.cores[1].busy_ns[pipe], rel=1e-4)
     for options in ({}, {"start_ns": 1000, "end_ns": 5000}, {"core": 1}):
         picture = tmp_path / "timeline.png"
         report.timeline(picture, **options)

@@ -18,6 +18,7 @@ template <typename T>
 class Softmax {
  public:
   __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR x, GM_ADDR y, const SoftmaxTiling& tiling) {
+    pipe_ = pipe;
     cols_ = tiling.cols;
     chunk_ = tiling.chunk;
     chunks_ = (cols_ + chunk_ - 1) / chunk_;
@@ -126,8 +127,8 @@ class Softmax {
 
   // The piece asked for last arrives in work_ as fp32; the one after it is asked for.
   __aicore__ inline void Load(uint32_t n) {
-    Fetch();
     AscendC::LocalTensor<T> x = inQueue_.template DeQue<T>();
+    Fetch();
     if constexpr (kFloat) {
       AscendC::Adds(work_, x, 0.0f, n);
     } else {
@@ -189,11 +190,12 @@ class Softmax {
 
   template <AscendC::HardEvent event>
   __aicore__ inline void Sync() {
-    const auto id = static_cast<event_t>(GetTPipePtr()->FetchEventID(event));
+    const auto id = static_cast<event_t>(pipe_->FetchEventID(event));
     AscendC::SetFlag<event>(id);
     AscendC::WaitFlag<event>(id);
   }
 
+  AscendC::TPipe* pipe_ = nullptr;
   AscendC::GlobalTensor<T> xGm_, yGm_;
   AscendC::TQue<AscendC::TPosition::VECIN, 1> inQueue_;
   AscendC::TQue<AscendC::TPosition::VECOUT, 1> outQueue_;
