@@ -95,7 +95,6 @@ class Softmax {
       AscendC::Mul(sum_, sum_, scale_, 1);
       AscendC::PipeBarrier<PIPE_V>();
       AscendC::Add(sum_, sum_, part_, 1);
-      AscendC::PipeBarrier<PIPE_V>();
       top = newTop;
     }
     const float sum = Value(sum_);
@@ -147,7 +146,6 @@ class Softmax {
     AscendC::ReduceSum(part_, work_, tmp_, n);
     // The API ends on the scalar unit; part_ is read by vector instructions next.
     Sync<AscendC::HardEvent::S_V>();
-    AscendC::PipeBarrier<PIPE_V>();
   }
 
   __aicore__ inline float Sum(uint32_t n) {
