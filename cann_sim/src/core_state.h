@@ -56,6 +56,7 @@ class Timing {
 
  private:
   double issue(Pipe pipe);  // when the pipe starts on an instruction given to it now
+  double take_memory(double start, double need);
   void run(Pipe pipe, double start, double end, double latency, uint16_t place);
 
   CostModel cost_;
@@ -63,7 +64,11 @@ class Timing {
   bool trace_ = false;
   double cycle_ns_ = 1, vector_ns_ = 1, issue_ns_ = 1, scalar_ns_ = 1;  // of one cycle, scaled
   double read_ns_ = 0, write_ns_ = 0, share_ns_ = 0;                    // of one byte
-  double now_ = 0, memory_free_ = 0;
+  double now_ = 0;
+  struct Busy {
+    double start, end;
+  };
+  std::vector<Busy> memory_;  // when the core's share of the memory is taken, in order, from now on
   double free_[kPipes] = {}, done_[kPipes] = {};
   std::vector<double> queue_[kPipes];  // start times of the instructions that are or were in a pipe's queue
   uint64_t given_[kPipes] = {};

@@ -1,6 +1,8 @@
 // Simulated time. The scalar unit issues instructions in order into the pipes' queues; each pipe works through its
 // queue on its own; flags and barriers make one wait for another; transfers share the core's part of the memory
 // bandwidth.
+#include <algorithm>
+
 #include "core_state.h"
 
 namespace cann_sim {
@@ -17,7 +19,8 @@ void Timing::reset(const Launch* launch, CoreResult* result, bool trace) {
   read_ns_ = 1 / (cost_.core_read_gbps * config.bandwidth_scale);
   write_ns_ = 1 / (cost_.core_write_gbps * config.bandwidth_scale);
   share_ns_ = std::min(launch->blocks, kMaxCores) / (cost_.total_gbps * config.bandwidth_scale);
-  now_ = memory_free_ = 0;
+  now_ = 0;
+  memory_.clear();
   for (int pipe = 0; pipe < kPipes; ++pipe) {
     free_[pipe] = done_[pipe] = 0;
     given_[pipe] = 0;
@@ -57,12 +60,42 @@ void Timing::local_copy(uint64_t bytes, uint32_t blocks, uint16_t place) {
   run(Pipe::V, start, start + cycles * vector_ns_, cost_.vector_latency_cycles * vector_ns_, place);
 }
 
+// Takes `need` ns of the core's share of the memory from `start` on, out of the time that transfers given before left
+// over (the pipes run apart: a write given early may start late). Returns when it has had them.
+double Timing::take_memory(double start, double need) {
+  const auto past = std::find_if(memory_.begin(), memory_.end(), [this](const Busy& busy) { return busy.end > now_; });
+  memory_.erase(memory_.begin(), past);  // nothing starts before it is issued
+  double at = start;
+  size_t i = 0;
+  while (i < memory_.size() && memory_[i].end <= at) {
+    ++i;
+  }
+  const size_t first = i;
+  Busy taken{start, start};
+  if (first < memory_.size() && memory_[first].start <= start) {
+    taken.start = memory_[first].start;
+  }
+  for (; i < memory_.size(); ++i) {
+    const double idle = std::max(0.0, memory_[i].start - at);
+    if (idle >= need) {
+      break;
+    }
+    need -= idle;
+    at = memory_[i].end;
+  }
+  at += need;
+  taken.end = at;
+  memory_.erase(memory_.begin() + first, memory_.begin() + i);  // all of it is one busy time now
+  memory_.insert(memory_.begin() + first, taken);
+  return at;
+}
+
 void Timing::transfer(Pipe pipe, uint64_t bytes, uint32_t blocks, uint16_t place) {
   const bool reads = pipe == Pipe::MTE2;
   const double start = issue(pipe);
   const double own = std::max(bytes * (reads ? read_ns_ : write_ns_), blocks * cost_.mte_block_cycles * cycle_ns_);
-  memory_free_ = std::max(memory_free_, start) + bytes * share_ns_;  // MTE2 and MTE3 queue for the same share
-  const double end = std::max(start + cost_.mte_start_cycles * cycle_ns_ + own, memory_free_);
+  const double memory = take_memory(start, bytes * share_ns_);  // MTE2 and MTE3 have one share between them
+  const double end = std::max(start + cost_.mte_start_cycles * cycle_ns_ + own, memory);
   run(pipe, start, end, reads ? cost_.mte2_latency_ns : cost_.mte3_latency_ns, place);
 }
 

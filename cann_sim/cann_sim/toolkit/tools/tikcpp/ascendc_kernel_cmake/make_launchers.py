@@ -161,10 +161,10 @@ def wrapper(source: Path, kernels: list[Kernel]) -> str:
             *(f"    cann_sim::parameter<{p.type}>()," for p in parameters),
             "    {0, 0}};",
             f"{_signature(kernel)} {{",
-            f"  const {args} args{{{', '.join(p.pass_on for p in parameters)}}};",
+            f"  const {args} cann_sim_values{{{', '.join(p.pass_on for p in parameters)}}};",
             f"  void* const pointers[] = {{{', '.join([*pointers, 'nullptr'])}}};",
-            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name}, &args,',
-            f"                         sizeof(args), pointers, {len(pointers)});",
+            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name}, &cann_sim_values,',
+            f"                         sizeof(cann_sim_values), pointers, {len(pointers)});",
             "}",
             "}",
         ]
