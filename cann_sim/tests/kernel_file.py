@@ -82,7 +82,6 @@ class Broken:
     bad: int = 0
     good: int | None = 1
     mark: str = "HERE"
-    first: str = "FIRST"  # the mark of the other place
     core: int = 0
 
     def __str__(self) -> str:

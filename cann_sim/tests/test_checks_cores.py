@@ -58,7 +58,7 @@ def test_two_launches_at_once() -> None:
     good = kernel_file("good").library
     FILE.launch("two_copies_out", 1, blocks=2)
     start = threading.Barrier(3)
-    rounds = 40
+    rounds = 20
     wrong: list[str] = []
 
     def add() -> None:

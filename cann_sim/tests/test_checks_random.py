@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_file import kernel_file
+from kernel_file import aligned, kernel_file
 
 S, V, MTE2, MTE3 = range(4)
 PIPES = ("S", "V", "MTE2", "MTE3")
@@ -53,8 +53,8 @@ class Step:
         )
 
 
-def first_race(steps: list[Step]) -> int | None:
-    """The first step that conflicts with an earlier one and need not come after it."""
+def first_race(steps: list[Step]) -> tuple[int, int] | None:
+    """The first step that conflicts with an earlier one and need not come after it; the earlier one, and it."""
     before: list[set[int]] = []  # for each step, all steps that are complete before it starts
     for i, step in enumerate(steps):
         earlier: set[int] = set()
@@ -70,7 +70,7 @@ def first_race(steps: list[Step]) -> int | None:
                 continue
             other_reads, other_writes = steps[j].accesses()
             if writes & (other_reads | other_writes) or reads & other_writes:
-                return i
+                return j, i
     return None
 
 
@@ -84,7 +84,9 @@ def comes_before(steps: list[Step], j: int, i: int) -> bool:
     if first.code == SET_FLAG and then.code == WAIT_FLAG:
         if (first.to, first.source) == (then.to, then.source):
             between = steps[j + 1 : i]
-            return not any(step.code == WAIT_FLAG and (step.to, step.source) == (then.to, then.source) for step in between)
+            return not any(
+                step.code == WAIT_FLAG and (step.to, step.source) == (then.to, then.source) for step in between
+            )
         # A flag's set holds nobody up, whatever pipe it is given to.
         return False
     if first.code == SET_FLAG:
@@ -107,14 +109,16 @@ def where(step: Step, leaving: bool) -> int:
 
 
 @st.composite
-def programs(draw: st.DrawFn) -> list[Step]:
+def programs(draw: st.DrawFn, longest: int = 45) -> list[Step]:
     """Steps that keep all rules but, perhaps, the order of accesses: flags are paired, no overlap, few places."""
     block = st.integers(0, 7)
     count = st.integers(1, 3)
     steps: list[Step] = []
     pending: list[tuple[int, int]] = []
-    for _ in range(draw(st.integers(2, 45))):
-        kind = draw(st.sampled_from(["copy", "copy", "vector", "vector", "scalar", "set", "set", "wait", "wait", "barrier"]))
+    for _ in range(draw(st.integers(2, longest))):
+        kind = draw(
+            st.sampled_from(["copy", "copy", "vector", "vector", "scalar", "set", "set", "wait", "wait", "barrier"])
+        )
         if kind == "copy":
             steps.append(Step(draw(st.sampled_from([COPY_IN, COPY_OUT])), draw(block), draw(block), draw(count)))
         elif kind == "vector":
@@ -164,11 +168,85 @@ def test_refused_exactly_when_something_is_unordered(steps: list[Step]) -> None:
     if race is None:
         run(steps)
         return
-    run(steps[:race])
+    run(steps[: race[1]])
     with pytest.raises(cann_sim.KernelError) as caught:
-        run(steps[: race + 1])
+        run(steps[: race[1] + 1])
     assert caught.value.kind == "race"
-    assert f"pipe {PIPES[steps[race].pipe]}" in caught.value.message
+    assert f"pipe {PIPES[steps[race[1]].pipe]}" in caught.value.message
+
+
+def repaired(steps: list[Step]) -> tuple[list[Step], list[range]]:
+    """The program with a flag or a barrier where the model asks for one, and where these are."""
+    right: list[Step] = []
+    repairs: list[range] = []
+    for step in steps:
+        right.append(step)
+        while race := first_race(right):
+            first, then = right[race[0]].pipe, step.pipe
+            event = EVENTS.index((first, then)) if first != then else None
+            flag = [Step(SET_FLAG, event, 7), Step(WAIT_FLAG, event, 7)] if first != then else [Step(BARRIER, then)]
+            repairs.append(range(len(right) - 1, len(right) - 1 + len(flag)))
+            right[-1:-1] = flag
+        if len(right) > LENGTH - 24:
+            break
+    return right, repairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(25))
+def test_each_repair_of_a_program_is_needed_when_the_model_says_so(steps: list[Step]) -> None:
+    """With all flags and barriers that the model asks for it passes; without one of them as the model says."""
+    right, repairs = repaired(steps)
+    run(right)
+    for repair in repairs:
+        without = [step for i, step in enumerate(right) if i not in repair]
+        if first_race(without) is None:
+            run(without)
+        else:
+            with pytest.raises(cann_sim.KernelError):
+                run(without)
+
+
+@st.composite
+def many_cores(draw: st.DrawFn) -> list[tuple[int, Step]]:
+    """Copies and scalar accesses of GM, each by one of four cores."""
+    steps = []
+    for _ in range(draw(st.integers(2, 7))):
+        code = draw(st.sampled_from([COPY_IN, COPY_OUT, COPY_OUT, GM_GET, GM_SET]))
+        count = draw(st.integers(1, 24)) if code in (COPY_IN, COPY_OUT) else 1
+        place = draw(st.integers(0, 120))
+        steps.append((draw(st.integers(0, 3)), Step(code, place, place, count)))
+    return steps
+
+
+def cores_conflict(steps: list[tuple[int, Step]]) -> bool:
+    """Whether two cores touch the same bytes, one of them writing, or one writes by scalars to the other's line."""
+    touched = []  # of each step: core, floats read, floats written, floats that the lines of scalar writes cover
+    for core, step in steps:
+        reads, writes = ({place for memory, place in part if memory == "gm"} for part in step.accesses())
+        line = {step.to // 16 * 16 + i for i in range(16)} if step.code == GM_SET else set()
+        touched.append((core, reads, writes, line))
+    return any(
+        core != other_core and (writes & (other_reads | other_writes) or line & other_writes or line & other_line)
+        for core, _, writes, line in touched
+        for other_core, other_reads, other_writes, other_line in touched
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(many_cores())
+def test_cores_are_refused_exactly_when_they_meet(steps: list[tuple[int, Step]]) -> None:
+    """The sweep over what the cores touched finds what a comparison of each two accesses finds."""
+    words = np.zeros(1 + LENGTH, np.uint32)
+    words[: len(steps) + 1] = [len(steps), *(step.word | core << 4 for core, step in steps)]
+    gm = aligned(256)
+    library = kernel_file("interpreter").library
+    if not cores_conflict(steps):
+        library.launch("interpret_on_cores", 4, gm, words.tobytes())
+        return
+    with pytest.raises(cann_sim.KernelError) as caught:
+        library.launch("interpret_on_cores", 4, gm, words.tobytes())
+    assert caught.value.kind == "cross-core"
 
 
 def test_the_model_itself() -> None:
@@ -176,12 +254,12 @@ def test_the_model_itself() -> None:
     flag = EVENTS.index((MTE2, V))
     copy, add = Step(COPY_IN, 0, 0, 2), Step(ADDS, 4, 1, 1)
     paired = [Step(SET_FLAG, flag, 0), Step(WAIT_FLAG, flag, 0)]
-    assert first_race([copy, add]) == 1
+    assert first_race([copy, add]) == (0, 1)
     assert first_race([copy, *paired, add]) is None
-    assert first_race([paired[0], copy, paired[1], add]) == 3
-    assert first_race([copy, Step(BARRIER, MTE2), add]) == 2
+    assert first_race([paired[0], copy, paired[1], add]) == (1, 3)
+    assert first_race([copy, Step(BARRIER, MTE2), add]) == (0, 2)
     assert first_race([copy, Step(BARRIER, ALL_PIPES), add]) is None
-    assert first_race([add, add]) == 1
+    assert first_race([add, add]) == (0, 1)
     assert first_race([add, Step(BARRIER, V), add]) is None
-    assert first_race([copy, copy]) == 1
+    assert first_race([copy, copy]) == (0, 1)
     assert first_race([Step(SET, 0), Step(GET, 0, 0)]) is None

@@ -101,10 +101,8 @@ def test_double_buffered_add() -> None:
             assert Path(removal.error.file).name == "good.cpp", text
     assert all(removal.partners for removal in redundant), text
     # The output has one queue: all of its synchronisation is needed.
-    assert {
-        "LocalTensor<T> z = out_z_.template AllocTensor<T>();",
-        "LocalTensor<T> z = out_z_.template DeQue<T>();",
-    } <= caught, text
+    assert "out_z_.template AllocTensor" in caught, text
+    assert "out_z_.template DeQue" in caught, text
     # The inputs have two: each site of one does the work of the other's.
     assert len(redundant) == 4, text
 

@@ -16,6 +16,7 @@ QUEUES = [
     Broken("enqueue_twice", "queue", "EnQue"),
     Broken("too_shallow", "queue", "EnQue depth 1", mark="DEPTH"),
     Broken("use_after_free_vector", "queue", "Adds FreeTensor"),
+    Broken("write_after_free", "queue", "DataCopy FreeTensor"),
     Broken("use_after_free_copy", "queue", "DataCopy FreeTensor"),
     Broken("use_after_free_scalar", "queue", "GetValue FreeTensor"),
     Broken("alloc_beyond", "queue", "AllocTensor VECIN free"),
@@ -33,6 +34,8 @@ FLAGS = [
     Broken("another_event", "deadlock", "WaitFlag V_MTE2 1"),
     Broken("wait_before_set", "deadlock", "WaitFlag V_MTE2 1"),
     Broken("id_of_a_queue", "flag", "SetFlag MTE2_V EnQue"),
+    Broken("id_wanted_by_a_queue", "flag", "EnQue SetFlag MTE2_V AllocEventID"),
+    Broken("flag_of_a_queue", "flag", "WaitFlag MTE2_V EnQue AllocEventID"),
     Broken("set_id", "flag", "SetFlag 8", bad=8, good=7),
     Broken("set_id", "flag", "SetFlag -1", bad=-1, good=0),
     Broken("wait_id", "flag", "WaitFlag 8", bad=8, good=7),
@@ -45,7 +48,7 @@ FLAGS = [
 @pytest.mark.parametrize("case", QUEUES + FLAGS, ids=lambda case: f"{case.kernel}-{case.bad}")
 def test_misuse(case: Broken) -> None:
     error = check_refused(FILE, case)
-    if case.kernel == "set_twice":
+    if case.kernel in ("set_twice", "id_wanted_by_a_queue"):
         assert FILE.place(case.kernel, "FIRST") in str(error)
 
 

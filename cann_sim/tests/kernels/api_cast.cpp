@@ -14,8 +14,10 @@ __aicore__ inline void RunCast(const Case& c, GM_ADDR src0, GM_ADDR src1, GM_ADD
   s.Store();
 }
 
-#define PAIR(S, D, s, d) \
-  KERNEL(cast_##s##_##d) { RunCast<D, S>(c, src0, src1, src2, dst); }
+#define PAIR(S, D, s, d)                     \
+  KERNEL(cast_##s##_##d) {                   \
+    RunCast<D, S>(c, src0, src1, src2, dst); \
+  }
 
 PAIR(int8_t, half, int8, half)
 PAIR(uint8_t, half, uint8, half)

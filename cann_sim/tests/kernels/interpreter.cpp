@@ -101,3 +101,36 @@ extern "C" __global__ __aicore__ void interpret(GM_ADDR gm, Program program) {
     }
   }
 }
+
+// Steps of several cores, in floats of GM: bits 4 to 7 of a step say whose it is. In a core all is ordered.
+extern "C" __global__ __aicore__ void interpret_on_cores(GM_ADDR gm, Program program) {
+  TPipe pipe;
+  TBuf<TPosition::VECCALC> buffer;
+  pipe.InitBuffer(buffer, 256);
+  LocalTensor<float> ub = buffer.Get<float>();
+  GlobalTensor<float> data;
+  data.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(gm));
+  Duplicate(ub, 1.0f, 64);
+  for (uint32_t i = 0; i < program.count; ++i) {
+    const uint32_t step = program.steps[i];
+    if ((step >> 4 & 15) != GetBlockIdx()) {
+      continue;
+    }
+    const uint32_t to = step >> 8 & 255, from = step >> 16 & 255, bytes = (step >> 24) * sizeof(float);
+    PipeBarrier<PIPE_ALL>();
+    switch (step & 15) {
+      case 0:
+        DataCopyPad(ub, data[from], DataCopyExtParams{1, bytes, 0, 0, 0}, NoPad());
+        break;
+      case 1:
+        DataCopyPad(data[to], ub, DataCopyExtParams{1, bytes, 0, 0, 0});
+        break;
+      case 6:
+        (void)data.GetValue(from);
+        break;
+      case 7:
+        data.SetValue(to, 3.0f);
+        break;
+    }
+  }
+}

@@ -35,6 +35,44 @@ KERNEL(buffers_of_a_kernel) {
   }
 }
 
+KERNEL(buffer_of_nothing) {
+  TPipe pipe;
+  TBuf<TPosition::VECCALC> buffer;
+  pipe.InitBuffer(buffer, n);  // HERE
+}
+
+KERNEL(queue_of_nothing) {
+  TPipe pipe;
+  TQue<TPosition::VECIN, 1> queue;
+  pipe.InitBuffer(queue, n, 32);  // HERE
+}
+
+KERNEL(queue_twice) {
+  TPipe pipe;
+  TQue<TPosition::VECIN, 1> first, second;
+  pipe.InitBuffer(first, 1, 32);
+  pipe.InitBuffer(n ? second : first, 1, 32);  // HERE
+}
+
+KERNEL(get_before_init) {
+  TPipe pipe;
+  TBuf<TPosition::VECCALC> buffer;
+  if (n) {
+    pipe.InitBuffer(buffer, 32);
+  }
+  LocalTensor<float> all = buffer.Get<float>();  // HERE
+  Duplicate(all, 0.0f, 8);
+}
+
+KERNEL(tensor_without_memory) {
+  Scratch s(x, y);
+  LocalTensor<float> nowhere;
+  if (n) {
+    nowhere = s.a;
+  }
+  Duplicate(nowhere, 0.0f, 8);  // HERE
+}
+
 // ---- alignment ----
 
 KERNEL(vector_source_alignment) {
@@ -76,6 +114,13 @@ KERNEL(gm_element_alignment) {
   GlobalTensor<float> shifted;
   shifted.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(x + n));
   DataCopy(s.a, shifted, kCount);  // HERE
+}
+
+KERNEL(gm_scalar_alignment) {
+  Scratch s(x, y);
+  GlobalTensor<float> shifted;
+  shifted.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(x + n));
+  shifted.SetValue(0, 1.0f);  // HERE
 }
 
 KERNEL(offset_alignment) {

@@ -126,6 +126,21 @@ KERNEL(use_after_free_vector) {
   }
 }
 
+// A copy into the tensor that was given back: the next AllocTensor may have handed it to somebody else.
+KERNEL(write_after_free) {
+  Scratch s(x, y);
+  InQueue queue;
+  s.pipe.InitBuffer(queue, 1, kBytes);
+  LocalTensor<float> mine = queue.AllocTensor<float>();
+  if (!right) {
+    queue.FreeTensor(mine);
+  }
+  DataCopy(mine, s.x, kCount);  // HERE
+  if (right) {
+    queue.FreeTensor(mine);
+  }
+}
+
 KERNEL(use_after_free_copy) {
   Scratch s(x, y);
   TQue<TPosition::VECOUT, 1> queue;
@@ -291,6 +306,40 @@ KERNEL(id_of_a_queue) {
   WaitFlag<HardEvent::MTE2_V>(id);
   if (right) {
     s.pipe.ReleaseEventID<HardEvent::MTE2_V>(id);
+  }
+  mine = queue.DeQue<float>();
+  queue.FreeTensor(mine);
+}
+
+// The other way round: a flag of one's own is set when the queue wants that id.
+KERNEL(id_wanted_by_a_queue) {
+  Scratch s(x, y);
+  InQueue queue;
+  s.pipe.InitBuffer(queue, 1, kBytes);
+  LocalTensor<float> mine = queue.AllocTensor<float>();
+  TEventID id = EVENT_ID0;
+  if (right) {
+    id = s.pipe.AllocEventID<HardEvent::MTE2_V>();
+  }
+  SetFlag<HardEvent::MTE2_V>(id);  // FIRST
+  queue.EnQue(mine);               // HERE
+  WaitFlag<HardEvent::MTE2_V>(id);
+  if (right) {
+    s.pipe.ReleaseEventID<HardEvent::MTE2_V>(id);
+  }
+  mine = queue.DeQue<float>();
+  queue.FreeTensor(mine);
+}
+
+// A wait that would take away the flag of a queue.
+KERNEL(flag_of_a_queue) {
+  Scratch s(x, y);
+  InQueue queue;
+  s.pipe.InitBuffer(queue, 1, kBytes);
+  LocalTensor<float> mine = queue.AllocTensor<float>();
+  queue.EnQue(mine);
+  if (!right) {
+    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);  // HERE
   }
   mine = queue.DeQue<float>();
   queue.FreeTensor(mine);

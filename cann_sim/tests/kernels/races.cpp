@@ -399,7 +399,7 @@ KERNEL(wait_too_late) {
   }
 }
 
-// Right for the first tile, and the second one's copy, the same line, comes too soon for the buffer.
+// Right for the first tile, and the second reuses the buffer too soon.
 KERNEL(second_tile) {
   Scratch s(x, y);
   for (uint32_t tile = 0; tile < 2; ++tile) {
@@ -408,7 +408,7 @@ KERNEL(second_tile) {
     }
     DataCopy(s.a, s.x[tile * kCount], kCount);  // HERE
     Order<HardEvent::MTE2_V>();
-    Adds(s.b[tile * kCount], s.a, 1.0f, kCount);
+    Adds(s.b[tile * kCount], s.a, 1.0f, kCount);  // FIRST
     if (ordered && tile == 0) {
       SetFlag<HardEvent::V_MTE2>(EVENT_ID0);
     }

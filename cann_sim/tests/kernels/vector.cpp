@@ -81,6 +81,45 @@ KERNEL(compare_count) {
   CompareScalar(s.buffer_b.Get<uint8_t>(), s.a, 0.5f, CMPMODE::GT, static_cast<uint32_t>(n));  // HERE
 }
 
+KERNEL(compare_of_int32) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<int32_t> a = s.buffer_a.Get<int32_t>(), b = s.buffer_b.Get<int32_t>();
+  Compare(s.buffer_c.Get<uint8_t>(), a, b, n ? CMPMODE::EQ : CMPMODE::LT, 64);  // HERE
+}
+
+KERNEL(count_below_zero) {
+  Scratch s(x, y);
+  s.Fill();
+  Abs(s.b, s.a, n);  // HERE
+}
+
+KERNEL(shift_distance) {
+  Scratch s(x, y);
+  s.Fill();
+  ShiftLeft(s.buffer_b.Get<int32_t>(), s.buffer_a.Get<int32_t>(), n, 64);  // HERE
+}
+
+// All blocks of a repeat would go to one.
+KERNEL(block_stride_of_destination) {
+  Scratch s(x, y);
+  s.Fill();
+  Adds(s.b, s.a, 1.0f, kFull, 1, UnaryRepeatParams{static_cast<uint16_t>(n), 1, 8, 8});  // HERE
+}
+
+KERNEL(stride_of_reduction) {
+  Scratch s(x, y);
+  s.Fill();
+  WholeReduceSum(s.b, s.a, 64, 2, n, 1, 8);  // HERE
+}
+
+// The first result lands on what the second repeat reads.
+KERNEL(reduction_overlap) {
+  Scratch s(x, y);
+  s.Fill();
+  WholeReduceSum(s.a[n], s.a, 64, 2, 1, 1, 8);  // HERE
+}
+
 // ---- rounding modes ----
 
 KERNEL(cast_half_to_float) {
