@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import re
 import subprocess
@@ -18,7 +19,6 @@ import cann_sim
 
 TILE = 15360  # two buffers of 30 KiB for each of three tensors: what UB has room for
 SOURCE = Path(__file__).parent / "kernels" / "streaming_add.cpp"
-EXAMPLE = Path(__file__).parents[1] / "examples" / "softmax" / "run.py"
 
 
 @functools.cache
@@ -172,7 +172,7 @@ def test_timeline(tmp_path: Path) -> None:
     assert {event.name for event in report.trace} >= {"Add", "DataCopy"}
     for pipe in ("V", "MTE2", "MTE3"):
         lane = sorted((event.start_ns, event.end_ns) for event in report.trace if event.pipe == pipe)
-        assert all(before[1] <= after[0] + 1e-6 for before, after in zip(lane, lane[1:], strict=False)), pipe
+        assert all(before[1] <= after[0] + 1e-6 for before, after in itertools.pairwise(lane)), pipe
         assert sum(end - start for start, end in lane) == pytest.approx(report.cores[1].busy_ns[pipe], rel=1e-4)
     for options in ({}, {"start_ns": 1000, "end_ns": 5000}, {"core": 1}):
         picture = tmp_path / "timeline.png"
@@ -189,13 +189,3 @@ def test_timeline_needs_a_trace(tmp_path: Path) -> None:
         add(2, 2, trace_core=1).timeline(tmp_path / "t.png", core=0)
     with pytest.raises(ValueError, match="nothing happened"):
         add(2, 1, trace_core=0).timeline(tmp_path / "t.png", start_ns=1e9)
-
-
-def test_softmax_example_runs(tmp_path: Path) -> None:
-    """The example builds through CMake, agrees with numpy and draws its timeline."""
-    picture = tmp_path / "softmax.png"
-    shown = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--timeline", str(picture)], check=True, capture_output=True, text=True
-    ).stdout
-    assert shown.count("agree with numpy") >= 3
-    assert picture.read_bytes().startswith(b"\x89PNG")
