@@ -7,7 +7,7 @@
 //      an Add of 8192 x 8192 half on Atlas A2, with profiler figures for seven variants
 //  [2] asc-devkit, .../05_best_practices/04_memory_access/bank_conflict_ub/README.md: cycles of 1000 Adds
 //  [3] asc-devkit, .../05_best_practices/04_memory_access/data_copy/README.md: DataCopyPad with small and large blocks
-//  [4] asc-devkit, docs/zh/guide, SIMD operator performance: "L2 Cache partitioning", "global mask reuse"
+//  [4] asc-devkit, docs/zh/guide, SIMD operator performance: "L2 Cache partitioning"
 //  [5] pto-isa (github.com/hw-native-sys/pto-isa), include/pto/costmodel/a2a3/cce_costmodel/*.hpp and
 //      formula_costmodel/formula_params.csv: vector instructions measured on a 910B3; arch_config.hpp: clock and rates
 //  [6] Ascend910B1.ini of the CANN platform configuration, as quoted in public repositories
