@@ -16,7 +16,7 @@ NAMES = (
 OP = {name: number for number, name in enumerate(NAMES)}
 RNG = np.random.default_rng(2)
 
-np.seterr(all="ignore")
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and infinity
 
 
 def greater(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -77,16 +77,15 @@ def values(dtype: type, count: int) -> np.ndarray:
 
 def result(name: str, a: np.ndarray, b: np.ndarray, scalar: float, dst: np.ndarray) -> np.ndarray:
     """The elements that operation `name` writes."""
-    with np.errstate(all="ignore"):
-        if name in BINARY:
-            return BINARY[name](a, b)
-        if name in UNARY:
-            return UNARY[name](a)
-        if name in SCALAR:
-            return SCALAR[name](a, a.dtype.type(scalar))
-        if name == "Axpy":
-            return a * a.dtype.type(scalar) + dst
-        return a * dst + b if name == "FusedMulAdd" else a * b + dst
+    if name in BINARY:
+        return BINARY[name](a, b)
+    if name in UNARY:
+        return UNARY[name](a)
+    if name in SCALAR:
+        return SCALAR[name](a, a.dtype.type(scalar))
+    if name == "Axpy":
+        return a * a.dtype.type(scalar) + dst
+    return a * dst + b if name == "FusedMulAdd" else a * b + dst
 
 
 def forms(binary: bool, itemsize: int) -> list[Case]:

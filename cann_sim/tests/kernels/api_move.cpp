@@ -41,7 +41,6 @@ __aicore__ inline void Gathers(const Case& c, LocalTensor<T> a, LocalTensor<uint
     Gathers<T>(c, s.Get<T>(0), s.Get<uint32_t>(1), s.Get<T>(3)); \
     s.Store();                                 \
   }
-MOVE(int16_t, int16)
 MOVE(bfloat16_t, bfloat16)
 MOVE(uint32_t, uint32)
 
@@ -53,6 +52,7 @@ MOVE(uint32_t, uint32)
     Index<T>(c, s.Get<T>(3));                  \
     s.Store();                                 \
   }
+MOVE_AND_INDEX(int16_t, int16)
 MOVE_AND_INDEX(half, half)
 MOVE_AND_INDEX(float, float)
 MOVE_AND_INDEX(int32_t, int32)
