@@ -13,6 +13,8 @@ TOOLKIT = Path(__file__).resolve().parent / "toolkit"
 LIBRARY = TOOLKIT / "lib64" / "libcann_sim.so"
 SOURCES = Path(__file__).resolve().parent.parent / "src"  # there in a source tree, not in an installed package
 
+HEADERS = ("core", "tensor", "position", "pipe", "queue", "global", "copy", "launch", "cost_model")  # the runtime's
+
 
 class Site(ctypes.Structure):
     """A synchronisation site, as cann_sim_site."""
@@ -74,7 +76,7 @@ def _build_in_source_tree() -> None:
     LIBRARY.parent.mkdir(exist_ok=True)
     with open(LIBRARY.parent / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        inputs = [*SOURCES.glob("*"), *(TOOLKIT / "include" / "cann_sim").glob("*.h")]
+        inputs = [*SOURCES.glob("*"), *(TOOLKIT / "include" / "cann_sim" / f"{name}.h" for name in HEADERS)]
         if LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
             return
         built = LIBRARY.with_suffix(".so.new")

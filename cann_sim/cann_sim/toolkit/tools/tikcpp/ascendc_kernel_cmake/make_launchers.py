@@ -84,6 +84,8 @@ def _parameters(kernel: str, text: str, source: str) -> tuple[Parameter, ...]:
         words = " ".join(part.split())
         if words in ("", "void"):
             continue
+        if words.endswith("*"):  # a parameter that the kernel does not use may be without a name
+            words += f" unused{len(parameters)}"
         match = re.fullmatch(r"(.*?[\s*])(\w+)", words)
         if match is None or "&" in words or "=" in words or "<" in words:
             raise LauncherError(f"kernel {kernel}: cann_sim cannot pass the parameter '{words}'")
@@ -162,9 +164,9 @@ def wrapper(source: Path, kernels: list[Kernel]) -> str:
             "    {0, 0}};",
             f"{_signature(kernel)} {{",
             f"  const {args} cann_sim_values{{{', '.join(p.pass_on for p in parameters)}}};",
-            f"  void* const pointers[] = {{{', '.join([*pointers, 'nullptr'])}}};",
-            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name}, &cann_sim_values,',
-            f"                         sizeof(cann_sim_values), pointers, {len(pointers)});",
+            f"  void* const cann_sim_pointers[] = {{{', '.join([*pointers, 'nullptr'])}}};",
+            f'  return cann_sim_launch("{kernel.name}", numBlocks, stream, cann_sim_run_{kernel.name},',
+            f"                         &cann_sim_values, sizeof(cann_sim_values), cann_sim_pointers, {len(pointers)});",
             "}",
             "}",
         ]

@@ -1,0 +1,176 @@
+"""Launching from Python: arguments, configuration, what is reported, launches at the same time."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cann_sim
+
+SOURCE = """
+#include "kernel_operator.h"
+using namespace AscendC;
+
+struct Options {
+  uint32_t count;
+  float factor;
+};
+
+extern "C" __global__ __aicore__ void numbers(GM_ADDR out, const Options options, float f, uint8_t small, int64_t wide,
+                                              const int32_t* table) {
+  GlobalTensor<float> values;
+  values.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(out));
+  values(0) = options.factor * options.count;
+  values(1) = f;
+  values(2) = small;
+  values(3) = static_cast<float>(wide);
+  values(4) = table == nullptr ? -1.0f : static_cast<float>(table[0]);
+}
+
+// Copies `bytes` from one place to the other through UB.
+extern "C" __global__ __aicore__ void move(GM_ADDR from, GM_ADDR to, uint32_t bytes) {
+  TPipe pipe;
+  TQueBind<TPosition::VECIN, TPosition::VECOUT, 1> queue;
+  pipe.InitBuffer(queue, 2, bytes);
+  GlobalTensor<uint8_t> source, target;
+  source.SetGlobalBuffer(from + GetBlockIdx() * bytes);
+  target.SetGlobalBuffer(to + GetBlockIdx() * bytes);
+  const DataCopyExtParams whole(1, bytes, 0, 0, 0);
+  auto tile = queue.AllocTensor<uint8_t>();
+  DataCopyPad(tile, source, whole, DataCopyPadExtParams<uint8_t>());
+  queue.EnQue(tile);
+  tile = queue.DeQue<uint8_t>();
+  DataCopyPad(target, tile, whole);
+  queue.FreeTensor(tile);
+}
+
+extern "C" __global__ __aicore__ void fails_on(GM_ADDR, uint32_t first) {
+  if (GetBlockIdx() >= first) {
+    TPipe pipe;
+    TBuf<TPosition::VECCALC> buffer;
+    pipe.InitBuffer(buffer, 1 << 20);
+  }
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def library() -> cann_sim.KernelLibrary:
+    return cann_sim.compile(SOURCE, name="runtime")
+
+
+class Options(ctypes.Structure):
+    """Options of the kernel `numbers`."""
+
+    _fields_ = (("count", ctypes.c_uint32), ("factor", ctypes.c_float))
+
+
+def test_arguments_arrive(library: cann_sim.KernelLibrary) -> None:
+    out, table = np.zeros(5, np.float32), np.array([9], np.int32)
+    library.launch("numbers", 1, out, Options(3, 0.5), 0.25, 255, -7, table)
+    assert out.tolist() == [1.5, 0.25, 255, -7, 9]
+    library.launch("numbers", 1, out, bytes(Options(2, 2)), ctypes.c_float(4), np.uint8(3), 1, None)
+    assert out.tolist() == [4, 4, 3, 1, -1]
+
+
+def test_arguments_that_do_not_fit_are_refused(library: cann_sim.KernelLibrary) -> None:
+    out, good = np.zeros(5, np.float32), Options(1, 1)
+    with pytest.raises(TypeError, match="takes 6 arguments, 2 given"):
+        library.launch("numbers", 1, out, good)
+    with pytest.raises(OverflowError, match="argument 3: 256 does not fit in 1 bytes"):
+        library.launch("numbers", 1, out, good, 1.0, 256, 0, None)
+    with pytest.raises(TypeError, match="argument 1: the struct has 8 bytes, 3 given"):
+        library.launch("numbers", 1, out, b"abc", 1.0, 1, 0, None)
+    with pytest.raises(TypeError, match="argument 0: a pointer takes"):
+        library.launch("numbers", 1, [1, 2], good, 1.0, 1, 0, None)
+    with pytest.raises(ValueError, match="not contiguous"):
+        library.launch("numbers", 1, np.zeros(10, np.float32)[::2], good, 1.0, 1, 0, None)
+    with pytest.raises(ValueError, match="blocks"):
+        library.launch("numbers", 0, out, good, 1.0, 1, 0, None)
+    with pytest.raises(AttributeError, match="no kernel 'number'"):
+        library.launch("number", 1)
+
+
+def test_a_view_is_a_buffer_of_its_own(library: cann_sim.KernelLibrary) -> None:
+    memory = np.arange(96, dtype=np.uint8)
+    library.launch("move", 1, memory[:32], memory[64:], 32)
+    assert memory[64:].tolist() == list(range(32))
+    with pytest.raises(cann_sim.KernelError, match=r"\[0, 40\) of a GM buffer of 32 bytes") as caught:
+        library.launch("move", 1, memory[:32], memory[32:], 40)
+    assert caught.value.kind == "gm-bounds"
+
+
+def test_outputs_and_workspace_are_unwritten_at_first(library: cann_sim.KernelLibrary) -> None:
+    data, fresh = np.ones(32, np.uint8), np.ones(32, np.uint8)
+    for unwritten in (cann_sim.Uninit(fresh), cann_sim.Workspace(32)):
+        library.launch("move", 1, data, unwritten, 32)
+        with pytest.raises(cann_sim.KernelError) as caught:
+            library.launch("move", 1, unwritten, data, 32)
+        assert caught.value.kind == "uninitialised"
+
+
+def test_the_lowest_core_is_reported(library: cann_sim.KernelLibrary) -> None:
+    for first in (0, 3, 11):
+        for threads in (1, 4):
+            with pytest.raises(cann_sim.KernelError) as caught:
+                library.launch("fails_on", 12, None, first, config=cann_sim.Config(threads=threads))
+            assert (caught.value.core, caught.value.kernel, caught.value.kind) == (first, "fails_on", "ub-overflow")
+            assert f"runtime.cpp:{caught.value.line}: ub-overflow" in str(caught.value)
+
+
+def test_checks_can_be_switched_off(library: cann_sim.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = np.ones(32, np.uint8)
+    unwritten = cann_sim.Uninit(np.ones(32, np.uint8))
+    library.launch("move", 1, unwritten, data, 32, config=cann_sim.Config(check=False))
+    monkeypatch.setenv("CANN_SIM_CHECK", "0")
+    library.launch("move", 1, unwritten, data, 32)
+
+
+def test_a_synchronisation_can_be_ignored(library: cann_sim.KernelLibrary) -> None:
+    data, out = np.ones(64, np.uint8), np.zeros(64, np.uint8)
+    (site,) = library.launch("move", 2, data, out, 32).sync_sites
+    assert (site.kind, Path(site.file).name, site.count) == ("EnQue/DeQue<MTE2_MTE3>", "runtime.cpp", 2)
+    assert SOURCE.splitlines()[site.line - 1].strip().startswith("tile = queue.DeQue")
+    for remove in (site.index, (site.index,)):
+        with pytest.raises(cann_sim.KernelError, match="MTE2_MTE3") as caught:
+            library.launch("move", 2, data, out, 32, config=cann_sim.Config(remove_sync=remove))
+        assert caught.value.kind == "race"
+    with pytest.raises(ValueError, match="remove_sync=1"):
+        library.launch("move", 2, data, out, 32, config=cann_sim.Config(remove_sync=1))
+
+
+def test_launches_at_the_same_time(library: cann_sim.KernelLibrary) -> None:
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        data, out = np.full(32 * 4, seed, np.uint8), np.zeros(32 * 4, np.uint8)
+        try:
+            for _ in range(20):
+                out[:] = 0
+                report = library.launch("move", 4, data, cann_sim.Uninit(out), 32)
+                assert (out == seed).all()
+                assert report.read_bytes == 128
+                with pytest.raises(cann_sim.KernelError):
+                    library.launch("move", 5, data, cann_sim.Uninit(out), 32)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_what_does_not_exist_or_compile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        cann_sim.compile(tmp_path / "nowhere.cpp")
+    with pytest.raises(cann_sim.CompileError, match="kernel k: the type of parameter 'Unknown u'"):
+        cann_sim.compile('#include "kernel_operator.h"\nextern "C" __global__ __aicore__ void k(Unknown u) {}\n')
+    with pytest.raises(ValueError, match="vector_scale"):
+        cann_sim.Config(vector_scale=0)
