@@ -1,0 +1,746 @@
+// Rows that are cut into chunks of columns: all row modes but `short` (row_plan.h).
+//
+// A chunk is copied into one slot of a ring in UB (pipe MTE2), read there for its row's statistics, overwritten there
+// with its output (pipe V), and copied out from there (MTE3); then the slot is free. Flags go with the chunk: MTE2_V,
+// V_MTE3, and MTE3_MTE2 or V_MTE2 when it leaves. Chunk i uses flag number i % kFlags: fewer are ever open at a time.
+//
+// Statistics of a chunk are its maximum m, the sum of exp(x - m), and with label smoothing the sums of w (x - m) and of
+// w: each one data block of UB. At the end of a row they are joined ("folded"), and the scalar unit makes of them what
+// the row's output needs. It would wait there for the vector unit, so outputs trail the statistics: the first chunk of
+// the next row is under way by then.
+#pragma once
+
+#include "ascendc/row_kernel.h"
+
+namespace npu_xent {
+
+template <typename T, Output kOutput, bool kStats>
+class LongRows {
+  static constexpr bool kHasOutput = kOutput != Output::none;
+  static constexpr bool kFp32 = sizeof(T) == sizeof(float);
+  static constexpr int64_t kFlags = 6;
+  static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag is waited for before it is set again");
+  static constexpr event_t kWeightFlag = static_cast<event_t>(7);
+
+ public:
+  __aicore__ inline LongRows(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
+      : plan_(plan), args_(args), gm_(tensors) {}
+
+  __aicore__ inline void Run() {
+    // With statistics the cores share out rows or parts of rows, without only chunks.
+    const int64_t pieces = kStats ? work_items(plan_, args_.rows) : chunk_items(plan_, args_.rows);
+    const Share mine = share_of(pieces, AscendC::GetBlockIdx(), AscendC::GetBlockNum());
+    if (mine.begin == mine.end) {
+      return;
+    }
+    resident_ = kStats && kHasOutput && plan_.mode == static_cast<int64_t>(RowMode::resident);
+    slots_ = resident_ ? plan_.slots : smaller(plan_.slots, kStreamSlots);
+    Allocate();
+    ReadUpstream();
+    for (int64_t first = mine.begin; first < mine.end;) {
+      int64_t last = first + kFactRows;
+      if (!kStats) {
+        last = (first / plan_.chunks + kFactRows) * plan_.chunks;
+      }
+      first_ = first;
+      last_ = smaller(last, mine.end);
+      Block();
+      first = last_;
+    }
+  }
+
+ private:
+  // A piece is a row, or the part of it that this core has. Chunks [begin, end).
+  struct Piece {
+    int64_t row, begin, end;
+  };
+  __aicore__ inline Piece PieceAt(int64_t i) const {
+    if (kStats) {
+      const int64_t row = (first_ + i) / plan_.parts;
+      const int64_t begin = (first_ + i - row * plan_.parts) * plan_.chunks_per_part;
+      return {row, begin, smaller(plan_.chunks, begin + plan_.chunks_per_part)};
+    }
+    const int64_t row = first_ / plan_.chunks + i, start = row * plan_.chunks;
+    return {row, larger(first_ - start, 0), smaller(last_ - start, plan_.chunks)};
+  }
+  __aicore__ inline int64_t PieceCount() const {
+    return kStats ? last_ - first_ : (last_ - 1) / plan_.chunks - first_ / plan_.chunks + 1;
+  }
+
+  // Goes over the chunks that are read, in order: of each piece all of them, `passes` times.
+  struct Cursor {
+    int64_t index, ordinal;  // of the piece, in the block and among those that are read
+    int64_t pass, chunk;
+    Piece piece;
+  };
+  __aicore__ inline void SkipUnread(Cursor& at) const {
+    while (at.index < pieces_ && !IsRead(at.piece.row)) {
+      at.piece = PieceAt(++at.index);
+    }
+    at.chunk = at.piece.begin;
+  }
+  __aicore__ inline Cursor FirstChunk() const {
+    Cursor at{0, 0, 0, 0, PieceAt(0)};
+    SkipUnread(at);
+    return at;
+  }
+  __aicore__ inline void Advance(Cursor& at, int64_t passes) const {
+    if (++at.chunk < at.piece.end) {
+      return;
+    }
+    at.chunk = at.piece.begin;
+    if (++at.pass < passes) {
+      return;
+    }
+    at.pass = 0;
+    ++at.ordinal;
+    at.piece = PieceAt(++at.index);
+    SkipUnread(at);
+  }
+  __aicore__ inline int64_t CountReadChunks() const {
+    int64_t chunks = 0;
+    for (int64_t i = 0; i < pieces_; ++i) {
+      const Piece piece = PieceAt(i);
+      chunks += IsRead(piece.row) ? piece.end - piece.begin : 0;
+    }
+    return chunks;
+  }
+  __aicore__ inline int64_t ChunkSize(int64_t chunk) const {
+    return smaller(plan_.chunk_cols, args_.cols - chunk * plan_.chunk_cols);
+  }
+
+  // ---- facts of rows: targets and what else comes a row at a time ----
+
+  __aicore__ inline int64_t TargetOf(int64_t row) const { return target_.GetValue(row - fact_row_); }
+  __aicore__ inline bool IsIgnored(int64_t row) const { return TargetOf(row) == args_.ignore_index; }
+  __aicore__ inline bool IsRead(int64_t row) const { return !IsIgnored(row) || args_.read_ignored != 0; }
+  __aicore__ inline bool IsBad(int64_t row) const {
+    const int64_t y = TargetOf(row);
+    return y != args_.ignore_index && (y < 0 || y >= args_.num_classes);
+  }
+  // The target's column if it is one of the piece's, else -1.
+  __aicore__ inline int64_t TargetColumn(const Piece& piece) const {
+    const int64_t y = TargetOf(piece.row);
+    if (y == args_.ignore_index || y < args_.class_start || y >= args_.num_classes) {
+      return -1;
+    }
+    const int64_t column = y - args_.class_start;
+    const bool here = column >= piece.begin * plan_.chunk_cols && column < piece.end * plan_.chunk_cols;
+    return here && column < args_.cols ? column : -1;
+  }
+
+  __aicore__ inline void StageFacts() {
+    pieces_ = PieceCount();
+    fact_row_ = PieceAt(0).row;
+    const int64_t rows = PieceAt(pieces_ - 1).row - fact_row_ + 1;
+    CopyIn(target_, Gm<int64_t>(gm_.target, fact_row_), rows);
+    if (!kStats) {
+      CopyIn(lse_, Gm<float>(gm_.lse, fact_row_), rows);
+      if (gm_.lse_low != nullptr) {
+        CopyIn(lse_low_, Gm<float>(gm_.lse_low, fact_row_), rows);
+      }
+      if (args_.reduction == kReductionNone && gm_.grad_loss != nullptr) {
+        CopyIn(grad_loss_, Gm<float>(gm_.grad_loss, fact_row_), rows);
+      }
+      if (args_.reduction == kReductionNone && gm_.grad_z_loss != nullptr) {
+        CopyIn(grad_z_loss_, Gm<float>(gm_.grad_z_loss, fact_row_), rows);
+      }
+    }
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    // A target's logit and weight come by copies of their own: a scalar read of GM would wait for each.
+    for (int64_t i = 0; i < pieces_; ++i) {
+      const Piece piece = PieceAt(i);
+      const int64_t column = TargetColumn(piece);
+      if (column >= 0) {
+        CopyIn(picked_[i * kBlockOf<T>], Gm<T>(gm_.logits, piece.row * args_.logits_stride + column), 1);
+      }
+      if (kOutput == Output::grad && gm_.weight != nullptr && !IsIgnored(piece.row) && !IsBad(piece.row)) {
+        CopyIn(target_weight_[i * kBlock], Gm<float>(gm_.weight, TargetOf(piece.row)), 1);
+      }
+    }
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+  }
+
+  // ---- scalar arithmetic of a row ----
+
+  // What the output of a row is made of.
+  struct RowState {
+    bool zero, undefined;  // an ignored row; a row without a distribution
+    float lse, lse_low;
+    float scale, offset;  // gradient = scale exp(t x - lse) - offset w
+    int64_t target;       // column, or -1
+    bool target_known;    // the gradient there is `target_value`, else `target_step` is to be added
+    float target_value, target_step;
+  };
+
+  __aicore__ inline void ReadUpstream() {
+    if (kOutput != Output::grad) {
+      return;
+    }
+    const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
+    class_weight_ = totals.GetValue(kClassWeight);
+    loss_divisor_ = args_.reduction == kReductionMean ? totals.GetValue(kKeptWeight) : 1.0f;
+    z_divisor_ = args_.reduction == kReductionMean ? totals.GetValue(kKeptRows) : 1.0f;
+    from_loss_ = args_.unit_upstream != 0 ? 1.0f : 0.0f;
+    from_z_ = 0.0f;
+    if (args_.reduction != kReductionNone && gm_.grad_loss != nullptr) {
+      from_loss_ = Gm<float>(gm_.grad_loss, 0).GetValue(0);
+    }
+    if (args_.reduction != kReductionNone && gm_.grad_z_loss != nullptr) {
+      from_z_ = Gm<float>(gm_.grad_z_loss, 0).GetValue(0);
+    }
+  }
+
+  __aicore__ inline RowState MakeState(int64_t index, const Piece& piece, float lse, float lse_low) const {
+    RowState s;
+    s.lse = lse;
+    s.lse_low = lse_low;
+    s.zero = kOutput == Output::grad && IsIgnored(piece.row);
+    s.undefined = !IsFinite(lse);
+    s.target = -1;
+    if (kOutput != Output::grad || s.zero) {
+      return s;
+    }
+    s.undefined = s.undefined || IsBad(piece.row);
+    float from_loss = from_loss_, from_z = from_z_;
+    if (args_.reduction == kReductionNone) {
+      from_loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(piece.row - fact_row_) : from_loss;
+      from_z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(piece.row - fact_row_) : 0.0f;
+    }
+    const float weight = gm_.weight != nullptr && !s.undefined ? target_weight_.GetValue(index * kBlock) : 1.0f;
+    const Coefficients k = MakeCoefficients(args_, weight, class_weight_, lse, from_loss / loss_divisor_,
+                                            (from_loss + from_z) / z_divisor_);
+    s.scale = k.a * (1.0f - lse_low + 0.5f * lse_low * lse_low);  // a exp(-lse_low): lse_low is a rounding error
+    s.offset = k.s;
+    s.target = TargetColumn(piece);
+    s.target_known = false;
+    s.target_step = -k.b;
+    if (s.target >= 0) {
+      // a p - b would cancel for a confident prediction, where p is near 1.
+      const float below = ((Picked(index) - lse) - lse_low);
+      s.target_known = below > -0.5f;
+      if (s.target_known) {
+        s.target_value = k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight;
+      }
+    }
+    return s;
+  }
+  __aicore__ inline float Picked(int64_t index) const {
+    return args_.logit_scale * ScalarOf(picked_, index * kBlockOf<T>);
+  }
+
+  // Takes a folded row from the vector unit: stores its statistics, and prepares its output.
+  __aicore__ inline void FinishRow(int64_t index, int64_t ordinal) {
+    const Piece piece = PieceAt(index);
+    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    const float max = row_max_.GetValue(0);
+    const TwoFloats lse = TwoSum(max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
+    float wsum = 0.0f, weight = 0.0f;
+    if (Smoothing()) {
+      weight = row_weight_.GetValue(0);
+      wsum = row_wsum_.GetValue(0);
+      if (IsFinite(lse.high)) {
+        wsum += weight * ((max - lse.high) - lse.low);
+      }
+    }
+    SetFlag<HardEvent::S_V>(EVENT_ID0);
+    out_lse_.SetValue(index, lse.high);
+    out_lse_low_.SetValue(index, lse.low);
+    out_picked_.SetValue(index, IsBad(piece.row) ? NaN() : TargetColumn(piece) >= 0 ? Picked(index) : 0.0f);
+    out_wsum_.SetValue(index, wsum);
+    out_weight_.SetValue(index, weight);
+    if (kHasOutput) {
+      states_[ordinal % 2] = MakeState(index, piece, lse.high, lse.low);
+    }
+  }
+
+  // ---- one chunk ----
+
+  __aicore__ inline bool Smoothing() const { return kStats && gm_.wsum != nullptr; }
+  __aicore__ inline LocalTensor<T> Slot(int64_t load) const { return ring_[(load % slots_) * plan_.chunk_cols]; }
+
+  __aicore__ inline void Load(int64_t load, Cursor& at, int64_t passes) {
+    const event_t flag = static_cast<event_t>(load % kFlags);
+    if (load >= slots_) {
+      const int64_t before = load - slots_;
+      const event_t free = static_cast<event_t>(before % kFlags);
+      if ((stored_ >> (before % kFlags)) % 2 != 0) {
+        WaitFlag<HardEvent::MTE3_MTE2>(free);
+      } else {
+        WaitFlag<HardEvent::V_MTE2>(free);
+      }
+    }
+    CopyIn(Slot(load), Gm<T>(gm_.logits, at.piece.row * args_.logits_stride + at.chunk * plan_.chunk_cols),
+           ChunkSize(at.chunk));
+    SetFlag<HardEvent::MTE2_V>(flag);
+    Advance(at, passes);
+  }
+
+  // weight_[0:n] = the class weights of a chunk. Rare, so it is not worth a second buffer.
+  __aicore__ inline void LoadWeight(int64_t chunk, int64_t n) {
+    SetFlag<HardEvent::V_MTE2>(kWeightFlag);
+    WaitFlag<HardEvent::V_MTE2>(kWeightFlag);
+    CopyIn(weight_, Gm<float>(gm_.weight, args_.class_start + chunk * plan_.chunk_cols), n);
+    SetFlag<HardEvent::MTE2_V>(kWeightFlag);
+    WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
+  }
+
+  // t x in fp32: in the slot itself when it is that already, else in `work_`.
+  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& slot, int64_t n) {
+    if constexpr (kFp32) {
+      if (args_.logit_scale == 1.0f) {
+        return slot;
+      }
+      PipeBarrier<PIPE_V>();  // what the chunk before left to do in work_
+      AscendC::Muls(work_, slot, args_.logit_scale, n);
+      PipeBarrier<PIPE_V>();
+    } else {
+      PipeBarrier<PIPE_V>();
+      AscendC::Cast(work_, slot, AscendC::RoundMode::CAST_NONE, n);
+      PipeBarrier<PIPE_V>();
+      if (args_.logit_scale != 1.0f) {
+        AscendC::Muls(work_, work_, args_.logit_scale, n);
+        PipeBarrier<PIPE_V>();
+      }
+    }
+    return work_;
+  }
+
+  __aicore__ inline void Statistics(const LocalTensor<T>& slot, const Cursor& at) {
+    const int64_t n = ChunkSize(at.chunk), padded = round_up(n, kLanes);
+    if (at.chunk == at.piece.begin) {
+      filled_ = 0;
+      row_claimed_ = false;
+    } else if (filled_ == kFold) {
+      Fold();
+      CarryFold();
+    }
+    const int64_t block = filled_ * kBlock;
+    const LocalTensor<float> x = Scaled(slot, n);
+    PadTail(x, n, -kFloatMax);
+    PipeBarrier<PIPE_V>();
+    MaxToBlock(chunk_max_[block], lanes_, x, padded);
+    PipeBarrier<PIPE_V>();
+    SubBlock(work_, x, chunk_max_[block], padded);
+    PipeBarrier<PIPE_V>();
+    if (Smoothing()) {
+      WeightedSums(block, at.chunk, n);
+    }
+    AscendC::Exp(work_, work_, padded);
+    PipeBarrier<PIPE_V>();
+    if (padded != n) {
+      PadTail(work_, n, 0.0f);
+      PipeBarrier<PIPE_V>();
+    }
+    SumToBlock(chunk_sum_[block], lanes_, work_, padded);
+    ++filled_;
+  }
+
+  // The sums of w (x - m), from x - m in work_, and of w.
+  __aicore__ inline void WeightedSums(int64_t block, int64_t chunk, int64_t n) {
+    const int64_t padded = round_up(n, kLanes);
+    if (gm_.weight == nullptr) {
+      PadTail(work_, n, 0.0f);
+      AscendC::Duplicate(chunk_weight_[block], static_cast<float>(n), kBlock);
+      PipeBarrier<PIPE_V>();
+      SumToBlock(chunk_wsum_[block], lanes_, work_, padded);
+    } else {
+      LoadWeight(chunk, n);
+      PadTail(weight_, n, 0.0f);
+      PipeBarrier<PIPE_V>();
+      SumToBlock(chunk_weight_[block], lanes_, weight_, padded);
+      PipeBarrier<PIPE_V>();
+      AscendC::Mul(weight_, weight_, work_, padded);
+      PipeBarrier<PIPE_V>();
+      SumToBlock(chunk_wsum_[block], lanes_, weight_, padded);
+    }
+    PipeBarrier<PIPE_V>();
+  }
+
+  // Joins the chunks so far: row_max_ = M = max m, row_sum_ = sum s exp(m - M), row_weight_ = sum of w, row_wsum_ =
+  // sum of w (x - M).
+  __aicore__ inline void Fold() {
+    const int64_t n = round_up(filled_ * kBlock, kLanes), repeats = n / kLanes;
+    if (!row_claimed_) {
+      WaitFlag<HardEvent::S_V>(EVENT_ID0);  // the scalar unit has read the row before
+      row_claimed_ = true;
+    }
+    PipeBarrier<PIPE_V>();
+    NeutralBlocks(chunk_max_, -kFloatMax, n);
+    NeutralBlocks(chunk_sum_, 0.0f, n);
+    if (Smoothing()) {
+      NeutralBlocks(chunk_wsum_, 0.0f, n);
+      NeutralBlocks(chunk_weight_, 0.0f, n);
+    }
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceMax(lanes_, chunk_max_, kLanes, repeats, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceMax(row_max_, lanes_, repeats, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    PipeBarrier<PIPE_V>();
+    SubBlock(chunk_max_, chunk_max_, row_max_, n);
+    PipeBarrier<PIPE_V>();
+    if (Smoothing()) {
+      SumBlocks(row_weight_, chunk_weight_, n);
+      AscendC::Mul(chunk_weight_, chunk_weight_, chunk_max_, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Add(chunk_wsum_, chunk_wsum_, chunk_weight_, n);
+      PipeBarrier<PIPE_V>();
+      SumBlocks(row_wsum_, chunk_wsum_, n);
+    }
+    AscendC::Exp(chunk_max_, chunk_max_, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(chunk_sum_, chunk_sum_, chunk_max_, n);
+    PipeBarrier<PIPE_V>();
+    SumBlocks(row_sum_, chunk_sum_, n);
+  }
+  // Blocks [filled_, n / 8) = value
+  __aicore__ inline void NeutralBlocks(const LocalTensor<float>& blocks, float value, int64_t n) {
+    const int64_t used = filled_ * kBlock;
+    if (used != n) {
+      AscendC::Duplicate(blocks[used], value, n - used);
+    }
+  }
+  // sum = the sum of blocks, each counted once.
+  __aicore__ inline void SumBlocks(const LocalTensor<float>& sum, const LocalTensor<float>& blocks, int64_t n) {
+    uint64_t mask[2] = {kEveryEighth, 0};
+    AscendC::WholeReduceSum(lanes_, blocks, mask, n / kLanes, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceSum(sum, lanes_, n / kLanes, kBlock, 1, 1, 0);
+    PipeBarrier<PIPE_V>();
+  }
+  // The fold so far becomes chunk 0 of the next one.
+  __aicore__ inline void CarryFold() {
+    AscendC::Adds(chunk_max_, row_max_, 0.0f, kBlock);
+    AscendC::Adds(chunk_sum_, row_sum_, 0.0f, kBlock);
+    if (Smoothing()) {
+      AscendC::Adds(chunk_wsum_, row_wsum_, 0.0f, kBlock);
+      AscendC::Adds(chunk_weight_, row_weight_, 0.0f, kBlock);
+    }
+    filled_ = 1;
+  }
+
+  // The last fold of a row, handed to the scalar unit.
+  __aicore__ inline void FoldRow() {
+    Fold();
+    AscendC::Ln(row_sum_, row_sum_, kBlock);
+    SetFlag<HardEvent::V_S>(EVENT_ID0);
+  }
+
+  // Leaves the output of a chunk in its slot.
+  __aicore__ inline void MakeOutput(const LocalTensor<T>& slot, const Cursor& at, const RowState& s) {
+    const int64_t n = ChunkSize(at.chunk);
+    if (s.zero || s.undefined) {
+      FillSlot(slot, s.zero ? 0.0f : NaN(), n);
+      return;
+    }
+    const LocalTensor<float> x = Scaled(slot, n);
+    const LocalTensor<float> y = OutputIn(slot);
+    if constexpr (kFp32) {
+      PipeBarrier<PIPE_V>();  // statistics of another chunk may be at work in work_
+    }
+    AscendC::Adds(work_, x, -s.lse, n);
+    PipeBarrier<PIPE_V>();
+    if constexpr (kOutput == Output::log_prob) {
+      AscendC::Adds(y, work_, -s.lse_low, n);
+    } else {
+      AscendC::Exp(work_, work_, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Muls(y, work_, s.scale, n);
+      if (args_.class_share != 0.0f) {
+        SubtractOffset(y, at.chunk, n, s.offset);
+      }
+      const int64_t target = s.target - at.chunk * plan_.chunk_cols;
+      if (s.target >= 0 && target >= 0 && target < n) {
+        PipeBarrier<PIPE_V>();
+        PutTarget(y, target, s);
+      }
+    }
+    if constexpr (!kFp32) {
+      PipeBarrier<PIPE_V>();
+      AscendC::Cast(slot, work_, AscendC::RoundMode::CAST_RINT, n);
+    }
+  }
+  __aicore__ inline LocalTensor<float> OutputIn(const LocalTensor<T>& slot) const {
+    if constexpr (kFp32) {
+      return slot;
+    } else {
+      return work_;
+    }
+  }
+  __aicore__ inline void SubtractOffset(const LocalTensor<float>& y, int64_t chunk, int64_t n, float offset) {
+    if (gm_.weight == nullptr) {
+      PipeBarrier<PIPE_V>();
+      AscendC::Adds(y, y, -offset, n);
+      return;
+    }
+    LoadWeight(chunk, n);
+    AscendC::Muls(weight_, weight_, offset, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Sub(y, y, weight_, n);
+  }
+  __aicore__ inline void PutTarget(const LocalTensor<float>& y, int64_t target, const RowState& s) {
+    uint64_t mask[2] = {uint64_t{1} << (target % kBlock), 0};
+    const LocalTensor<float> block = y[target - target % kBlock];
+    if (s.target_known) {
+      AscendC::Duplicate(block, s.target_value, mask, 1, 1, 8);
+    } else {
+      AscendC::Adds(block, block, s.target_step, mask, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
+    }
+  }
+  __aicore__ inline void FillSlot(const LocalTensor<T>& slot, float value, int64_t n) {
+    PipeBarrier<PIPE_V>();
+    if constexpr (kFp32) {
+      AscendC::Duplicate(slot, value, n);
+    } else {
+      AscendC::Duplicate(work_, value, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Cast(slot, work_, AscendC::RoundMode::CAST_RINT, n);
+    }
+  }
+
+  // Copies the output of load number `load` out of its slot.
+  __aicore__ inline void Store(int64_t load, int64_t loads, const Cursor& at) {
+    const event_t flag = static_cast<event_t>(load % kFlags);
+    SetFlag<HardEvent::V_MTE3>(flag);
+    WaitFlag<HardEvent::V_MTE3>(flag);
+    CopyOut(Gm<T>(gm_.output, at.piece.row * args_.output_stride + at.chunk * plan_.chunk_cols), Slot(load),
+            ChunkSize(at.chunk));
+    if (load + slots_ < loads) {
+      SetFlag<HardEvent::MTE3_MTE2>(flag);
+    }
+  }
+
+  // ---- the two orders of work ----
+
+  // Statistics of a chunk, and around them what a row's end asks for.
+  __aicore__ inline void StatisticsStep(int64_t load, const Cursor& at) {
+    Statistics(Slot(load), at);
+    FinishPending();
+    if (at.chunk + 1 == at.piece.end) {
+      FoldRow();
+      pending_ = at.index;
+      pending_ordinal_ = at.ordinal;
+    }
+  }
+  __aicore__ inline void FinishPending() {
+    if (kStats && pending_ >= 0) {
+      FinishRow(pending_, pending_ordinal_);
+      pending_ = -1;
+    }
+  }
+  __aicore__ inline void WaitLoad(int64_t load) { WaitFlag<HardEvent::MTE2_V>(static_cast<event_t>(load % kFlags)); }
+
+  // Every chunk passes once for statistics, or once for an output, or once for each.
+  __aicore__ inline void Stream(int64_t chunks) {
+    const int64_t passes = kStats && kHasOutput ? 2 : 1, loads = chunks * passes;
+    const int64_t ahead = slots_ - 2;
+    Cursor in = FirstChunk(), now = in;
+    for (int64_t i = 0; i < smaller(ahead, loads); ++i) {
+      Load(i, in, passes);
+    }
+    for (int64_t i = 0; i < loads; ++i) {
+      if (i + ahead < loads) {
+        Load(i + ahead, in, passes);
+      }
+      WaitLoad(i);
+      const bool output = kHasOutput && now.pass + 1 == passes;
+      if constexpr (kStats) {
+        if (!output) {
+          StatisticsStep(i, now);
+          if (i + slots_ < loads) {
+            SetFlag<HardEvent::V_MTE2>(static_cast<event_t>(i % kFlags));
+          }
+        }
+      }
+      if constexpr (kHasOutput) {
+        if (output) {
+          FinishPending();
+          if (!kStats && now.chunk == now.piece.begin) {
+            const int64_t fact = now.piece.row - fact_row_;
+            const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
+            states_[now.ordinal % 2] = MakeState(now.index, now.piece, lse_.GetValue(fact), lse_low);
+          }
+          MakeOutput(Slot(i), now, states_[now.ordinal % 2]);
+          Store(i, loads, now);
+        }
+      }
+      const uint64_t bit = uint64_t{1} << (i % kFlags);
+      stored_ = output ? stored_ | bit : stored_ & ~bit;
+      Advance(now, passes);
+    }
+    FinishPending();
+  }
+
+  // Every chunk is loaded once and stays until its output is made, a row and kOutputLag chunks later.
+  __aicore__ inline void Resident(int64_t loads) {
+    const int64_t lag = plan_.chunks + kOutputLag;
+    Cursor in = FirstChunk(), now = in, out = in;
+    stored_ = ~uint64_t{0};
+    for (int64_t i = 0; i < smaller(kPrefetch, loads); ++i) {
+      Load(i, in, 1);
+    }
+    for (int64_t i = 0; i < loads + lag; ++i) {
+      if (i + kPrefetch < loads) {
+        Load(i + kPrefetch, in, 1);
+      }
+      if (i < loads) {
+        WaitLoad(i);
+        StatisticsStep(i, now);
+        Advance(now, 1);
+      } else {
+        FinishPending();
+      }
+      if (i >= lag) {
+        MakeOutput(Slot(i - lag), out, states_[out.ordinal % 2]);
+        Store(i - lag, loads, out);
+        Advance(out, 1);
+      }
+    }
+  }
+
+  __aicore__ inline void Block() {
+    StageFacts();
+    const int64_t chunks = CountReadChunks();
+    if (kStats) {
+      SetFlag<HardEvent::S_V>(EVENT_ID0);  // for the first FoldRow
+    }
+    if (chunks > 0) {
+      if constexpr (kStats && kHasOutput) {
+        if (resident_) {
+          Resident(chunks);
+        } else {
+          Stream(chunks);
+        }
+      } else {
+        Stream(chunks);
+      }
+    }
+    if (kStats) {
+      WaitFlag<HardEvent::S_V>(EVENT_ID0);
+      StoreStatistics();
+    }
+    if (kOutput == Output::grad) {
+      StoreZeros();
+    }
+    PipeBarrier<PIPE_ALL>();  // the next block starts from scratch
+  }
+
+  __aicore__ inline void StoreStatistics() {
+    for (int64_t i = 0; i < pieces_; ++i) {
+      if (!IsRead(PieceAt(i).row)) {
+        out_lse_.SetValue(i, 0.0f);
+        out_lse_low_.SetValue(i, 0.0f);
+        out_picked_.SetValue(i, 0.0f);
+        out_wsum_.SetValue(i, 0.0f);
+        out_weight_.SetValue(i, 0.0f);
+      }
+    }
+    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.lse, first_), out_lse_, pieces_);
+    CopyOut(Gm<float>(gm_.lse_low, first_), out_lse_low_, pieces_);
+    CopyOut(Gm<float>(gm_.picked, first_), out_picked_, pieces_);
+    if (gm_.wsum != nullptr) {
+      CopyOut(Gm<float>(gm_.wsum, first_), out_wsum_, pieces_);
+    }
+    if (gm_.part_weight != nullptr) {
+      CopyOut(Gm<float>(gm_.part_weight, first_), out_weight_, pieces_);
+    }
+  }
+
+  // The gradient of rows that were not read.
+  __aicore__ inline void StoreZeros() {
+    bool filled = false;
+    for (int64_t i = 0; i < pieces_; ++i) {
+      const Piece piece = PieceAt(i);
+      if (IsRead(piece.row)) {
+        continue;
+      }
+      if (!filled) {
+        AscendC::Duplicate(zeros_.template ReinterpretCast<float>(), 0.0f, kZeroBytes / sizeof(float));
+        SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
+        WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+        filled = true;
+      }
+      const int64_t end = smaller(piece.end * plan_.chunk_cols, args_.cols);
+      const int64_t most = kZeroBytes / sizeof(T);
+      for (int64_t column = piece.begin * plan_.chunk_cols; column < end; column += most) {
+        CopyOut(Gm<T>(gm_.output, piece.row * args_.output_stride + column), zeros_, smaller(most, end - column));
+      }
+    }
+  }
+
+  // ---- memory ----
+
+  template <typename U>
+  static constexpr int64_t kBlockOf = kDataBlock / sizeof(U);
+
+  template <typename U>
+  __aicore__ inline GlobalTensor<U> Gm(GM_ADDR base, int64_t element) const {
+    GlobalTensor<U> tensor;
+    tensor.SetGlobalBuffer(reinterpret_cast<__gm__ U*>(base) + element);
+    return tensor;
+  }
+  template <typename U>
+  __aicore__ inline LocalTensor<U> Ub(int64_t offset, int64_t n) {
+    return ub_.GetWithOffset<U>(n, offset);
+  }
+
+  __aicore__ inline void Allocate() {
+    const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_);
+    pipe_.InitBuffer(ub_, b.total);
+    ring_ = Ub<T>(b.ring, slots_ * plan_.chunk_cols);
+    work_ = Ub<float>(b.work, plan_.chunk_cols);
+    weight_ = Ub<float>(b.weight, plan_.chunk_cols);
+    zeros_ = Ub<T>(b.zeros, kZeroBytes / sizeof(T));
+    chunk_max_ = Ub<float>(b.chunk_max, kFold * kBlock);
+    chunk_sum_ = Ub<float>(b.chunk_sum, kFold * kBlock);
+    chunk_wsum_ = Ub<float>(b.chunk_wsum, kFold * kBlock);
+    chunk_weight_ = Ub<float>(b.chunk_weight, kFold * kBlock);
+    lanes_ = Ub<float>(b.lanes, kLanes);
+    row_max_ = Ub<float>(b.row_max, kBlock);
+    row_sum_ = Ub<float>(b.row_sum, kBlock);
+    row_wsum_ = Ub<float>(b.row_wsum, kBlock);
+    row_weight_ = Ub<float>(b.row_weight, kBlock);
+    target_ = Ub<int64_t>(b.target, kFactRows);
+    picked_ = Ub<T>(b.picked, kFactRows * kBlockOf<T>);
+    target_weight_ = Ub<float>(b.target_weight, kFactRows * kBlock);
+    lse_ = Ub<float>(b.lse, kFactRows);
+    lse_low_ = Ub<float>(b.lse_low, kFactRows);
+    grad_loss_ = Ub<float>(b.grad_loss, kFactRows);
+    grad_z_loss_ = Ub<float>(b.grad_z_loss, kFactRows);
+    out_lse_ = Ub<float>(b.out_lse, kFactRows);
+    out_lse_low_ = Ub<float>(b.out_lse_low, kFactRows);
+    out_picked_ = Ub<float>(b.out_picked, kFactRows);
+    out_wsum_ = Ub<float>(b.out_wsum, kFactRows);
+    out_weight_ = Ub<float>(b.out_weight, kFactRows);
+  }
+
+  const XentPlan plan_;
+  const XentArgs args_;
+  const RowTensors gm_;
+
+  bool resident_ = false;
+  int64_t slots_ = 0;             // of the ring
+  int64_t first_ = 0, last_ = 0;  // of the pieces, without statistics of the chunks, of the block at hand
+  int64_t pieces_ = 0, fact_row_ = 0;
+  int64_t pending_ = -1, pending_ordinal_ = 0;  // the piece whose fold the scalar unit has not seen yet
+  int64_t filled_ = 0;                          // chunks since the last fold
+  bool row_claimed_ = false;                    // row_max_ and the like may be overwritten
+  uint64_t stored_ = 0;                         // bit i % kFlags: chunk i leaves by a copy out
+  float class_weight_ = 0, loss_divisor_ = 1, z_divisor_ = 1, from_loss_ = 0, from_z_ = 0;
+  RowState states_[2];
+
+  AscendC::TPipe pipe_;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
+  LocalTensor<T> ring_, zeros_, picked_;
+  LocalTensor<float> work_, weight_, chunk_max_, chunk_sum_, chunk_wsum_, chunk_weight_;
+  LocalTensor<float> lanes_, row_max_, row_sum_, row_wsum_, row_weight_;
+  LocalTensor<int64_t> target_;
+  LocalTensor<float> target_weight_, lse_, lse_low_, grad_loss_, grad_z_loss_;
+  LocalTensor<float> out_lse_, out_lse_low_, out_picked_, out_wsum_, out_weight_;
+};
+
+}  // namespace npu_xent

@@ -1,0 +1,391 @@
+// Arithmetic of size N: denominators, losses and their sums, and the statistics of rows that were split into parts.
+//
+// Rows are taken kReduceRows at a time, whatever the number of cores; each block leaves its sums in a data block of the
+// workspace, and a second launch on one core adds those up in order. So results do not depend on the number of cores,
+// and no core waits for another.
+#pragma once
+
+#include "ascendc/row_kernel.h"
+
+namespace npu_xent {
+
+// target [rows]; weight [num_classes] or null; statistics [rows], for join_parts also those of the parts [rows, parts].
+struct ReduceTensors {
+  GM_ADDR target;
+  GM_ADDR weight;
+  GM_ADDR lse;
+  GM_ADDR lse_low;
+  GM_ADDR picked;
+  GM_ADDR wsum;
+  GM_ADDR part_lse;
+  GM_ADDR part_lse_low;
+  GM_ADDR part_picked;
+  GM_ADDR part_wsum;
+  GM_ADDR part_weight;
+  GM_ADDR totals;
+  GM_ADDR loss;
+  GM_ADDR z_loss;
+  GM_ADDR sums;  // workspace: a data block for each block of rows, then for each block of class weights
+};
+
+class ReduceRows {
+ public:
+  __aicore__ inline ReduceRows(const XentPlan& plan, const XentArgs& args, const ReduceTensors& tensors)
+      : plan_(plan), args_(args), gm_(tensors) {}
+
+  __aicore__ inline void Run() {
+    Allocate();
+    const Stage stage = static_cast<Stage>(args_.stage);
+    const Share mine = share_of(Tasks(stage), AscendC::GetBlockIdx(), AscendC::GetBlockNum());
+    for (int64_t task = mine.begin; task < mine.end; ++task) {
+      if (stage == Stage::join_parts) {
+        JoinParts(task);
+      } else if (stage == Stage::block_totals) {
+        BlockTotals(task);
+      } else if (stage == Stage::join_totals) {
+        JoinTotals();
+      } else if (stage == Stage::block_loss) {
+        BlockLoss(task);
+      } else {
+        JoinLoss();
+      }
+      PipeBarrier<PIPE_ALL>();  // the next task starts from scratch
+    }
+  }
+
+ private:
+  static constexpr int64_t kCount = kReduceRows;
+  enum Vector : int64_t { kKeep, kWeightOf, kBad, kLse, kLseLow, kPicked, kWsum, kLoss, kZ, kT, kLaneSums, kVectors };
+
+  __aicore__ inline int64_t RowBlocks() const { return div_up(args_.rows, kCount); }
+  __aicore__ inline int64_t WeightBlocks() const {
+    return gm_.weight != nullptr ? div_up(args_.num_classes, kReduceWeights) : 0;
+  }
+  __aicore__ inline int64_t Tasks(Stage stage) const {
+    if (stage == Stage::join_parts) {
+      return args_.rows;
+    }
+    if (stage == Stage::block_totals) {
+      return RowBlocks() + WeightBlocks();
+    }
+    return stage == Stage::block_loss ? RowBlocks() : 1;
+  }
+
+  // ---- blocks of rows ----
+
+  // kKeep (1 or 0), kWeightOf (0 where not kept) and kBad (NaN or 0) of rows [first, first + n).
+  __aicore__ inline void LookUp(int64_t first, int64_t n) {
+    CopyIn(target_, Gm<int64_t>(gm_.target, first), n);
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    if (gm_.weight != nullptr) {
+      for (int64_t r = 0; r < n; ++r) {
+        if (IsKept(target_.GetValue(r))) {
+          CopyIn(target_weight_[r * kBlock], Gm<float>(gm_.weight, target_.GetValue(r)), 1);
+        }
+      }
+      SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
+      WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    }
+    kept_ = 0;
+    for (int64_t r = 0; r < n; ++r) {
+      const int64_t y = target_.GetValue(r);
+      const bool kept = IsKept(y), bad = !kept && y != args_.ignore_index;
+      kept_ += kept ? 1 : 0;
+      V(kKeep).SetValue(r, kept || bad ? 1.0f : 0.0f);
+      V(kBad).SetValue(r, bad ? NaN() : 0.0f);
+      V(kWeightOf).SetValue(r, !kept ? 0.0f : gm_.weight != nullptr ? target_weight_.GetValue(r * kBlock) : 1.0f);
+    }
+    for (int64_t r = n; r < kCount; ++r) {
+      V(kKeep).SetValue(r, 0.0f);
+      V(kWeightOf).SetValue(r, 0.0f);
+    }
+    SetFlag<HardEvent::S_V>(EVENT_ID0);
+    WaitFlag<HardEvent::S_V>(EVENT_ID0);
+  }
+  __aicore__ inline bool IsKept(int64_t y) const { return y != args_.ignore_index && y >= 0 && y < args_.num_classes; }
+
+  // The sum of kCount numbers, by trees, in lane 0 of `out`.
+  __aicore__ inline void Sum(const LocalTensor<float>& out, const LocalTensor<float>& x) {
+    AscendC::WholeReduceSum(V(kLaneSums), x, kLanes, kCount / kLanes, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceSum(out, V(kLaneSums), kCount / kLanes, 1, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+  }
+
+  __aicore__ inline void BlockTotals(int64_t task) {
+    float rows = 0.0f;
+    if (task < RowBlocks()) {
+      const int64_t first = task * kCount;
+      LookUp(first, smaller(kCount, args_.rows - first));
+      Sum(result_, V(kWeightOf));
+      rows = static_cast<float>(kept_);
+    } else {
+      SumWeights((task - RowBlocks()) * kReduceWeights);
+    }
+    SetFlag<HardEvent::V_S>(EVENT_ID0);
+    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    StoreSums(task, result_.GetValue(0), rows);
+  }
+  // The sum of class weights [first, first + kReduceWeights).
+  __aicore__ inline void SumWeights(int64_t first) {
+    const int64_t n = smaller(kReduceWeights, args_.num_classes - first);
+    CopyIn(weights_, Gm<float>(gm_.weight, first), n);
+    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    PadTail(weights_, n, 0.0f);
+    PipeBarrier<PIPE_V>();
+    SumToBlock(result_, V(kLaneSums), weights_, round_up(n, kLanes));
+    PipeBarrier<PIPE_V>();
+  }
+  __aicore__ inline void StoreSums(int64_t task, float first, float second) {
+    stored_.SetValue(0, first);
+    stored_.SetValue(1, second);
+    for (int64_t i = 2; i < kBlock; ++i) {
+      stored_.SetValue(i, 0.0f);
+    }
+    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.sums, task * kBlock), stored_, kBlock);
+  }
+
+  // l and z of row_math.h for a block of rows.
+  __aicore__ inline void BlockLoss(int64_t task) {
+    const int64_t first = task * kCount, n = smaller(kCount, args_.rows - first);
+    CopyIn(V(kLse), Gm<float>(gm_.lse, first), n);
+    CopyIn(V(kPicked), Gm<float>(gm_.picked, first), n);
+    if (gm_.lse_low != nullptr) {
+      CopyIn(V(kLseLow), Gm<float>(gm_.lse_low, first), n);
+    }
+    if (gm_.wsum != nullptr) {
+      CopyIn(V(kWsum), Gm<float>(gm_.wsum, first), n);
+    }
+    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    LookUp(first, n);
+    AscendC::CompareScalar(mask_, V(kKeep), 0.5f, AscendC::CMPMODE::GT, kCount);
+    AscendC::Sub(V(kLoss), V(kLse), V(kPicked), n);
+    AscendC::Mul(V(kZ), V(kLse), V(kLse), n);
+    AscendC::Sub(V(kT), V(kLse), V(kLse), n);  // NaN where lse is not finite, else 0
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(V(kT), V(kT), V(kBad), n);
+    AscendC::Muls(V(kZ), V(kZ), args_.lse_square_scale, n);
+    if (gm_.lse_low != nullptr) {
+      AscendC::Add(V(kLoss), V(kLoss), V(kLseLow), n);
+    }
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(V(kLoss), V(kLoss), V(kWeightOf), n);
+    AscendC::Add(V(kZ), V(kZ), V(kT), n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Muls(V(kLoss), V(kLoss), args_.target_share, n);
+    if (gm_.wsum != nullptr) {
+      AscendC::Muls(V(kWsum), V(kWsum), args_.class_share, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Sub(V(kLoss), V(kLoss), V(kWsum), n);
+    }
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(V(kLoss), V(kLoss), V(kT), n);
+    PipeBarrier<PIPE_V>();
+    DropIgnored(V(kLoss), n);
+    DropIgnored(V(kZ), n);
+    PipeBarrier<PIPE_V>();
+    if (args_.reduction == kReductionNone) {
+      StoreRows(first, n);
+    } else {
+      Sum(result_, V(kLoss));
+      Sum(result_[kBlock], V(kZ));
+      SetFlag<HardEvent::V_S>(EVENT_ID0);
+      WaitFlag<HardEvent::V_S>(EVENT_ID0);
+      StoreSums(task, result_.GetValue(0), result_.GetValue(kBlock));
+    }
+  }
+  // 0 for rows that are not kept, and beyond row n up to kCount.
+  __aicore__ inline void DropIgnored(const LocalTensor<float>& x, int64_t n) {
+    AscendC::Select(x, mask_, x, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    PadTail(x, n, 0.0f);
+    if (round_up(n, kLanes) < kCount) {
+      AscendC::Duplicate(x[round_up(n, kLanes)], 0.0f, kCount - round_up(n, kLanes));
+    }
+  }
+  __aicore__ inline void StoreRows(int64_t first, int64_t n) {
+    if (gm_.z_loss != nullptr) {
+      AscendC::Add(V(kLoss), V(kLoss), V(kZ), n);
+    }
+    SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.loss, first), V(kLoss), n);
+    if (gm_.z_loss != nullptr) {
+      CopyOut(Gm<float>(gm_.z_loss, first), V(kZ), n);
+    }
+  }
+
+  // ---- sums of sums ----
+
+  // A running sum with its rounding error kept aside (Neumaier).
+  struct ExactSum {
+    float sum, error;
+  };
+  __aicore__ inline void AddTo(ExactSum& s, float x) const {
+    const TwoFloats t = TwoSum(s.sum, x);
+    s.sum = t.high;
+    s.error += t.low;
+  }
+  // Adds up the two sums of blocks [begin, end).
+  __aicore__ inline void AddBlocks(int64_t begin, int64_t end, ExactSum& first, ExactSum& second, int64_t& count) {
+    for (int64_t block = begin; block < end; block += kCount) {
+      const int64_t n = smaller(kCount, end - block);
+      SetFlag<HardEvent::S_MTE2>(EVENT_ID0);
+      WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+      CopyIn(target_weight_, Gm<float>(gm_.sums, block * kBlock), n * kBlock);
+      SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+      WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+      for (int64_t i = 0; i < n; ++i) {
+        AddTo(first, target_weight_.GetValue(i * kBlock));
+        AddTo(second, target_weight_.GetValue(i * kBlock + 1));
+        if (args_.stage == static_cast<int64_t>(Stage::join_totals)) {
+          count += static_cast<int64_t>(target_weight_.GetValue(i * kBlock + 1));
+        }
+      }
+    }
+  }
+
+  __aicore__ inline void JoinTotals() {
+    ExactSum weight{0, 0}, rows{0, 0}, classes{0, 0};
+    int64_t kept = 0;
+    AddBlocks(0, RowBlocks(), weight, rows, kept);
+    if (gm_.weight != nullptr) {
+      int64_t none = 0;
+      AddBlocks(RowBlocks(), RowBlocks() + WeightBlocks(), classes, rows, none);
+    }
+    // Counts are kept as integers: fp32 holds them exactly only up to 2^24.
+    stored_.SetValue(kKeptWeight, gm_.weight != nullptr ? weight.sum + weight.error : static_cast<float>(kept));
+    stored_.SetValue(kKeptRows, static_cast<float>(kept));
+    stored_.SetValue(kClassWeight,
+                     gm_.weight != nullptr ? classes.sum + classes.error : static_cast<float>(args_.num_classes));
+    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
+  }
+
+  // l is divided by the kept weight, z by the kept rows: they are added only then.
+  __aicore__ inline void JoinLoss() {
+    ExactSum loss{0, 0}, z{0, 0};
+    int64_t none = 0;
+    AddBlocks(0, RowBlocks(), loss, z, none);
+    float loss_sum = loss.sum + loss.error, z_sum = z.sum + z.error;
+    if (args_.reduction == kReductionMean) {
+      const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
+      const float kept_weight = totals.GetValue(kKeptWeight);
+      // With smoothing, the sum need not be 0 where nothing is kept.
+      loss_sum = kept_weight == 0.0f ? NaN() : loss_sum / kept_weight;
+      z_sum = z_sum / totals.GetValue(kKeptRows);
+    }
+    if (gm_.z_loss != nullptr) {
+      loss_sum += z_sum;
+    }
+    stored_.SetValue(0, loss_sum);
+    result_.SetValue(0, z_sum);
+    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.loss, 0), stored_, 1);
+    if (gm_.z_loss != nullptr) {
+      CopyOut(Gm<float>(gm_.z_loss, 0), result_, 1);
+    }
+  }
+
+  // ---- parts of one row ----
+
+  // lse = log sum exp(lse_i), wsum = sum (wsum_i + W_i (lse_i - lse)): each part is a class shard (ops.cpp).
+  __aicore__ inline void JoinParts(int64_t row) {
+    const int64_t n = plan_.parts, first = row * n;
+    CopyIn(V(kLse), Gm<float>(gm_.part_lse, first), n);
+    CopyIn(V(kLseLow), Gm<float>(gm_.part_lse_low, first), n);
+    CopyIn(V(kPicked), Gm<float>(gm_.part_picked, first), n);
+    if (gm_.wsum != nullptr) {
+      CopyIn(V(kWsum), Gm<float>(gm_.part_wsum, first), n);
+      CopyIn(V(kWeightOf), Gm<float>(gm_.part_weight, first), n);
+    }
+    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    const LocalTensor<float> max = result_, sum = result_[kBlock], picked = result_[2 * kBlock];
+    AscendC::Maxs(V(kT), V(kLse), -kFloatMax, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mins(V(kT), V(kT), kFloatMax, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceMax(max, V(kT), n, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    AscendC::WholeReduceSum(picked, V(kPicked), n, kBlock, 1, 1, 0);
+    PipeBarrier<PIPE_V>();
+    AscendC::Sub(V(kT), V(kLse), max, n, 1, AscendC::BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(V(kT), V(kT), V(kLseLow), n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Exp(V(kT), V(kT), n);
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceSum(sum, V(kT), n, kBlock, 1, 1, 0);
+    PipeBarrier<PIPE_V>();
+    AscendC::Ln(sum, sum, kBlock);
+    SetFlag<HardEvent::V_S>(EVENT_ID0);
+    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    const TwoFloats lse = TwoSum(max.GetValue(0), sum.GetValue(0));
+    float wsum = 0.0f;
+    for (int64_t i = 0; gm_.wsum != nullptr && i < n; ++i) {
+      const float below = (V(kLse).GetValue(i) - lse.high) + (V(kLseLow).GetValue(i) - lse.low);
+      wsum += V(kWsum).GetValue(i) + V(kWeightOf).GetValue(i) * below;
+    }
+    const bool unread = IsUnread(row);
+    StoreValue(gm_.lse, row, 0, unread ? 0.0f : lse.high);
+    StoreValue(gm_.lse_low, row, 1, unread ? 0.0f : lse.low);
+    StoreValue(gm_.picked, row, 2, picked.GetValue(0));
+    if (gm_.wsum != nullptr) {
+      StoreValue(gm_.wsum, row, 3, unread ? 0.0f : wsum);
+    }
+  }
+  __aicore__ inline void StoreValue(GM_ADDR to, int64_t row, int64_t slot, float value) {
+    const LocalTensor<float> block = V(kLoss)[slot * kBlock];
+    block.SetValue(0, value);
+    SetFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
+    WaitFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
+    CopyOut(Gm<float>(to, row), block, 1);
+  }
+  // Parts of a row that was not read hold zeros, which would join to log(parts).
+  __aicore__ inline bool IsUnread(int64_t row) const {
+    return args_.read_ignored == 0 && Gm<int64_t>(gm_.target, row).GetValue(0) == args_.ignore_index;
+  }
+
+  // ---- memory ----
+
+  __aicore__ inline LocalTensor<float> V(Vector v) const { return vectors_[v * kCount]; }
+  template <typename U>
+  __aicore__ inline GlobalTensor<U> Gm(GM_ADDR base, int64_t element) const {
+    GlobalTensor<U> tensor;
+    tensor.SetGlobalBuffer(reinterpret_cast<__gm__ U*>(base) + element);
+    return tensor;
+  }
+  __aicore__ inline void Allocate() {
+    Pieces ub{};
+    const int64_t vectors = ub.take(kVectors * kCount * 4), mask = ub.take(kCount / 8), target = ub.take(kCount * 8);
+    const int64_t target_weight = ub.take(kCount * kDataBlock), weights = ub.take(kReduceWeights * 4);
+    const int64_t result = ub.take(4 * kDataBlock), stored = ub.take(kDataBlock);
+    pipe_.InitBuffer(ub_, ub.end);
+    vectors_ = ub_.GetWithOffset<float>(kVectors * kCount, vectors);
+    mask_ = ub_.GetWithOffset<uint8_t>(kCount / 8, mask);
+    target_ = ub_.GetWithOffset<int64_t>(kCount, target);
+    target_weight_ = ub_.GetWithOffset<float>(kCount * kBlock, target_weight);
+    weights_ = ub_.GetWithOffset<float>(kReduceWeights, weights);
+    result_ = ub_.GetWithOffset<float>(4 * kBlock, result);
+    stored_ = ub_.GetWithOffset<float>(kBlock, stored);
+  }
+
+  const XentPlan plan_;
+  const XentArgs args_;
+  const ReduceTensors gm_;
+  int64_t kept_ = 0;
+
+  AscendC::TPipe pipe_;
+  AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
+  LocalTensor<float> vectors_, target_weight_, weights_, result_, stored_;
+  LocalTensor<uint8_t> mask_;
+  LocalTensor<int64_t> target_;
+};
+
+}  // namespace npu_xent

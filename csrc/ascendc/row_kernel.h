@@ -1,0 +1,175 @@
+// What the row kernels have in common: their tensors in global memory (GM), scalar arithmetic, and vector operations on
+// fp32 in the unified buffer (UB).
+//
+// The kernels are right without the compiler's automatic synchronisation: every order between two pipes is a flag, and
+// every dependence between two vector instructions a PipeBarrier<PIPE_V>.
+#pragma once
+
+#include "kernel_operator.h"
+// After the toolkit's header, which tells them that device code is being compiled.
+#include "tiling/row_args.h"
+#include "tiling/row_plan.h"
+
+namespace npu_xent {
+
+using AscendC::GlobalTensor;
+using AscendC::HardEvent;
+using AscendC::LocalTensor;
+using AscendC::PipeBarrier;
+using AscendC::SetFlag;
+using AscendC::WaitFlag;
+
+constexpr float kFloatMax = 3.402823466e+38f;
+constexpr uint64_t kEveryEighth = 0x0101010101010101ull;  // lane 0 of each data block
+
+// GM_ADDR is a macro that ends in a star: one name a line. Where a launch's tensors are; null for what it does not use.
+// row_math.h has the meaning.
+struct RowTensors {
+  GM_ADDR logits;
+  GM_ADDR target;
+  GM_ADDR weight;
+  GM_ADDR totals;
+  GM_ADDR lse;  // results of a sweep with statistics, else operands
+  GM_ADDR lse_low;
+  GM_ADDR picked;
+  GM_ADDR wsum;
+  GM_ADDR part_weight;
+  GM_ADDR grad_loss;
+  GM_ADDR grad_z_loss;
+  GM_ADDR output;  // log_prob or the gradient
+};
+
+enum class Output { none, log_prob, grad };
+
+// The order of the totals, as in row_math.h.
+constexpr uint64_t kKeptWeight = 0, kKeptRows = 1, kClassWeight = 2;
+constexpr int64_t kReductionNone = 0, kReductionMean = 1;
+
+__aicore__ inline float FloatOfBits(uint32_t bits) {
+  union {
+    uint32_t from;
+    float to;
+  } value;
+  value.from = bits;
+  return value.to;
+}
+__aicore__ inline float NaN() {
+  return FloatOfBits(0x7fc00000u);
+}
+// Comparisons with NaN are false.
+__aicore__ inline bool IsFinite(float x) {
+  return x >= -kFloatMax && x <= kFloatMax;
+}
+
+// One stored number as fp32, on the scalar unit.
+__aicore__ inline float ScalarOf(const LocalTensor<float>& x, uint32_t i) {
+  return x.GetValue(i);
+}
+__aicore__ inline float ScalarOf(const LocalTensor<half>& x, uint32_t i) {
+  return static_cast<float>(x.GetValue(i));
+}
+__aicore__ inline float ScalarOf(const LocalTensor<bfloat16_t>& x, uint32_t i) {
+  // bfloat16 is the upper half of fp32.
+  return FloatOfBits(static_cast<uint32_t>(x.ReinterpretCast<uint16_t>().GetValue(i)) << 16);
+}
+
+// exp(x) - 1 for -0.5 <= x <= 0, by its series: the scalar unit has no exp. The first term left out is below 2^-36.
+__aicore__ inline float Expm1NearZero(float x) {
+  float sum = 1.0f + x * (1.0f / 10);
+  for (int32_t k = 9; k > 1; --k) {
+    sum = 1.0f + x * sum / static_cast<float>(k);
+  }
+  return x * sum;
+}
+
+// high + low = a + b exactly (Knuth), high the rounded sum; low is 0 when the sum is not finite.
+struct TwoFloats {
+  float high, low;
+};
+__aicore__ inline TwoFloats TwoSum(float a, float b) {
+  TwoFloats sum;
+  sum.high = a + b;
+  const float b_rounded = sum.high - a;
+  sum.low = IsFinite(sum.high) ? (a - (sum.high - b_rounded)) + (b - b_rounded) : 0.0f;
+  return sum;
+}
+
+// n numbers from GM to UB, and back; any n and any GM address.
+template <typename T>
+__aicore__ inline void CopyIn(const LocalTensor<T>& to, const GlobalTensor<T>& from, int64_t n) {
+  const AscendC::DataCopyExtParams copy{1, static_cast<uint32_t>(n * sizeof(T)), 0, 0, 0};
+  AscendC::DataCopyPad(to, from, copy, AscendC::DataCopyPadExtParams<T>{false, 0, 0, static_cast<T>(0)});
+}
+template <typename T>
+__aicore__ inline void CopyOut(const GlobalTensor<T>& to, const LocalTensor<T>& from, int64_t n) {
+  AscendC::DataCopyPad(to, from, AscendC::DataCopyExtParams{1, static_cast<uint32_t>(n * sizeof(T)), 0, 0, 0});
+}
+
+// The bits of lanes [from, 64).
+__aicore__ inline uint64_t LanesFrom(uint64_t from) {
+  return ~uint64_t{0} << from;
+}
+
+// x[n : up to a multiple of 64] = value, so that the instructions that follow need no tail.
+__aicore__ inline void PadTail(const LocalTensor<float>& x, int64_t n, float value) {
+  if (n % kLanes != 0) {
+    uint64_t mask[2] = {LanesFrom(n % kLanes), 0};
+    AscendC::Duplicate(x[n - n % kLanes], value, mask, 1, 1, 8);
+  }
+}
+
+// In the functions below n is a multiple of 64, of at most 255 repeats, and a `block` one data block that holds one
+// value eight times: what the block strides of an instruction can spread over a whole chunk.
+
+// out = x - block
+__aicore__ inline void SubBlock(const LocalTensor<float>& out, const LocalTensor<float>& x,
+                                const LocalTensor<float>& block, int64_t n) {
+  AscendC::Sub(out, x, block, kLanes, n / kLanes, AscendC::BinaryRepeatParams(1, 1, 0, 8, 8, 0));
+}
+
+// block = sum(x), by a tree within 64 numbers and one more over those; lanes: scratch, 64 numbers.
+__aicore__ inline void SumToBlock(const LocalTensor<float>& block, const LocalTensor<float>& lanes,
+                                  const LocalTensor<float>& x, int64_t n) {
+  const int64_t repeats = n / kLanes;
+  AscendC::WholeReduceSum(lanes, x, kLanes, repeats, 1, 1, 8);
+  PipeBarrier<PIPE_V>();
+  AscendC::WholeReduceSum(block, lanes, repeats, kBlock, 1, 1, 0);  // one result, eight times
+}
+
+// block = max(x), brought between the finite bounds of fp32: a chunk of -inf then has exponentials 0 and not NaN, and
+// +inf an infinite sum.
+__aicore__ inline void MaxToBlock(const LocalTensor<float>& block, const LocalTensor<float>& lanes,
+                                  const LocalTensor<float>& x, int64_t n) {
+  const int64_t repeats = n / kLanes;
+  AscendC::WholeReduceMax(lanes, x, kLanes, repeats, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+  PipeBarrier<PIPE_V>();
+  AscendC::Maxs(lanes, lanes, -kFloatMax, repeats);
+  PipeBarrier<PIPE_V>();
+  AscendC::Mins(lanes, lanes, kFloatMax, repeats);
+  PipeBarrier<PIPE_V>();
+  AscendC::WholeReduceMax(block, lanes, repeats, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+}
+
+// What turns a row's statistics into its gradient, known to all rows of a launch.
+struct Upstream {
+  float loss, z_loss;             // divided as a mean asks for
+  float loss_divisor, z_divisor;  // for gradients that come a row at a time
+};
+
+// u a, u b and u s of row_math.h, on the scalar unit.
+struct Coefficients {
+  float a, b, s;
+};
+__aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, float class_weight, float lse,
+                                                float grad_loss, float grad_z) {
+  Coefficients k;
+  k.b = grad_loss * args.target_share * weight;
+  k.a = k.b + grad_loss * args.class_share * class_weight + grad_z * 2.0f * args.lse_square_scale * lse;
+  k.s = grad_loss * args.class_share;
+  k.a *= args.grad_scale;
+  k.b *= args.grad_scale;
+  k.s *= args.grad_scale;
+  return k;
+}
+
+}  // namespace npu_xent

@@ -1,0 +1,258 @@
+// How a device kernel cuts the rows of the logits: the planner, shared by host and device. Plain C++17 without torch
+// or CANN.
+//
+// The cut depends on the rows, the columns and the dtype alone. The number of cores only decides who takes which piece,
+// so results are the same on parts with 20, 24, 40 or 48 cores, to the bit.
+//
+//   short      a tile holds several whole rows; one value a row is one lane of a vector
+//   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
+//   streaming  a row passes through UB chunk by chunk, and once more for an output that needs its statistics
+//   split      streaming, with the chunks of one row shared out over several cores because rows are few: each part
+//              yields statistics as a class shard does, and reduce_rows joins them
+#pragma once
+
+#include <cstdint>
+
+// Passed to kernels by value. Members are of fundamental types and the names are global: the toolkit's launcher
+// generator wants both.
+struct XentPlan {
+  int64_t mode;             // RowMode
+  int64_t rows_per_tile;    // short: rows in a tile
+  int64_t chunk_cols;       // other modes: columns in a chunk, a multiple of 64
+  int64_t chunks;           // of a row
+  int64_t parts;            // of a row, that cores share out; 1 unless split
+  int64_t chunks_per_part;  // the last part may have fewer
+  int64_t slots;            // chunks that UB holds at a time
+};
+
+// kernel_operator.h, included before, makes it a macro: device code may call these functions too.
+#ifdef __aicore__
+#define XENT_SHARED __aicore__ constexpr inline
+#else
+#define XENT_SHARED constexpr inline
+#endif
+
+namespace npu_xent {
+
+enum class RowMode : int64_t { short_rows, resident, streaming, split };
+enum class LogitsType : int64_t { fp32, fp16, bf16 };
+
+// The unified buffer: 192 KiB, less what the toolkit keeps for itself (256 bytes) and for Select and reductions (8
+// KiB).
+constexpr int64_t kUbBytes = 192 * 1024 - 256 - 8 * 1024;
+constexpr int64_t kDataBlock = 32;  // bytes; what UB addresses are aligned to
+constexpr int64_t kLanes = 64;      // fp32 numbers in one repeat of a vector instruction
+constexpr int64_t kBlock = 8;       // fp32 numbers in a data block
+
+constexpr int64_t kMaxCores = 48;      // of any supported part; rows are split until so many cores have work
+constexpr int64_t kShortCols = 1024;   // a row of at most so many columns is short
+constexpr int64_t kMaxTileRows = 128;  // rows of a short tile
+constexpr int64_t kMaxChunk = 4096;    // columns of a chunk
+constexpr int64_t kMinChunk = 1024;    // below, fixed costs of instructions outweigh what a second read costs
+constexpr int64_t kStreamSlots = 6;    // chunks in flight when rows do not stay
+constexpr int64_t kPrefetch = 2;       // chunks that are copied in ahead of the statistics
+constexpr int64_t kOutputLag = 1;      // chunks by which outputs trail the end of their row's statistics
+constexpr int64_t kExtraSlots = kPrefetch + kOutputLag + 2;  // beside the row itself; 2 for copies out
+constexpr int64_t kFold = 32;                                // chunks whose statistics are joined at a time
+constexpr int64_t kFactRows = 64;                            // rows whose targets and the like are held at a time
+constexpr int64_t kZeroBytes = 4096;                         // zeros, for the gradient of ignored rows
+constexpr int64_t kReduceRows = 256;                         // rows that one task of reduce_rows sums
+constexpr int64_t kReduceWeights = 4096;                     // class weights that one task of reduce_rows sums
+
+XENT_SHARED int64_t div_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+XENT_SHARED int64_t round_up(int64_t a, int64_t b) {
+  return div_up(a, b) * b;
+}
+XENT_SHARED int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+XENT_SHARED int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+
+// Hands out consecutive pieces of UB.
+struct Pieces {
+  int64_t end;
+
+  XENT_SHARED int64_t take(int64_t bytes) {
+    const int64_t begin = end;
+    end += round_up(bytes, kDataBlock);
+    return begin;
+  }
+};
+
+XENT_SHARED int64_t element_bytes(int64_t dtype) {
+  return dtype == static_cast<int64_t>(LogitsType::fp32) ? 4 : 2;
+}
+
+// Byte offsets into UB of what the kernels for long rows (all modes but short) keep there.
+struct LongBuffers {
+  int64_t ring, work, weight, zeros;
+  int64_t chunk_max, chunk_sum, chunk_wsum, chunk_weight;  // [kFold] data blocks, each one value eight times
+  int64_t lanes, row_max, row_sum, row_wsum, row_weight;   // of a fold
+  int64_t target, picked, target_weight;                   // facts: the last two a data block a row
+  int64_t lse, lse_low, grad_loss, grad_z_loss;            // facts of a backward
+  int64_t out_lse, out_lse_low, out_picked, out_wsum, out_weight;
+  int64_t total;
+};
+
+XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t slots) {
+  LongBuffers b{};
+  Pieces ub{};
+  b.ring = ub.take(slots * chunk_cols * element_bytes(dtype));
+  b.work = ub.take(chunk_cols * 4);
+  b.weight = ub.take(chunk_cols * 4);
+  b.zeros = ub.take(kZeroBytes);
+  b.chunk_max = ub.take(kFold * kDataBlock);
+  b.chunk_sum = ub.take(kFold * kDataBlock);
+  b.chunk_wsum = ub.take(kFold * kDataBlock);
+  b.chunk_weight = ub.take(kFold * kDataBlock);
+  b.lanes = ub.take(kFold * kDataBlock);
+  b.row_max = ub.take(kDataBlock);
+  b.row_sum = ub.take(kDataBlock);
+  b.row_wsum = ub.take(kDataBlock);
+  b.row_weight = ub.take(kDataBlock);
+  b.target = ub.take(kFactRows * 8);
+  b.picked = ub.take(kFactRows * kDataBlock);
+  b.target_weight = ub.take(kFactRows * kDataBlock);
+  b.lse = ub.take(kFactRows * 4);
+  b.lse_low = ub.take(kFactRows * 4);
+  b.grad_loss = ub.take(kFactRows * 4);
+  b.grad_z_loss = ub.take(kFactRows * 4);
+  b.out_lse = ub.take(kFactRows * 4);
+  b.out_lse_low = ub.take(kFactRows * 4);
+  b.out_picked = ub.take(kFactRows * 4);
+  b.out_wsum = ub.take(kFactRows * 4);
+  b.out_weight = ub.take(kFactRows * 4);
+  b.total = ub.end;
+  return b;
+}
+
+// A row in a short tile takes so many columns, a whole number of data blocks in fp32 and in the logits' dtype.
+XENT_SHARED int64_t short_row_cols(int64_t dtype, int64_t cols) {
+  return round_up(cols, kDataBlock / element_bytes(dtype));
+}
+
+// What the kernel for short rows keeps in UB for tiles of [rows, cols]: two queue buffers each for tiles coming in,
+// tiles going out and what comes in a row at a time, and the rest at these byte offsets.
+struct ShortBuffers {
+  int64_t tile_bytes, row_bytes;  // of one queue buffer
+  int64_t x, exps;                // the tile in fp32, its exponentials
+  int64_t hot;                    // one bit an element: is it the target's?
+  int64_t columns, weight;        // [cols] column numbers and class weights
+  int64_t parts;                  // [rows] results of up to 64 columns, every second number of a few data blocks
+  int64_t block;                  // a data block a row: the row's value eight times
+  int64_t mask;                   // one bit a row
+  int64_t target;                 // [rows] int64
+  int64_t target_weight;          // a data block a row
+  int64_t lanes;                  // kShortLanes vectors [rows]
+  int64_t rest;                   // bytes of these
+  int64_t total;
+};
+
+constexpr int64_t kShortLanes = 28;
+constexpr int64_t kShortOperands = 4;  // vectors [rows] that come in with a tile
+
+// The width of a row in `parts`, in fp32 numbers.
+XENT_SHARED int64_t short_parts_cols(int64_t cols) {
+  return round_up(2 * div_up(cols, kLanes), kBlock);
+}
+
+XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols) {
+  ShortBuffers b{};
+  Pieces ub{};
+  const int64_t padded = short_row_cols(dtype, cols), width = round_up(padded, kLanes);
+  const int64_t tile = rows * padded, lanes = round_up(rows, kLanes);
+  b.tile_bytes = round_up(tile * element_bytes(dtype), kDataBlock);
+  b.row_bytes = kShortOperands * lanes * 4;
+  b.x = ub.take(tile * 4);
+  b.exps = ub.take(tile * 4);
+  b.hot = ub.take(width / kLanes * lanes * 8);
+  b.columns = ub.take(width * 4);
+  b.weight = ub.take(width * 4);
+  b.parts = ub.take(rows * short_parts_cols(cols) * 4);
+  b.block = ub.take(lanes * kDataBlock);
+  b.mask = ub.take(lanes / 8);
+  b.target = ub.take(lanes * 8);
+  b.target_weight = ub.take(rows * kDataBlock);
+  b.lanes = ub.take(kShortLanes * lanes * 4);
+  b.rest = ub.end;
+  b.total = b.rest + 2 * (b.tile_bytes + b.tile_bytes + b.row_bytes);
+  return b;
+}
+
+// The widest tile that UB holds: rows, at most kMaxTileRows, and no more than give every core one.
+XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype) {
+  int64_t n = smaller(kMaxTileRows, larger(1, div_up(rows, kMaxCores)));
+  while (n > 1 && short_buffers(dtype, n, cols).total > kUbBytes) {
+    --n;
+  }
+  return n;
+}
+
+XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols) {
+  return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots).total <= kUbBytes;
+}
+
+// The plan for logits [rows, cols], rows > 0 and cols > 0.
+XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype) {
+  XentPlan p{};
+  p.parts = 1;
+  if (cols <= kShortCols) {
+    p.mode = static_cast<int64_t>(RowMode::short_rows);
+    p.rows_per_tile = short_tile_rows(rows, cols, dtype);
+    p.chunk_cols = cols;
+    p.chunks = p.chunks_per_part = 1;
+    p.slots = 2;
+    return p;
+  }
+  int64_t width = smaller(kMaxChunk, round_up(cols, kLanes));
+  while (width >= kMinChunk && !fits_resident(cols, dtype, width)) {
+    width -= kLanes;
+  }
+  const bool fits = width >= kMinChunk;
+  if (!fits) {
+    width = kMaxChunk;
+  }
+  const int64_t wanted_parts = div_up(kMaxCores, rows);
+  const bool split = rows < kMaxCores && cols > kMinChunk;
+  if (split) {
+    width = smaller(kMaxChunk, larger(kMinChunk, round_up(div_up(cols, wanted_parts), kLanes)));
+  }
+  p.chunks = div_up(cols, width);
+  p.chunk_cols = round_up(div_up(cols, p.chunks), kLanes);  // chunks of one size
+  p.chunks = div_up(cols, p.chunk_cols);
+  p.chunks_per_part = p.chunks;
+  p.mode = static_cast<int64_t>(fits ? RowMode::resident : RowMode::streaming);
+  p.slots = fits ? p.chunks + kExtraSlots : kStreamSlots;
+  if (split && p.chunks > 1) {
+    p.mode = static_cast<int64_t>(RowMode::split);
+    p.chunks_per_part = div_up(p.chunks, smaller(p.chunks, wanted_parts));
+    p.parts = div_up(p.chunks, p.chunks_per_part);
+    p.slots = kStreamSlots;
+  }
+  return p;
+}
+
+// Pieces [begin, end) of `total` for one core of `cores`: contiguous, and no core has two more than another.
+struct Share {
+  int64_t begin, end;
+};
+
+XENT_SHARED Share share_of(int64_t total, int64_t core, int64_t cores) {
+  const int64_t each = total / cores, rest = total % cores;
+  const int64_t begin = core * each + smaller(core, rest);
+  return {begin, begin + each + (core < rest ? 1 : 0)};
+}
+
+// What the cores share out: tiles, rows or parts of rows; for a gradient of long rows, chunks.
+XENT_SHARED int64_t work_items(const XentPlan& p, int64_t rows) {
+  return p.mode == static_cast<int64_t>(RowMode::short_rows) ? div_up(rows, p.rows_per_tile) : rows * p.parts;
+}
+XENT_SHARED int64_t chunk_items(const XentPlan& p, int64_t rows) {
+  return p.mode == static_cast<int64_t>(RowMode::short_rows) ? work_items(p, rows) : rows * p.chunks;
+}
+
+}  // namespace npu_xent
