@@ -7,9 +7,8 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 import cann_sim
+import numpy as np
 
 FOLDER = Path(__file__).parent / "kernels"
 COUNT, PREFIX, BITS, COUNTER, REGISTER = range(5)

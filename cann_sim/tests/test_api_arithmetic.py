@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+import re
 
 import cann_sim
+import numpy as np
+import pytest
+
+from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
 
 # The numbers of kernels/api_arithmetic.cpp.
-NAMES = (
+NAMES = re.findall(
+    r"\w+",
     "Add Sub Mul Max Min Adds Muls Maxs Mins Div Exp Ln Abs Reciprocal Sqrt Rsqrt Relu LeakyRelu FusedMulAdd Axpy "
-    "MulAddDst ShiftLeft ShiftRight And Or Not"
-).split()
+    "MulAddDst ShiftLeft ShiftRight And Or Not",
+)
 OP = {name: number for number, name in enumerate(NAMES)}
 RNG = np.random.default_rng(2)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import cann_sim
 import numpy as np
 import pytest
-from api_case import BITS, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
 
-import cann_sim
+from api_case import BITS, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
 
 NONE, RINT, FLOOR, CEIL, ROUND, TRUNC, ODD = range(7)
 DIRECTED = {RINT, FLOOR, CEIL, ROUND, TRUNC}
@@ -137,7 +137,9 @@ def inputs(name: str, target: str) -> np.ndarray:
         step = np.uint32(1 << (12 if target == "half" else 15))
         ties = (every.view(np.uint32) + step).view(np.float32)
         near = [np.nextafter(ties, np.float32(np.inf)), np.nextafter(ties, np.float32(-np.inf))]
-        edges = np.float32([2.0**e * s + d for e in (7, 8, 15, 23, 24, 31, 63) for s in (-1, 1) for d in (-0.5, 0, 0.5)])
+        edges = np.float32(
+            [2.0**e * s + d for e in (7, 8, 15, 23, 24, 31, 63) for s in (-1, 1) for d in (-0.5, 0, 0.5)]
+        )
         special = np.float32([np.inf, -np.inf, np.nan, 0.0, -0.0, 65504, 65519.99, 65520, 65536, 1e-45, -3e-8, 2.5e-8])
         return pad(np.concatenate([pattern, small, values, every, ties, *near, edges, special]))
     bits = 8 * storage(name).itemsize
@@ -179,7 +181,10 @@ def test_masks_and_strides(source: str, target: str) -> None:
     """A repeat has as many lanes as fit of the wider type; each tensor has strides of its own blocks."""
     source_type, target_type = storage(source), storage(target)
     widest = max(source_type.itemsize, target_type.itemsize)
-    width, blocks = 256 // widest, (256 // widest * target_type.itemsize // 32, 256 // widest * source_type.itemsize // 32)
+    width, blocks = (
+        256 // widest,
+        (256 // widest * target_type.itemsize // 32, 256 // widest * source_type.itemsize // 32),
+    )
     mode = min(PAIRS[source, target])
     low = 0x8000_1248_F731_0005 & ((1 << width) - 1)
     odd = (low, 0x8000_0000_0000_0001 if width == 128 else 0)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import operator
-
-import numpy as np
-import pytest
-from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+import re
 
 import cann_sim
+import numpy as np
+import pytest
 
-NAMES = "Duplicate Copy Brcb CreateVecIndex Gather Compare Compares CompareScalar".split()
+from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+
+NAMES = re.findall(r"\w+", "Duplicate Copy Brcb CreateVecIndex Gather Compare Compares CompareScalar")
 OP = {name: number for number, name in enumerate(NAMES)}
 # bfloat16 as its bits
 TYPES = {

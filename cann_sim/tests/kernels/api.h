@@ -48,39 +48,39 @@ struct Buffers {
 };
 
 // The five ways to say which lanes take part, for an API called as NAME(first arguments..., lanes, repeat parameters).
-#define FORMS(T, COUNT_CALL, REPEAT_CALL, REGISTER_CALL)                          \
-  switch (c.form) {                                                               \
-    case COUNT: {                                                                 \
-      COUNT_CALL;                                                                 \
-      break;                                                                      \
-    }                                                                             \
-    case PREFIX: {                                                                \
-      const uint64_t mask = c.mask[0];                                            \
-      REPEAT_CALL;                                                                \
-      break;                                                                      \
-    }                                                                             \
-    case BITS: {                                                                  \
-      uint64_t mask[2] = {c.mask[0], c.mask[1]};                                  \
-      REPEAT_CALL;                                                                \
-      break;                                                                      \
-    }                                                                             \
-    case COUNTER: {                                                               \
-      SetMaskCount();                                                             \
-      SetVectorMask<T, MaskMode::COUNTER>(c.count);                               \
-      REGISTER_CALL;                                                              \
-      SetMaskNorm();                                                              \
-      ResetMask();                                                                \
-      break;                                                                      \
-    }                                                                             \
-    case REGISTER: {                                                              \
-      SetVectorMask<T, MaskMode::NORMAL>(c.mask[1], c.mask[0]);                   \
-      REGISTER_CALL;                                                              \
-      ResetMask();                                                                \
-      break;                                                                      \
-    }                                                                             \
+#define FORMS(T, COUNT_CALL, REPEAT_CALL, REGISTER_CALL)        \
+  switch (c.form) {                                             \
+    case COUNT: {                                               \
+      COUNT_CALL;                                               \
+      break;                                                    \
+    }                                                           \
+    case PREFIX: {                                              \
+      const uint64_t mask = c.mask[0];                          \
+      REPEAT_CALL;                                              \
+      break;                                                    \
+    }                                                           \
+    case BITS: {                                                \
+      uint64_t mask[2] = {c.mask[0], c.mask[1]};                \
+      REPEAT_CALL;                                              \
+      break;                                                    \
+    }                                                           \
+    case COUNTER: {                                             \
+      SetMaskCount();                                           \
+      SetVectorMask<T, MaskMode::COUNTER>(c.count);             \
+      REGISTER_CALL;                                            \
+      SetMaskNorm();                                            \
+      ResetMask();                                              \
+      break;                                                    \
+    }                                                           \
+    case REGISTER: {                                            \
+      SetVectorMask<T, MaskMode::NORMAL>(c.mask[1], c.mask[0]); \
+      REGISTER_CALL;                                            \
+      ResetMask();                                              \
+      break;                                                    \
+    }                                                           \
   }
 
-#define KERNEL(name)                                                                                                   \
+#define KERNEL(name) \
   extern "C" __global__ __aicore__ void name(GM_ADDR src0, GM_ADDR src1, GM_ADDR src2, GM_ADDR dst, Case c)
 
 #endif  // API_H_

@@ -14,7 +14,9 @@ __aicore__ inline void Move(const Case& c, LocalTensor<T> a, LocalTensor<T> d) {
       FORMS(T, , Copy(d, a, mask, c.repeat, p), (Copy<T, false>(d, a, MASK_PLACEHOLDER, c.repeat, p)))
       break;
     }
-    case 2: Brcb(d, a, c.repeat, {c.strides[0], c.strides[2]}); break;
+    case 2:
+      Brcb(d, a, c.repeat, {c.strides[0], c.strides[2]});
+      break;
   }
 }
 
@@ -34,23 +36,23 @@ __aicore__ inline void Gathers(const Case& c, LocalTensor<T> a, LocalTensor<uint
   }
 }
 
-#define MOVE(T, name)                          \
-  KERNEL(move_##name) {                        \
-    Buffers s(c, src0, src1, src2, dst);       \
-    Move<T>(c, s.Get<T>(0), s.Get<T>(3));      \
+#define MOVE(T, name)                                            \
+  KERNEL(move_##name) {                                          \
+    Buffers s(c, src0, src1, src2, dst);                         \
+    Move<T>(c, s.Get<T>(0), s.Get<T>(3));                        \
     Gathers<T>(c, s.Get<T>(0), s.Get<uint32_t>(1), s.Get<T>(3)); \
-    s.Store();                                 \
+    s.Store();                                                   \
   }
 MOVE(bfloat16_t, bfloat16)
 MOVE(uint32_t, uint32)
 
-#define MOVE_AND_INDEX(T, name)                \
-  KERNEL(move_##name) {                        \
-    Buffers s(c, src0, src1, src2, dst);       \
-    Move<T>(c, s.Get<T>(0), s.Get<T>(3));      \
+#define MOVE_AND_INDEX(T, name)                                  \
+  KERNEL(move_##name) {                                          \
+    Buffers s(c, src0, src1, src2, dst);                         \
+    Move<T>(c, s.Get<T>(0), s.Get<T>(3));                        \
     Gathers<T>(c, s.Get<T>(0), s.Get<uint32_t>(1), s.Get<T>(3)); \
-    Index<T>(c, s.Get<T>(3));                  \
-    s.Store();                                 \
+    Index<T>(c, s.Get<T>(3));                                    \
+    s.Store();                                                   \
   }
 MOVE_AND_INDEX(int16_t, int16)
 MOVE_AND_INDEX(half, half)
@@ -67,17 +69,26 @@ __aicore__ inline void CompareAll(const Case& c, GM_ADDR src0, GM_ADDR src1, GM_
   const BinaryRepeatParams two(c.strides[0], c.strides[1], c.strides[2], c.strides[3], c.strides[4], c.strides[5]);
   const UnaryRepeatParams one(c.strides[0], c.strides[1], c.strides[2], c.strides[3]);
   switch (c.op) {
-    case 5: FORMS(T, Compare(d, a, b, mode, c.count), Compare(d, a, b, mode, mask, c.repeat, two), ) break;
-    case 6: FORMS(T, Compares(d, a, scalar, mode, c.count), Compares(d, a, scalar, mode, mask, c.repeat, one), ) break;
-    case 7: FORMS(T, CompareScalar(d, a, scalar, mode, c.count),
-                  CompareScalar(d, a, scalar, mode, mask, c.repeat, one), ) break;
+    case 5:
+      FORMS(T, Compare(d, a, b, mode, c.count), Compare(d, a, b, mode, mask, c.repeat, two), ) break;
+    case 6:
+      FORMS(T, Compares(d, a, scalar, mode, c.count), Compares(d, a, scalar, mode, mask, c.repeat, one), ) break;
+    case 7:
+      FORMS(T, CompareScalar(d, a, scalar, mode, c.count), CompareScalar(d, a, scalar, mode, mask, c.repeat, one), )
+      break;
   }
   s.Store();
 }
 
-KERNEL(compare_float) { CompareAll<float>(c, src0, src1, src2, dst); }
-KERNEL(compare_half) { CompareAll<half>(c, src0, src1, src2, dst); }
-KERNEL(compare_int32) { CompareAll<int32_t>(c, src0, src1, src2, dst); }
+KERNEL(compare_float) {
+  CompareAll<float>(c, src0, src1, src2, dst);
+}
+KERNEL(compare_half) {
+  CompareAll<half>(c, src0, src1, src2, dst);
+}
+KERNEL(compare_int32) {
+  CompareAll<int32_t>(c, src0, src1, src2, dst);
+}
 
 template <typename T>
 __aicore__ inline void SelectAll(const Case& c, GM_ADDR src0, GM_ADDR src1, GM_ADDR src2, GM_ADDR dst) {
@@ -95,5 +106,9 @@ __aicore__ inline void SelectAll(const Case& c, GM_ADDR src0, GM_ADDR src1, GM_A
   s.Store();
 }
 
-KERNEL(select_float) { SelectAll<float>(c, src0, src1, src2, dst); }
-KERNEL(select_half) { SelectAll<half>(c, src0, src1, src2, dst); }
+KERNEL(select_float) {
+  SelectAll<float>(c, src0, src1, src2, dst);
+}
+KERNEL(select_half) {
+  SelectAll<half>(c, src0, src1, src2, dst);
+}

@@ -140,8 +140,8 @@ inline void add_accesses(Accesses& list, const OperandBase& operand, const Lanes
   }
 }
 
-// "overlap": within a repeat dst and a source are the same blocks or apart, and no repeat reads what an earlier one of
-// the same instruction wrote, unless it accumulates (which some operations document).
+// "overlap": in a count form dst and a source are the same or apart. In a repeat form that holds for the blocks of a
+// repeat, and no repeat reads what an earlier one wrote, unless it accumulates (which some operations document).
 inline void check_overlap(const char* op, Place where, const Lanes& lanes, const OperandBase& dst,
                           const OperandBase& src, bool accumulates) {
   const uint64_t dst_bytes = extent(dst, lanes), src_bytes = extent(src, lanes);
@@ -160,6 +160,9 @@ inline void check_overlap(const char* op, Place where, const Lanes& lanes, const
                        static_cast<unsigned long long>(dst.address() + dst_bytes), src.name, src.address(),
                        static_cast<unsigned long long>(src.address() + src_bytes), repeat, what));
   };
+  if (lanes.whole) {
+    refuse(0, "they must be the same or apart");
+  }
   std::vector<uint8_t> written(kUbBytes / kBlockBytes);
   const auto block_index = [](const OperandBase& operand, uint32_t repeat, uint32_t block) {
     return static_cast<uint32_t>((operand.address() + operand.block_offset(repeat, block)) / kBlockBytes);
@@ -343,8 +346,9 @@ void apply_lanes(const Op& op, const Lanes& lanes, const Operand<D>& dst, const 
 
 // Checks, accounts for and runs one element-wise instruction: dst[lane] = op(src[lane]...).
 template <typename Op, typename D, typename... S>
-__attribute__((noinline)) void elementwise(const char* name, Place where, VectorClass kind, uint32_t accumulates, const Lanes& lanes,
-                 const Op& op, const Operand<D>& dst, const Operand<S>&... src) {
+__attribute__((noinline)) void elementwise(const char* name, Place where, VectorClass kind, uint32_t accumulates,
+                                           const Lanes& lanes, const Op& op, const Operand<D>& dst,
+                                           const Operand<S>&... src) {
   if (lanes.repeats == 0) {
     return;
   }

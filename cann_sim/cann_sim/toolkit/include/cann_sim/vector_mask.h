@@ -22,6 +22,7 @@ struct Lanes {
   uint32_t active = 0, tail = 0;  // prefix: lanes that take part in each repeat, and in the last one
   uint64_t low = 0, high = 0;     // otherwise: a bit each lane
   bool prefix = true;
+  bool whole = false;  // a count form
 
   uint32_t active_in(uint32_t repeat) const { return repeat + 1 == repeats ? tail : active; }
   bool on(uint32_t lane) const { return ((lane < 64 ? low >> lane : high >> (lane - 64)) & 1) != 0; }
@@ -178,7 +179,9 @@ Lanes count_lanes(const char* op, Place where, int64_t count) {
     core().fail("params", where, format("%s: count is %lld", op, static_cast<long long>(count)));
   }
   core().mask = Core::Mask{};
-  return counted_lanes(op, where, static_cast<uint64_t>(count), width);
+  Lanes lanes = counted_lanes(op, where, static_cast<uint64_t>(count), width);
+  lanes.whole = true;
+  return lanes;
 }
 
 }  // namespace cann_sim
