@@ -7,8 +7,9 @@ import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cann_sim
 import numpy as np
+
+import cann_sim
 
 FOLDER = Path(__file__).parent / "kernels"
 COUNT, PREFIX, BITS, COUNTER, REGISTER = range(5)

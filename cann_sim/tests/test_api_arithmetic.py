@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import cann_sim
 import numpy as np
 import pytest
-
 from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+
+import cann_sim
 
 # The numbers of kernels/api_arithmetic.cpp.
 NAMES = re.findall(

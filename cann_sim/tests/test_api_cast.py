@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-import cann_sim
 import numpy as np
 import pytest
-
 from api_case import BITS, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+
+import cann_sim
 
 NONE, RINT, FLOOR, CEIL, ROUND, TRUNC, ODD = range(7)
 DIRECTED = {RINT, FLOOR, CEIL, ROUND, TRUNC}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import operator
 import re
 
-import cann_sim
 import numpy as np
 import pytest
-
 from api_case import BITS, COUNT, COUNTER, PREFIX, REGISTER, Case, assert_same, half_patterns, offsets
+
+import cann_sim
 
 NAMES = re.findall(r"\w+", "Duplicate Copy Brcb CreateVecIndex Gather Compare Compares CompareScalar")
 OP = {name: number for number, name in enumerate(NAMES)}

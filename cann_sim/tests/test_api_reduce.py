@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import cann_sim
 import numpy as np
 import pytest
-
 from api_case import BITS, COUNT, PREFIX, Case, assert_same, offsets
+
+import cann_sim
 
 NAMES = re.findall(
     r"\w+",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 
-import cann_sim
 import numpy as np
 import pytest
-
 from api_case import Case
+
+import cann_sim
 
 
 def tensor() -> np.ndarray:
