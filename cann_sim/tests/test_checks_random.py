@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import cann_sim
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_file import aligned, kernel_file
+
+import cann_sim
 
 S, V, MTE2, MTE3 = range(4)
 PIPES = ("S", "V", "MTE2", "MTE3")
