@@ -3,6 +3,8 @@
 A kernel is shown to need all of its synchronisation, and the checks to see all that it needs, when every removal is
 caught. A removal that is not caught leaves a kernel that is still right on this launch: its site is redundant there,
 and `partners` tells which other site does the same work.
+
+A site is a line of source and a kind: the flags of a helper function count as one site, wherever it is called.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import Config, KernelError
+from ._config import Config
+from ._library import KernelError
 
 
 @dataclass(frozen=True)

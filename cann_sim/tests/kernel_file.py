@@ -39,6 +39,8 @@ def kernel_file(name: str) -> KernelFile:
 
 
 class KernelFile:
+    """The file's source, and the library made from it."""
+
     def __init__(self, name: str) -> None:
         self.path = FOLDER / f"{name}.cpp"
         self.lines = self.path.read_text().splitlines()

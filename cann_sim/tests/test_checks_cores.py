@@ -32,6 +32,14 @@ def test_two_cores_in_one_place(case: Broken) -> None:
     assert FILE.place(case.kernel, case.mark) in error.message
 
 
+@pytest.mark.parametrize(
+    "case", [case for case in CONFLICTS if "read_of" in case.kernel or "in_of" in case.kernel], ids=str
+)
+def test_read_of_an_output_that_another_core_writes(case: Broken) -> None:
+    """Not an uninitialised read: some core does write there, only nothing says when."""
+    check_refused(FILE, case, blocks=2, y=cann_sim.Uninit(np.ones(ELEMENTS, np.float32)))
+
+
 @pytest.mark.parametrize("case", CONFLICTS, ids=str)
 def test_each_core_in_its_own(case: Broken) -> None:
     check_passes(FILE, case, blocks=2)

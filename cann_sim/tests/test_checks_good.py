@@ -54,6 +54,8 @@ def test_add_is_the_same_on_any_number_of_threads() -> None:
 
 
 class Rows(ctypes.Structure):
+    """As in the kernels' file."""
+
     _fields_ = (("rows", ctypes.c_uint32), ("columns", ctypes.c_uint32), ("pitch", ctypes.c_uint32))
 
 
@@ -69,6 +71,13 @@ def test_softmax(rows: int, columns: int, pitch: int, blocks: int) -> None:
     expected /= expected.sum(1, keepdims=True)
     np.testing.assert_allclose(y[:, :columns], expected, rtol=1e-5)
     assert (y[:, columns:] == -1.0).all()
+
+
+def test_scale_rows() -> None:
+    x = RNG.uniform(1, 2, (24, 64)).astype(np.float32)
+    y = np.zeros_like(x)
+    launch("scale_rows", 1, x, Uninit(y), 3)
+    np.testing.assert_allclose(y, x / x.sum(1, keepdims=True), rtol=1e-6)
 
 
 @pytest.mark.parametrize("rows, columns, pitch", [(1, 8, 8), (4, 5, 9), (16, 24, 31), (7, 1, 3)])

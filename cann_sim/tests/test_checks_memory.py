@@ -20,6 +20,7 @@ MEMORY = [
     Broken("queue_twice", "queue", "InitBuffer", bad=0, good=1),
     Broken("get_before_init", "bounds", "Get InitBuffer", bad=0, good=1),
     Broken("tensor_without_memory", "bounds", "Duplicate", bad=0, good=1),
+    Broken("placed_tensor", "ub-overflow", "LocalTensor 188160", bad=USABLE, good=USABLE - 32),
     Broken("vector_source_alignment", "alignment", "Adds 32", bad=1, good=8),
     Broken("vector_destination_alignment", "alignment", "Adds 32", bad=4, good=16),
     Broken("copy_in_alignment", "alignment", "DataCopy 32", bad=7, good=8),

@@ -137,6 +137,43 @@ extern "C" __global__ __aicore__ void softmax(GM_ADDR x, GM_ADDR y, Rows shape) 
   pipe.ReleaseEventID<HardEvent::S_V>(s_v);
 }
 
+// ---- rows of 64 divided by their sums, eight at a time: the vector unit writes the sums that the scalar unit reads
+// ----
+
+extern "C" __global__ __aicore__ void scale_rows(GM_ADDR x, GM_ADDR y, uint32_t tiles) {
+  constexpr uint32_t kRows = 8, kColumns = 64, kTile = kRows * kColumns;
+  TPipe pipe;
+  TQue<TPosition::VECIN, 1> in;
+  TQue<TPosition::VECOUT, 1> out;
+  TBuf<TPosition::VECCALC> result;
+  pipe.InitBuffer(in, 2, kTile * sizeof(float));
+  pipe.InitBuffer(out, 2, kTile * sizeof(float));
+  pipe.InitBuffer(result, kRows * sizeof(float));
+  LocalTensor<float> sums = result.Get<float>();
+  GlobalTensor<float> from, to;
+  from.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(x));
+  to.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(y));
+  for (uint32_t tile = 0; tile < tiles; ++tile) {
+    LocalTensor<float> a = in.AllocTensor<float>();
+    DataCopy(a, from[tile * kTile], kTile);
+    in.EnQue(a);
+    a = in.DeQue<float>();
+    LocalTensor<float> b = out.AllocTensor<float>();
+    WholeReduceSum(sums, a, kColumns, kRows, 1, 1, 8);
+    Order<HardEvent::V_S>();
+    for (uint32_t row = 0; row < kRows; ++row) {
+      const float scale = 1.0f / sums.GetValue(row);
+      Muls(b[row * kColumns], a[row * kColumns], scale, kColumns);
+    }
+    Order<HardEvent::S_V>();
+    in.FreeTensor(a);
+    out.EnQue(b);
+    b = out.DeQue<float>();
+    DataCopy(to[tile * kTile], b, kTile);
+    out.FreeTensor(b);
+  }
+}
+
 // ---- a block of a matrix, doubled: strides in bytes on GM, in 32-byte units in UB, where the rows lie apart ----
 
 extern "C" __global__ __aicore__ void strided_block(GM_ADDR x, GM_ADDR y, Rows shape) {

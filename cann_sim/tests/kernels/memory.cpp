@@ -73,6 +73,12 @@ KERNEL(tensor_without_memory) {
   Duplicate(nowhere, 0.0f, 8);  // HERE
 }
 
+// A tensor at an address of the kernel's own choice.
+KERNEL(placed_tensor) {
+  LocalTensor<float> tensor(TPosition::VECCALC, n, 8);  // HERE
+  Duplicate(tensor, 0.0f, 8);
+}
+
 // ---- alignment ----
 
 KERNEL(vector_source_alignment) {

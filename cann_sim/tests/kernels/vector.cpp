@@ -120,6 +120,56 @@ KERNEL(reduction_overlap) {
   WholeReduceSum(s.a[n], s.a, 64, 2, 1, 1, 8);  // HERE
 }
 
+KERNEL(mask_length) {
+  Scratch s(x, y);
+  s.Fill();
+  SetVectorMask<float>(n);  // HERE
+  ResetMask();
+}
+
+KERNEL(counted_elements) {
+  Scratch s(x, y);
+  s.Fill();
+  SetMaskCount();
+  Adds(s.b, s.a, 1.0f, static_cast<uint64_t>(n), 1, UnaryRepeatParams{1, 1, 8, 8});  // HERE
+  SetMaskNorm();
+  ResetMask();
+}
+
+KERNEL(compare_overlap) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<uint8_t> bits = n ? s.buffer_c.Get<uint8_t>() : s.buffer_a.Get<uint8_t>();
+  Compare(bits, s.a, s.b, CMPMODE::LT, 64);  // HERE
+}
+
+KERNEL(select_overlap) {
+  Scratch s(x, y);
+  s.Fill();
+  LocalTensor<uint8_t> bits = n ? s.buffer_c.Get<uint8_t>() : s.buffer_b.Get<uint8_t>();
+  Select(s.b, bits, s.a, 0.0f, SELMODE::VSEL_TENSOR_SCALAR_MODE, 64);  // HERE
+}
+
+KERNEL(select_mode_of_scalar) {
+  Scratch s(x, y);
+  s.Fill();
+  SELMODE mode = n ? SELMODE::VSEL_TENSOR_SCALAR_MODE : SELMODE::VSEL_CMPMASK_SPR;
+  Select(s.b, s.buffer_c.Get<uint8_t>(), s.a, 0.0f, mode, 64);  // HERE
+}
+
+KERNEL(select_mode_of_tensors) {
+  Scratch s(x, y);
+  s.Fill();
+  SELMODE mode = n ? SELMODE::VSEL_TENSOR_TENSOR_MODE : SELMODE::VSEL_TENSOR_SCALAR_MODE;
+  Select(s.b, s.buffer_c.Get<uint8_t>(), s.a, s.a[64], mode, 64);  // HERE
+}
+
+KERNEL(broadcast_overlap) {
+  Scratch s(x, y);
+  s.Fill();
+  Brcb(s.a[n], s.a, 1, BrcbRepeatParams{1, 8});  // HERE
+}
+
 // ---- rounding modes ----
 
 KERNEL(cast_half_to_float) {
