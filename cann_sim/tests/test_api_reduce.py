@@ -125,6 +125,23 @@ def test_groups(type_name: str, name: str) -> None:
         assert_same(case.launch(f"api_reduce:reduce_{type_name}", [x], dst), expected, (name, case))
 
 
+@pytest.mark.parametrize("name", ["WholeReduceMax", "WholeReduceMin", "BlockReduceMax", "BlockReduceMin"])
+@pytest.mark.parametrize("type_name", TYPES)
+def test_special_values(type_name: str, name: str) -> None:
+    """A NaN is the extreme wherever it stands, infinities count, and of equal zeros the first is taken."""
+    dtype = TYPES[type_name]
+    width = 256 // dtype.itemsize
+    group = width if "Whole" in name else 32 // dtype.itemsize
+    x = np.zeros(width * 64, dtype)
+    kinds = [[-0.0, 0.0], [-np.inf, np.inf], [-np.inf, -np.inf], [np.nan, 1]]
+    for row, chunk in enumerate(x.reshape(-1, group)):
+        chunk[:] = RNG.permutation(kinds[row % 4] * (group // 2))
+    expected = np.array([reduce_lanes(name[-3:], np.arange(group), chunk, group)[0] for chunk in x.reshape(-1, group)])
+    case = Case(op=OP[name], form=PREFIX, mask=(width, 0), repeat=64, strides=(1, 1, 8), mode=ONLY_VALUE)
+    actual = case.launch(f"api_reduce:reduce_{type_name}", [x], np.zeros(expected.size, dtype))
+    assert_same(actual, expected.astype(dtype))
+
+
 @pytest.mark.parametrize("type_name", TYPES)
 def test_reduce_sum(type_name: str) -> None:
     dtype = TYPES[type_name]

@@ -209,7 +209,13 @@ void group_reduce(const char* op, Place where, const Lanes& lanes, const AscendC
       if constexpr (type == ReduceType::SUM) {
         to[g] = tree_sum<T>(values + g * group, group);
       } else {
-        to[g] = find_extreme<type, T>(lanes, values, g * group, group).value;
+        float best = values[g * group];
+        for (uint32_t lane = g * group + 1; lane < (g + 1) * group; ++lane) {
+          const float value = values[lane];
+          const bool better = type == ReduceType::MAX ? value > best : value < best;
+          best = better || value != value ? value : best;
+        }
+        to[g] = T(best);
       }
     }
   }
