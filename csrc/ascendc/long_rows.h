@@ -5,9 +5,10 @@
 // V_MTE3, and MTE3_MTE2 or V_MTE2 when it leaves. Chunk i uses flag number i % kFlags: fewer are ever open at a time.
 //
 // Statistics of a chunk are its maximum m, the sum of exp(x - m), and with label smoothing the sums of w (x - m) and of
-// w: each one data block of UB. At the end of a row they are joined ("folded"), and the scalar unit makes of them what
-// the row's output needs. It would wait there for the vector unit, so outputs trail the statistics: the first chunk of
-// the next row is under way by then.
+// w. The maximum goes by way of the scalar unit, which hands it to the next instructions as an operand; so that the
+// vector unit need not wait for that, it finds the maximum of chunk i + 1 before it sums chunk i. At the end of a row
+// the chunks are joined ("folded"), and the scalar unit makes of the result what the row's output needs; outputs trail
+// the statistics by more than a row, and nobody waits there either.
 #pragma once
 
 #include "ascendc/row_kernel.h"
@@ -231,29 +232,40 @@ class LongRows {
     return args_.logit_scale * ScalarOf(picked_, index * kBlockOf<T>);
   }
 
+  // What the chunks of a row have come to: the largest m, and with smoothing the sums of w and of w (x - base).
+  struct Joined {
+    float max, base, weight, wsum;
+  };
+  // A row that is folded and that the scalar unit has not seen yet; index -1 for none.
+  struct Pending {
+    int64_t index, ordinal, chunks;
+    Joined joined;
+  };
+
   // Takes a folded row from the vector unit: stores its statistics, and prepares its output.
-  __aicore__ inline void FinishRow(int64_t index, int64_t ordinal) {
-    const Piece piece = PieceAt(index);
-    WaitFlag<HardEvent::V_S>(EVENT_ID0);
-    const float max = row_max_.GetValue(0);
-    const TwoFloats lse = TwoSum(max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
-    float wsum = 0.0f, weight = 0.0f;
-    if (Smoothing()) {
-      weight = row_weight_.GetValue(0);
-      wsum = row_wsum_.GetValue(0);
-      if (IsFinite(lse.high)) {
-        wsum += weight * ((max - lse.high) - lse.low);
-      }
+  __aicore__ inline void FinishPending() {
+    if (!kStats || pending_.index < 0) {
+      return;
     }
-    SetFlag<HardEvent::S_V>(EVENT_ID0);
+    const int64_t index = pending_.index;
+    const Piece piece = PieceAt(index);
+    Joined joined = pending_.joined;
+    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
+    JoinWeights(pending_.ordinal, pending_.chunks, joined);
+    SetFlag<HardEvent::S_V>(EVENT_ID3);
+    if (IsFinite(lse.high)) {
+      joined.wsum += joined.weight * ((joined.max - lse.high) - lse.low);
+    }
     out_lse_.SetValue(index, lse.high);
     out_lse_low_.SetValue(index, lse.low);
     out_picked_.SetValue(index, IsBad(piece.row) ? NaN() : TargetColumn(piece) >= 0 ? Picked(index) : 0.0f);
-    out_wsum_.SetValue(index, wsum);
-    out_weight_.SetValue(index, weight);
+    out_wsum_.SetValue(index, joined.wsum);
+    out_weight_.SetValue(index, joined.weight);
     if (kHasOutput) {
-      states_[ordinal % 2] = MakeState(index, piece, lse.high, lse.low);
+      states_[pending_.ordinal % 2] = MakeState(index, piece, lse.high, lse.low);
     }
+    pending_.index = -1;
   }
 
   // ---- one chunk ----
@@ -287,167 +299,182 @@ class LongRows {
     WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
   }
 
-  // t x in fp32: in the slot itself when it is that already, else in `work_`.
-  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& slot, int64_t n) {
+  // t x in fp32: in the slot itself when it is that already, else in `work`.
+  __aicore__ inline bool IsInPlace() const { return kFp32 && args_.logit_scale == 1.0f; }
+  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& slot, const LocalTensor<float>& work, int64_t n) {
     if constexpr (kFp32) {
-      if (args_.logit_scale == 1.0f) {
+      if (IsInPlace()) {
         return slot;
       }
-      PipeBarrier<PIPE_V>();  // what the chunk before left to do in work_
-      AscendC::Muls(work_, slot, args_.logit_scale, n);
-      PipeBarrier<PIPE_V>();
+      AscendC::Muls(work, slot, args_.logit_scale, n);
     } else {
-      PipeBarrier<PIPE_V>();
-      AscendC::Cast(work_, slot, AscendC::RoundMode::CAST_NONE, n);
-      PipeBarrier<PIPE_V>();
+      AscendC::Cast(work, slot, AscendC::RoundMode::CAST_NONE, n);
       if (args_.logit_scale != 1.0f) {
-        AscendC::Muls(work_, work_, args_.logit_scale, n);
         PipeBarrier<PIPE_V>();
+        AscendC::Muls(work, work, args_.logit_scale, n);
       }
     }
-    return work_;
+    PipeBarrier<PIPE_V>();
+    return work;
+  }
+  __aicore__ inline LocalTensor<float> Work(int64_t load) const { return work_[load % 2 * plan_.chunk_cols]; }
+  __aicore__ inline int64_t PaddedSize(int64_t chunk) const { return round_up(ChunkSize(chunk), kChunkUnit); }
+
+  // First half: the maximum of a chunk, to the scalar unit.
+  __aicore__ inline void FindMax(int64_t load, const Cursor& at) {
+    const event_t flag = static_cast<event_t>(load % 2);
+    const int64_t n = ChunkSize(at.chunk), padded = PaddedSize(at.chunk);
+    PipeBarrier<PIPE_V>();  // what was left to do in this work_
+    const LocalTensor<float> x = Scaled(Slot(load), Work(load), n);
+    if (n != padded) {
+      PadTail(x, n, padded, -kFloatMax);
+      PipeBarrier<PIPE_V>();
+    }
+    WaitFlag<HardEvent::S_V>(flag);  // it has read the maximum that was there
+    MaxOf(max_out_[load % 2 * kBlock], reduced_, x, padded);
+    SetFlag<HardEvent::V_S>(flag);
   }
 
-  __aicore__ inline void Statistics(const LocalTensor<T>& slot, const Cursor& at) {
-    const int64_t n = ChunkSize(at.chunk), padded = round_up(n, kLanes);
+  // Second half: the sums of a chunk.
+  __aicore__ inline void SumChunk(int64_t load, const Cursor& at) {
+    const event_t flag = static_cast<event_t>(load % 2);
+    const int64_t n = ChunkSize(at.chunk), padded = PaddedSize(at.chunk);
+    const LocalTensor<float> work = Work(load);
     if (at.chunk == at.piece.begin) {
       filled_ = 0;
-      row_claimed_ = false;
+      joined_ = Joined{-kFloatMax, -kFloatMax, 0.0f, 0.0f};
     } else if (filled_ == kFold) {
-      Fold();
-      CarryFold();
+      Fold(at.ordinal);
+      CarryFold(at.ordinal);
     }
-    const int64_t block = filled_ * kBlock;
-    const LocalTensor<float> x = Scaled(slot, n);
-    PadTail(x, n, -kFloatMax);
+    WaitFlag<HardEvent::V_S>(flag);
+    float max = max_out_.GetValue(load % 2 * kBlock);
+    SetFlag<HardEvent::S_V>(flag);
+    // Between the finite bounds of fp32: a chunk of -inf has exponentials 0 then and not NaN, +inf an infinite sum.
+    max = max > kFloatMax ? kFloatMax : max < -kFloatMax ? -kFloatMax : max;
+    const int64_t lane = FoldLane(at.ordinal, filled_++);
+    chunk_max_.SetValue(lane, max);
+    joined_.max = max > joined_.max ? max : joined_.max;
+
     PipeBarrier<PIPE_V>();
-    MaxToBlock(chunk_max_[block], lanes_, x, padded);
-    PipeBarrier<PIPE_V>();
-    SubBlock(work_, x, chunk_max_[block], padded);
+    if (IsInPlace()) {
+      if constexpr (kFp32) {
+        AscendC::Adds(work, Slot(load), -max, padded);
+      }
+    } else {
+      AscendC::Adds(work, work, -max, padded);
+    }
     PipeBarrier<PIPE_V>();
     if (Smoothing()) {
-      WeightedSums(block, at.chunk, n);
+      WeightedSums(work, lane, at.chunk, n, padded);
     }
-    AscendC::Exp(work_, work_, padded);
+    AscendC::Exp(work, work, padded);
     PipeBarrier<PIPE_V>();
-    if (padded != n) {
-      PadTail(work_, n, 0.0f);
+    if (n != padded) {
+      PadTail(work, n, padded, 0.0f);
       PipeBarrier<PIPE_V>();
     }
-    SumToBlock(chunk_sum_[block], lanes_, work_, padded);
-    ++filled_;
+    SumOf(chunk_sum_[lane], reduced_, work, padded);
   }
+  // Where the statistics of the j-th chunk since the last fold are. Rows take turns with two sets: the scalar unit
+  // writes one while the vector unit may still read the other.
+  __aicore__ inline int64_t FoldLane(int64_t ordinal, int64_t j) const { return ordinal % 2 * kLanes + 2 * j; }
 
-  // The sums of w (x - m), from x - m in work_, and of w.
-  __aicore__ inline void WeightedSums(int64_t block, int64_t chunk, int64_t n) {
-    const int64_t padded = round_up(n, kLanes);
+  // The sums of w (x - m), from x - m in `work`, and of w.
+  __aicore__ inline void WeightedSums(const LocalTensor<float>& work, int64_t lane, int64_t chunk, int64_t n,
+                                      int64_t padded) {
+    if (n != padded) {
+      PadTail(work, n, padded, 0.0f);
+    }
     if (gm_.weight == nullptr) {
-      PadTail(work_, n, 0.0f);
-      AscendC::Duplicate(chunk_weight_[block], static_cast<float>(n), kBlock);
+      chunk_weight_.SetValue(lane, static_cast<float>(n));
       PipeBarrier<PIPE_V>();
-      SumToBlock(chunk_wsum_[block], lanes_, work_, padded);
+      SumOf(chunk_wsum_[lane], reduced_, work, padded);
     } else {
       LoadWeight(chunk, n);
-      PadTail(weight_, n, 0.0f);
+      if (n != padded) {
+        PadTail(weight_, n, padded, 0.0f);
+      }
       PipeBarrier<PIPE_V>();
-      SumToBlock(chunk_weight_[block], lanes_, weight_, padded);
+      SumOf(chunk_weight_[lane], reduced_, weight_, padded);
       PipeBarrier<PIPE_V>();
-      AscendC::Mul(weight_, weight_, work_, padded);
+      AscendC::Mul(weight_, weight_, work, padded);
       PipeBarrier<PIPE_V>();
-      SumToBlock(chunk_wsum_[block], lanes_, weight_, padded);
+      SumOf(chunk_wsum_[lane], reduced_, weight_, padded);
     }
     PipeBarrier<PIPE_V>();
   }
 
-  // Joins the chunks so far: row_max_ = M = max m, row_sum_ = sum s exp(m - M), row_weight_ = sum of w, row_wsum_ =
-  // sum of w (x - M).
-  __aicore__ inline void Fold() {
-    const int64_t n = round_up(filled_ * kBlock, kLanes), repeats = n / kLanes;
-    if (!row_claimed_) {
-      WaitFlag<HardEvent::S_V>(EVENT_ID0);  // the scalar unit has read the row before
-      row_claimed_ = true;
-    }
+  // row_sum_ = the sum of s exp(m - M) over the chunks since the last fold.
+  __aicore__ inline void Fold(int64_t ordinal) {
+    const LocalTensor<float> maxima = chunk_max_[ordinal % 2 * kLanes], sums = chunk_sum_[ordinal % 2 * kLanes];
+    uint64_t mask[2] = {kEverySecond >> (kLanes - 2 * filled_), 0};
+    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there
+    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    const AscendC::UnaryRepeatParams once(1, 1, 8, 8);
+    AscendC::Adds(fold_, maxima, -joined_.max, mask, 1, once);
     PipeBarrier<PIPE_V>();
-    NeutralBlocks(chunk_max_, -kFloatMax, n);
-    NeutralBlocks(chunk_sum_, 0.0f, n);
-    if (Smoothing()) {
-      NeutralBlocks(chunk_wsum_, 0.0f, n);
-      NeutralBlocks(chunk_weight_, 0.0f, n);
-    }
+    AscendC::Exp(fold_, fold_, mask, 1, once);
     PipeBarrier<PIPE_V>();
-    AscendC::WholeReduceMax(lanes_, chunk_max_, kLanes, repeats, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+    AscendC::Mul(fold_, fold_, sums, mask, 1, AscendC::BinaryRepeatParams(1, 1, 1, 8, 8, 8));
     PipeBarrier<PIPE_V>();
-    AscendC::WholeReduceMax(row_max_, lanes_, repeats, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
-    PipeBarrier<PIPE_V>();
-    SubBlock(chunk_max_, chunk_max_, row_max_, n);
-    PipeBarrier<PIPE_V>();
-    if (Smoothing()) {
-      SumBlocks(row_weight_, chunk_weight_, n);
-      AscendC::Mul(chunk_weight_, chunk_weight_, chunk_max_, n);
-      PipeBarrier<PIPE_V>();
-      AscendC::Add(chunk_wsum_, chunk_wsum_, chunk_weight_, n);
-      PipeBarrier<PIPE_V>();
-      SumBlocks(row_wsum_, chunk_wsum_, n);
-    }
-    AscendC::Exp(chunk_max_, chunk_max_, n);
-    PipeBarrier<PIPE_V>();
-    AscendC::Mul(chunk_sum_, chunk_sum_, chunk_max_, n);
-    PipeBarrier<PIPE_V>();
-    SumBlocks(row_sum_, chunk_sum_, n);
-  }
-  // Blocks [filled_, n / 8) = value
-  __aicore__ inline void NeutralBlocks(const LocalTensor<float>& blocks, float value, int64_t n) {
-    const int64_t used = filled_ * kBlock;
-    if (used != n) {
-      AscendC::Duplicate(blocks[used], value, n - used);
-    }
-  }
-  // sum = the sum of blocks, each counted once.
-  __aicore__ inline void SumBlocks(const LocalTensor<float>& sum, const LocalTensor<float>& blocks, int64_t n) {
-    uint64_t mask[2] = {kEveryEighth, 0};
-    AscendC::WholeReduceSum(lanes_, blocks, mask, n / kLanes, 1, 1, 8);
-    PipeBarrier<PIPE_V>();
-    AscendC::WholeReduceSum(sum, lanes_, n / kLanes, kBlock, 1, 1, 0);
+    WaitFlag<HardEvent::S_V>(EVENT_ID3);  // the scalar unit has read the row before
+    AscendC::WholeReduceSum(row_sum_, fold_, mask, 1, 1, 1, 8);
     PipeBarrier<PIPE_V>();
   }
-  // The fold so far becomes chunk 0 of the next one.
-  __aicore__ inline void CarryFold() {
-    AscendC::Adds(chunk_max_, row_max_, 0.0f, kBlock);
-    AscendC::Adds(chunk_sum_, row_sum_, 0.0f, kBlock);
-    if (Smoothing()) {
-      AscendC::Adds(chunk_wsum_, row_wsum_, 0.0f, kBlock);
-      AscendC::Adds(chunk_weight_, row_weight_, 0.0f, kBlock);
+  // The scalar unit's part of a fold, once the vector unit is through with the chunks.
+  __aicore__ inline void JoinWeights(int64_t ordinal, int64_t chunks, Joined& joined) const {
+    joined.wsum += joined.weight != 0.0f ? joined.weight * (joined.base - joined.max) : 0.0f;
+    joined.base = joined.max;
+    for (int64_t j = 0; Smoothing() && j < chunks; ++j) {
+      const int64_t lane = FoldLane(ordinal, j);
+      const float weight = chunk_weight_.GetValue(lane);
+      joined.wsum += chunk_wsum_.GetValue(lane) + weight * (chunk_max_.GetValue(lane) - joined.max);
+      joined.weight += weight;
     }
+  }
+  // In rows of more than kFold chunks the fold so far becomes chunk 0 of the next one.
+  __aicore__ inline void CarryFold(int64_t ordinal) {
+    const int64_t lane = FoldLane(ordinal, 0);
+    AscendC::Adds(chunk_sum_[lane], row_sum_, 0.0f, uint64_t{1}, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
+    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    JoinWeights(ordinal, filled_, joined_);
+    chunk_max_.SetValue(lane, joined_.max);
+    chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has them
+    chunk_weight_.SetValue(lane, 0.0f);
+    SetFlag<HardEvent::S_V>(EVENT_ID2);
+    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    SetFlag<HardEvent::S_V>(EVENT_ID3);  // for the next fold
     filled_ = 1;
   }
 
   // The last fold of a row, handed to the scalar unit.
-  __aicore__ inline void FoldRow() {
-    Fold();
-    AscendC::Ln(row_sum_, row_sum_, kBlock);
-    SetFlag<HardEvent::V_S>(EVENT_ID0);
+  __aicore__ inline void FoldRow(const Cursor& at) {
+    Fold(at.ordinal);
+    AscendC::Ln(row_sum_, row_sum_, 1);
+    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    pending_ = Pending{at.index, at.ordinal, filled_, joined_};
   }
 
-  // Leaves the output of a chunk in its slot.
-  __aicore__ inline void MakeOutput(const LocalTensor<T>& slot, const Cursor& at, const RowState& s) {
+  // Leaves the output of a chunk in its slot; `work` is free.
+  __aicore__ inline void MakeOutput(const LocalTensor<T>& slot, const LocalTensor<float>& work, const Cursor& at,
+                                    const RowState& s) {
     const int64_t n = ChunkSize(at.chunk);
+    PipeBarrier<PIPE_V>();  // what was left to do in `work`
     if (s.zero || s.undefined) {
-      FillSlot(slot, s.zero ? 0.0f : NaN(), n);
+      FillSlot(slot, work, s.zero ? 0.0f : NaN(), n);
       return;
     }
-    const LocalTensor<float> x = Scaled(slot, n);
-    const LocalTensor<float> y = OutputIn(slot);
-    if constexpr (kFp32) {
-      PipeBarrier<PIPE_V>();  // statistics of another chunk may be at work in work_
-    }
-    AscendC::Adds(work_, x, -s.lse, n);
+    const LocalTensor<float> x = Scaled(slot, work, n), y = OutputIn(slot, work);
+    AscendC::Adds(y, x, -s.lse, n);
     PipeBarrier<PIPE_V>();
     if constexpr (kOutput == Output::log_prob) {
-      AscendC::Adds(y, work_, -s.lse_low, n);
+      AscendC::Adds(y, y, -s.lse_low, n);
     } else {
-      AscendC::Exp(work_, work_, n);
+      AscendC::Exp(y, y, n);
       PipeBarrier<PIPE_V>();
-      AscendC::Muls(y, work_, s.scale, n);
+      AscendC::Muls(y, y, s.scale, n);
       if (args_.class_share != 0.0f) {
         SubtractOffset(y, at.chunk, n, s.offset);
       }
@@ -459,14 +486,15 @@ class LongRows {
     }
     if constexpr (!kFp32) {
       PipeBarrier<PIPE_V>();
-      AscendC::Cast(slot, work_, AscendC::RoundMode::CAST_RINT, n);
+      AscendC::Cast(slot, work, AscendC::RoundMode::CAST_RINT, n);
     }
   }
-  __aicore__ inline LocalTensor<float> OutputIn(const LocalTensor<T>& slot) const {
+  // Where the output is made in fp32.
+  __aicore__ inline LocalTensor<float> OutputIn(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
     if constexpr (kFp32) {
       return slot;
     } else {
-      return work_;
+      return work;
     }
   }
   __aicore__ inline void SubtractOffset(const LocalTensor<float>& y, int64_t chunk, int64_t n, float offset) {
@@ -489,14 +517,13 @@ class LongRows {
       AscendC::Adds(block, block, s.target_step, mask, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
     }
   }
-  __aicore__ inline void FillSlot(const LocalTensor<T>& slot, float value, int64_t n) {
-    PipeBarrier<PIPE_V>();
+  __aicore__ inline void FillSlot(const LocalTensor<T>& slot, const LocalTensor<float>& work, float value, int64_t n) {
     if constexpr (kFp32) {
       AscendC::Duplicate(slot, value, n);
     } else {
-      AscendC::Duplicate(work_, value, n);
+      AscendC::Duplicate(work, value, n);
       PipeBarrier<PIPE_V>();
-      AscendC::Cast(slot, work_, AscendC::RoundMode::CAST_RINT, n);
+      AscendC::Cast(slot, work, AscendC::RoundMode::CAST_RINT, n);
     }
   }
 
@@ -514,23 +541,36 @@ class LongRows {
 
   // ---- the two orders of work ----
 
-  // Statistics of a chunk, and around them what a row's end asks for.
-  __aicore__ inline void StatisticsStep(int64_t load, const Cursor& at) {
-    Statistics(Slot(load), at);
-    FinishPending();
-    if (at.chunk + 1 == at.piece.end) {
-      FoldRow();
-      pending_ = at.index;
-      pending_ordinal_ = at.ordinal;
-    }
-  }
-  __aicore__ inline void FinishPending() {
-    if (kStats && pending_ >= 0) {
-      FinishRow(pending_, pending_ordinal_);
-      pending_ = -1;
-    }
-  }
   __aicore__ inline void WaitLoad(int64_t load) { WaitFlag<HardEvent::MTE2_V>(static_cast<event_t>(load % kFlags)); }
+
+  // The statistics of a chunk: its maximum now, its sums when the maximum of the next has been asked for.
+  struct Held {
+    int64_t load;  // -1 for none
+    Cursor at;
+  };
+  // Sums the chunk that is held, with what the start and the end of a row ask for.
+  __aicore__ inline void SumHeld(int64_t loads) {
+    if (held_.load < 0) {
+      return;
+    }
+    const Cursor& at = held_.at;
+    if (at.chunk == at.piece.begin) {
+      FinishPending();
+    }
+    SumChunk(held_.load, at);
+    if (!resident_ && held_.load + slots_ < loads) {
+      SetFlag<HardEvent::V_MTE2>(static_cast<event_t>(held_.load % kFlags));
+    }
+    if (at.chunk + 1 == at.piece.end) {
+      FoldRow(at);
+    }
+    held_.load = -1;
+  }
+  __aicore__ inline void StatisticsStep(int64_t load, const Cursor& at, int64_t loads) {
+    FindMax(load, at);
+    SumHeld(loads);
+    held_ = Held{load, at};
+  }
 
   // Every chunk passes once for statistics, or once for an output, or once for each.
   __aicore__ inline void Stream(int64_t chunks) {
@@ -541,36 +581,43 @@ class LongRows {
       Load(i, in, passes);
     }
     for (int64_t i = 0; i < loads; ++i) {
-      if (i + ahead < loads) {
-        Load(i + ahead, in, passes);
-      }
-      WaitLoad(i);
       const bool output = kHasOutput && now.pass + 1 == passes;
+      WaitLoad(i);
       if constexpr (kStats) {
         if (!output) {
-          StatisticsStep(i, now);
-          if (i + slots_ < loads) {
-            SetFlag<HardEvent::V_MTE2>(static_cast<event_t>(i % kFlags));
-          }
+          StatisticsStep(i, now, loads);
         }
       }
       if constexpr (kHasOutput) {
         if (output) {
-          FinishPending();
-          if (!kStats && now.chunk == now.piece.begin) {
-            const int64_t fact = now.piece.row - fact_row_;
-            const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
-            states_[now.ordinal % 2] = MakeState(now.index, now.piece, lse_.GetValue(fact), lse_low);
-          }
-          MakeOutput(Slot(i), now, states_[now.ordinal % 2]);
-          Store(i, loads, now);
+          OutputStep(i, now, loads);
         }
       }
       const uint64_t bit = uint64_t{1} << (i % kFlags);
       stored_ = output ? stored_ | bit : stored_ & ~bit;
+      if (i + ahead < loads) {
+        Load(i + ahead, in, passes);
+      }
       Advance(now, passes);
     }
-    FinishPending();
+    if constexpr (kStats) {
+      SumHeld(loads);
+      FinishPending();
+    }
+  }
+  __aicore__ inline void OutputStep(int64_t load, const Cursor& at, int64_t loads) {
+    if constexpr (kStats) {
+      if (at.chunk == at.piece.begin) {
+        SumHeld(loads);
+        FinishPending();
+      }
+    } else if (at.chunk == at.piece.begin) {
+      const int64_t fact = at.piece.row - fact_row_;
+      const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
+      states_[at.ordinal % 2] = MakeState(at.index, at.piece, lse_.GetValue(fact), lse_low);
+    }
+    MakeOutput(Slot(load), Work(load), at, states_[at.ordinal % 2]);
+    Store(load, loads, at);
   }
 
   // Every chunk is loaded once and stays until its output is made, a row and kOutputLag chunks later.
@@ -587,13 +634,16 @@ class LongRows {
       }
       if (i < loads) {
         WaitLoad(i);
-        StatisticsStep(i, now);
+        StatisticsStep(i, now, loads);
         Advance(now, 1);
       } else {
+        SumHeld(loads);
+      }
+      if (i > loads) {
         FinishPending();
       }
       if (i >= lag) {
-        MakeOutput(Slot(i - lag), out, states_[out.ordinal % 2]);
+        MakeOutput(Slot(i - lag), Work(i + 1), out, states_[out.ordinal % 2]);
         Store(i - lag, loads, out);
         Advance(out, 1);
       }
@@ -604,7 +654,10 @@ class LongRows {
     StageFacts();
     const int64_t chunks = CountReadChunks();
     if (kStats) {
-      SetFlag<HardEvent::S_V>(EVENT_ID0);  // for the first FoldRow
+      // What the scalar unit is to read is free to be written: two maxima and the sum of a row.
+      SetFlag<HardEvent::S_V>(EVENT_ID0);
+      SetFlag<HardEvent::S_V>(EVENT_ID1);
+      SetFlag<HardEvent::S_V>(EVENT_ID3);
     }
     if (chunks > 0) {
       if constexpr (kStats && kHasOutput) {
@@ -619,6 +672,8 @@ class LongRows {
     }
     if (kStats) {
       WaitFlag<HardEvent::S_V>(EVENT_ID0);
+      WaitFlag<HardEvent::S_V>(EVENT_ID1);
+      WaitFlag<HardEvent::S_V>(EVENT_ID3);
       StoreStatistics();
     }
     if (kOutput == Output::grad) {
@@ -692,18 +747,17 @@ class LongRows {
     const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_);
     pipe_.InitBuffer(ub_, b.total);
     ring_ = Ub<T>(b.ring, slots_ * plan_.chunk_cols);
-    work_ = Ub<float>(b.work, plan_.chunk_cols);
+    work_ = Ub<float>(b.work, 2 * plan_.chunk_cols);
     weight_ = Ub<float>(b.weight, plan_.chunk_cols);
     zeros_ = Ub<T>(b.zeros, kZeroBytes / sizeof(T));
-    chunk_max_ = Ub<float>(b.chunk_max, kFold * kBlock);
-    chunk_sum_ = Ub<float>(b.chunk_sum, kFold * kBlock);
-    chunk_wsum_ = Ub<float>(b.chunk_wsum, kFold * kBlock);
-    chunk_weight_ = Ub<float>(b.chunk_weight, kFold * kBlock);
-    lanes_ = Ub<float>(b.lanes, kLanes);
-    row_max_ = Ub<float>(b.row_max, kBlock);
+    reduced_ = Ub<float>(b.reduced, kMaxChunk / kBlock + kLanes);
+    max_out_ = Ub<float>(b.max_out, 2 * kBlock);
+    chunk_max_ = Ub<float>(b.chunk_max, 2 * kLanes);
+    chunk_sum_ = Ub<float>(b.chunk_sum, 2 * kLanes);
+    chunk_wsum_ = Ub<float>(b.chunk_wsum, 2 * kLanes);
+    chunk_weight_ = Ub<float>(b.chunk_weight, 2 * kLanes);
+    fold_ = Ub<float>(b.fold, kLanes);
     row_sum_ = Ub<float>(b.row_sum, kBlock);
-    row_wsum_ = Ub<float>(b.row_wsum, kBlock);
-    row_weight_ = Ub<float>(b.row_weight, kBlock);
     target_ = Ub<int64_t>(b.target, kFactRows);
     picked_ = Ub<T>(b.picked, kFactRows * kBlockOf<T>);
     target_weight_ = Ub<float>(b.target_weight, kFactRows * kBlock);
@@ -726,18 +780,19 @@ class LongRows {
   int64_t slots_ = 0;             // of the ring
   int64_t first_ = 0, last_ = 0;  // of the pieces, without statistics of the chunks, of the block at hand
   int64_t pieces_ = 0, fact_row_ = 0;
-  int64_t pending_ = -1, pending_ordinal_ = 0;  // the piece whose fold the scalar unit has not seen yet
-  int64_t filled_ = 0;                          // chunks since the last fold
-  bool row_claimed_ = false;                    // row_max_ and the like may be overwritten
-  uint64_t stored_ = 0;                         // bit i % kFlags: chunk i leaves by a copy out
+  Joined joined_{};
+  Pending pending_{-1, 0, 0, {}};
+  Held held_{-1, {}};
+  int64_t filled_ = 0;   // chunks since the last fold
+  uint64_t stored_ = 0;  // bit i % kFlags: chunk i leaves by a copy out
   float class_weight_ = 0, loss_divisor_ = 1, z_divisor_ = 1, from_loss_ = 0, from_z_ = 0;
   RowState states_[2];
 
   AscendC::TPipe pipe_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
   LocalTensor<T> ring_, zeros_, picked_;
-  LocalTensor<float> work_, weight_, chunk_max_, chunk_sum_, chunk_wsum_, chunk_weight_;
-  LocalTensor<float> lanes_, row_max_, row_sum_, row_wsum_, row_weight_;
+  LocalTensor<float> work_, weight_, reduced_, max_out_;
+  LocalTensor<float> chunk_max_, chunk_sum_, chunk_wsum_, chunk_weight_, fold_, row_sum_;
   LocalTensor<int64_t> target_;
   LocalTensor<float> target_weight_, lse_, lse_low_, grad_loss_, grad_z_loss_;
   LocalTensor<float> out_lse_, out_lse_low_, out_picked_, out_wsum_, out_weight_;

@@ -133,9 +133,9 @@ class ReduceRows {
     CopyIn(weights_, Gm<float>(gm_.weight, first), n);
     SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
     WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    PadTail(weights_, n, 0.0f);
+    PadTail(weights_, n, round_up(n, kChunkUnit), 0.0f);
     PipeBarrier<PIPE_V>();
-    SumToBlock(result_, V(kLaneSums), weights_, round_up(n, kLanes));
+    SumOf(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
     PipeBarrier<PIPE_V>();
   }
   __aicore__ inline void StoreSums(int64_t task, float first, float second) {
@@ -202,7 +202,7 @@ class ReduceRows {
   // 0 for rows that are not kept, and beyond row n up to kCount.
   __aicore__ inline void DropIgnored(const LocalTensor<float>& x, int64_t n) {
     AscendC::Select(x, mask_, x, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
-    PadTail(x, n, 0.0f);
+    PadTail(x, n, round_up(n, kLanes), 0.0f);
     if (round_up(n, kLanes) < kCount) {
       AscendC::Duplicate(x[round_up(n, kLanes)], 0.0f, kCount - round_up(n, kLanes));
     }

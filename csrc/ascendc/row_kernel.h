@@ -20,7 +20,7 @@ using AscendC::SetFlag;
 using AscendC::WaitFlag;
 
 constexpr float kFloatMax = 3.402823466e+38f;
-constexpr uint64_t kEveryEighth = 0x0101010101010101ull;  // lane 0 of each data block
+constexpr uint64_t kEverySecond = 0x5555555555555555ull;  // the even lanes
 
 // GM_ADDR is a macro that ends in a star: one name a line. Where a launch's tensors are; null for what it does not use.
 // row_math.h has the meaning.
@@ -110,44 +110,39 @@ __aicore__ inline uint64_t LanesFrom(uint64_t from) {
   return ~uint64_t{0} << from;
 }
 
-// x[n : up to a multiple of 64] = value, so that the instructions that follow need no tail.
-__aicore__ inline void PadTail(const LocalTensor<float>& x, int64_t n, float value) {
-  if (n % kLanes != 0) {
+// x[n : padded] = value, so that the instructions that follow need no tail; padded is a multiple of 64.
+__aicore__ inline void PadTail(const LocalTensor<float>& x, int64_t n, int64_t padded, float value) {
+  const int64_t whole = round_up(n, kLanes);
+  if (n != whole) {
     uint64_t mask[2] = {LanesFrom(n % kLanes), 0};
-    AscendC::Duplicate(x[n - n % kLanes], value, mask, 1, 1, 8);
+    AscendC::Duplicate(x[whole - kLanes], value, mask, 1, 1, 8);
+  }
+  if (whole != padded) {
+    AscendC::Duplicate(x[whole], value, padded - whole);
   }
 }
 
-// In the functions below n is a multiple of 64, of at most 255 repeats, and a `block` one data block that holds one
-// value eight times: what the block strides of an instruction can spread over a whole chunk.
-
-// out = x - block
-__aicore__ inline void SubBlock(const LocalTensor<float>& out, const LocalTensor<float>& x,
-                                const LocalTensor<float>& block, int64_t n) {
-  AscendC::Sub(out, x, block, kLanes, n / kLanes, AscendC::BinaryRepeatParams(1, 1, 0, 8, 8, 0));
-}
-
-// block = sum(x), by a tree within 64 numbers and one more over those; lanes: scratch, 64 numbers.
-__aicore__ inline void SumToBlock(const LocalTensor<float>& block, const LocalTensor<float>& lanes,
-                                  const LocalTensor<float>& x, int64_t n) {
+// out[0] = max(x) or sum(x) over n numbers, a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle
+// for 64 numbers, reductions of whole repeats several. `reduced`: scratch, n / 8 + 64 numbers. Sums are made by trees.
+__aicore__ inline void MaxOf(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
+                             const LocalTensor<float>& x, int64_t n) {
+  const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
   const int64_t repeats = n / kLanes;
-  AscendC::WholeReduceSum(lanes, x, kLanes, repeats, 1, 1, 8);
+  AscendC::BlockReduceMax(reduced, x, repeats, kLanes, 1, 1, 8);
   PipeBarrier<PIPE_V>();
-  AscendC::WholeReduceSum(block, lanes, repeats, kBlock, 1, 1, 0);  // one result, eight times
+  AscendC::BlockReduceMax(again, reduced, repeats / kBlock, kLanes, 1, 1, 8);
+  PipeBarrier<PIPE_V>();
+  AscendC::WholeReduceMax(out, again, repeats, 1, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
 }
-
-// block = max(x), brought between the finite bounds of fp32: a chunk of -inf then has exponentials 0 and not NaN, and
-// +inf an infinite sum.
-__aicore__ inline void MaxToBlock(const LocalTensor<float>& block, const LocalTensor<float>& lanes,
-                                  const LocalTensor<float>& x, int64_t n) {
+__aicore__ inline void SumOf(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
+                             const LocalTensor<float>& x, int64_t n) {
+  const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
   const int64_t repeats = n / kLanes;
-  AscendC::WholeReduceMax(lanes, x, kLanes, repeats, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+  AscendC::BlockReduceSum(reduced, x, repeats, kLanes, 1, 1, 8);
   PipeBarrier<PIPE_V>();
-  AscendC::Maxs(lanes, lanes, -kFloatMax, repeats);
+  AscendC::BlockReduceSum(again, reduced, repeats / kBlock, kLanes, 1, 1, 8);
   PipeBarrier<PIPE_V>();
-  AscendC::Mins(lanes, lanes, kFloatMax, repeats);
-  PipeBarrier<PIPE_V>();
-  AscendC::WholeReduceMax(block, lanes, repeats, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+  AscendC::WholeReduceSum(out, again, repeats, 1, 1, 1, 8);
 }
 
 // What turns a row's statistics into its gradient, known to all rows of a launch.

@@ -730,7 +730,7 @@ class ShortRows {
   event_t statistics_ready_, statistics_left_;
 
   AscendC::TPipe pipe_;
-  AscendC::TQue<AscendC::TPosition::VECIN, 1> in_, operands_;
+  AscendC::TQue<AscendC::TPosition::VECIN, 2> in_, operands_;  // two tiles are on their way at a time
   AscendC::TQue<AscendC::TPosition::VECOUT, 1> out_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
   LocalTensor<float> x_, exps_, columns_, weight_, parts_, block_, target_weight_, lanes_;

@@ -18,7 +18,7 @@
 struct XentPlan {
   int64_t mode;             // RowMode
   int64_t rows_per_tile;    // short: rows in a tile
-  int64_t chunk_cols;       // other modes: columns in a chunk, a multiple of 64
+  int64_t chunk_cols;       // other modes: columns in a chunk, a multiple of kChunkUnit
   int64_t chunks;           // of a row
   int64_t parts;            // of a row, that cores share out; 1 unless split
   int64_t chunks_per_part;  // the last part may have fewer
@@ -47,6 +47,7 @@ constexpr int64_t kBlock = 8;       // fp32 numbers in a data block
 constexpr int64_t kMaxCores = 48;      // of any supported part; rows are split until so many cores have work
 constexpr int64_t kShortCols = 1024;   // a row of at most so many columns is short
 constexpr int64_t kMaxTileRows = 128;  // rows of a short tile
+constexpr int64_t kChunkUnit = 512;    // two block reductions make whole instructions of so many numbers
 constexpr int64_t kMaxChunk = 4096;    // columns of a chunk
 constexpr int64_t kMinChunk = 1024;    // below, fixed costs of instructions outweigh what a second read costs
 constexpr int64_t kStreamSlots = 6;    // chunks in flight when rows do not stay
@@ -89,9 +90,11 @@ XENT_SHARED int64_t element_bytes(int64_t dtype) {
 
 // Byte offsets into UB of what the kernels for long rows (all modes but short) keep there.
 struct LongBuffers {
-  int64_t ring, work, weight, zeros;
-  int64_t chunk_max, chunk_sum, chunk_wsum, chunk_weight;  // [kFold] data blocks, each one value eight times
-  int64_t lanes, row_max, row_sum, row_wsum, row_weight;   // of a fold
+  int64_t ring, work, weight, zeros;  // chunks; two of `work`
+  int64_t reduced;                    // results of the first block reduction of a chunk, then of the second
+  int64_t max_out;                    // two maxima on their way to the scalar unit
+  int64_t chunk_max, chunk_sum, chunk_wsum, chunk_weight;  // two rows of [kFold], every second number
+  int64_t fold, row_sum;                                   // of a fold
   int64_t target, picked, target_weight;                   // facts: the last two a data block a row
   int64_t lse, lse_low, grad_loss, grad_z_loss;            // facts of a backward
   int64_t out_lse, out_lse_low, out_picked, out_wsum, out_weight;
@@ -102,18 +105,17 @@ XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t 
   LongBuffers b{};
   Pieces ub{};
   b.ring = ub.take(slots * chunk_cols * element_bytes(dtype));
-  b.work = ub.take(chunk_cols * 4);
+  b.work = ub.take(2 * chunk_cols * 4);
   b.weight = ub.take(chunk_cols * 4);
   b.zeros = ub.take(kZeroBytes);
-  b.chunk_max = ub.take(kFold * kDataBlock);
-  b.chunk_sum = ub.take(kFold * kDataBlock);
-  b.chunk_wsum = ub.take(kFold * kDataBlock);
-  b.chunk_weight = ub.take(kFold * kDataBlock);
-  b.lanes = ub.take(kFold * kDataBlock);
-  b.row_max = ub.take(kDataBlock);
+  b.reduced = ub.take((kMaxChunk / kBlock + kLanes) * 4);
+  b.max_out = ub.take(2 * kDataBlock);
+  b.chunk_max = ub.take(2 * kLanes * 4);
+  b.chunk_sum = ub.take(2 * kLanes * 4);
+  b.chunk_wsum = ub.take(2 * kLanes * 4);
+  b.chunk_weight = ub.take(2 * kLanes * 4);
+  b.fold = ub.take(kLanes * 4);
   b.row_sum = ub.take(kDataBlock);
-  b.row_wsum = ub.take(kDataBlock);
-  b.row_weight = ub.take(kDataBlock);
   b.target = ub.take(kFactRows * 8);
   b.picked = ub.take(kFactRows * kDataBlock);
   b.target_weight = ub.take(kFactRows * kDataBlock);
@@ -208,9 +210,9 @@ XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype) {
     p.slots = 2;
     return p;
   }
-  int64_t width = smaller(kMaxChunk, round_up(cols, kLanes));
+  int64_t width = smaller(kMaxChunk, round_up(cols, kChunkUnit));
   while (width >= kMinChunk && !fits_resident(cols, dtype, width)) {
-    width -= kLanes;
+    width -= kChunkUnit;
   }
   const bool fits = width >= kMinChunk;
   if (!fits) {
@@ -219,10 +221,10 @@ XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype) {
   const int64_t wanted_parts = div_up(kMaxCores, rows);
   const bool split = rows < kMaxCores && cols > kMinChunk;
   if (split) {
-    width = smaller(kMaxChunk, larger(kMinChunk, round_up(div_up(cols, wanted_parts), kLanes)));
+    width = smaller(kMaxChunk, larger(kMinChunk, round_up(div_up(cols, wanted_parts), kChunkUnit)));
   }
   p.chunks = div_up(cols, width);
-  p.chunk_cols = round_up(div_up(cols, p.chunks), kLanes);  // chunks of one size
+  p.chunk_cols = round_up(div_up(cols, p.chunks), kChunkUnit);  // chunks of one size
   p.chunks = div_up(cols, p.chunk_cols);
   p.chunks_per_part = p.chunks;
   p.mode = static_cast<int64_t>(fits ? RowMode::resident : RowMode::streaming);
