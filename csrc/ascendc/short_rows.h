@@ -236,6 +236,7 @@ class ShortRows {
     kAtTarget,
     kScratch,
     kMore,
+    kTail,  // of a reduction
     kVectors
   };
   static_assert(kVectors <= kShortLanes, "row_plan.h keeps memory for so many");
@@ -279,37 +280,69 @@ class ShortRows {
     }
   }
 
-  // out[r] = max or sum over the columns of row r. One instruction for each block of 64 columns leaves its results 8
-  // bytes apart, one more joins them.
+  // out[r] = max or sum over the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
+  // over these makes 8 of them all, and one more block reduction one. What is left of less than 64 columns is reduced
+  // by itself: in a block reduction it could leave blocks without any lane.
   __aicore__ inline void MaxRows(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t rows) {
     const AscendC::ReduceOrder order = AscendC::ReduceOrder::ORDER_ONLY_VALUE;
-    if (Blocks() == 1) {
-      AscendC::WholeReduceMax(out, x, Width(0), rows, 1, 1, RowStride(), order);
-    } else {
-      for (int64_t j = 0; j < Blocks(); ++j) {
-        AscendC::WholeReduceMax(parts_[2 * j], x[j * kLanes], Width(j), rows, PartsCols(), 1, RowStride(), order);
-      }
-      PipeBarrier<PIPE_V>();
-      uint64_t mask[2] = {PartsMask(), 0};
-      AscendC::WholeReduceMax(out, parts_, mask, rows, 1, 1, PartsCols() / kBlock, order);
+    const int64_t blocks = args_.cols / kLanes, tail = args_.cols % kLanes;
+    for (int64_t j = 0; j < blocks; ++j) {
+      AscendC::BlockReduceMax(Part(j, rows), x[j * kLanes], rows, kLanes, 1, 1, RowStride());
+    }
+    if (tail != 0) {
+      AscendC::WholeReduceMax(blocks > 0 ? V(kTail) : out, x[blocks * kLanes], tail, rows, 1, 1, RowStride(), order);
     }
     PipeBarrier<PIPE_V>();
+    if (blocks == 0) {
+      return;
+    }
+    for (int64_t parts = blocks; parts > 1; parts -= parts / 2) {
+      AscendC::Max(parts_, parts_, Part(parts - parts / 2, rows), parts / 2 * rows * kBlock);
+      PipeBarrier<PIPE_V>();
+    }
+    const int64_t repeats = rows / kBlock, rest = rows % kBlock;
+    if (repeats > 0) {
+      AscendC::BlockReduceMax(out, parts_, repeats, kLanes, 1, 1, 8);
+    }
+    if (rest > 0) {
+      AscendC::BlockReduceMax(out[repeats * kBlock], parts_[repeats * kLanes], 1, rest * kBlock, 1, 1, 8);
+    }
+    PipeBarrier<PIPE_V>();
+    if (tail != 0) {
+      AscendC::Max(out, out, V(kTail), rows);
+      PipeBarrier<PIPE_V>();
+    }
   }
   __aicore__ inline void SumRows(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t rows) {
-    if (Blocks() == 1) {
-      AscendC::WholeReduceSum(out, x, Width(0), rows, 1, 1, RowStride());
-    } else {
-      for (int64_t j = 0; j < Blocks(); ++j) {
-        AscendC::WholeReduceSum(parts_[2 * j], x[j * kLanes], Width(j), rows, PartsCols(), 1, RowStride());
-      }
-      PipeBarrier<PIPE_V>();
-      uint64_t mask[2] = {PartsMask(), 0};
-      AscendC::WholeReduceSum(out, parts_, mask, rows, 1, 1, PartsCols() / kBlock);
+    const int64_t blocks = args_.cols / kLanes, tail = args_.cols % kLanes;
+    for (int64_t j = 0; j < blocks; ++j) {
+      AscendC::BlockReduceSum(Part(j, rows), x[j * kLanes], rows, kLanes, 1, 1, RowStride());
+    }
+    if (tail != 0) {
+      AscendC::WholeReduceSum(blocks > 0 ? V(kTail) : out, x[blocks * kLanes], tail, rows, 1, 1, RowStride());
     }
     PipeBarrier<PIPE_V>();
+    if (blocks == 0) {
+      return;
+    }
+    for (int64_t parts = blocks; parts > 1; parts -= parts / 2) {
+      AscendC::Add(parts_, parts_, Part(parts - parts / 2, rows), parts / 2 * rows * kBlock);
+      PipeBarrier<PIPE_V>();
+    }
+    const int64_t repeats = rows / kBlock, rest = rows % kBlock;
+    if (repeats > 0) {
+      AscendC::BlockReduceSum(out, parts_, repeats, kLanes, 1, 1, 8);
+    }
+    if (rest > 0) {
+      AscendC::BlockReduceSum(out[repeats * kBlock], parts_[repeats * kLanes], 1, rest * kBlock, 1, 1, 8);
+    }
+    PipeBarrier<PIPE_V>();
+    if (tail != 0) {
+      AscendC::Add(out, out, V(kTail), rows);
+      PipeBarrier<PIPE_V>();
+    }
   }
-  __aicore__ inline int64_t PartsCols() const { return short_parts_cols(args_.cols); }
-  __aicore__ inline uint64_t PartsMask() const { return 0x5555555555555555ull >> (kLanes - 2 * Blocks()); }
+  __aicore__ inline LocalTensor<float> Part(int64_t j, int64_t rows) const { return parts_[j * rows * kBlock]; }
 
   // block_[r] = v[r] eight times
   __aicore__ inline void Spread(const LocalTensor<float>& v, int64_t rows) {
@@ -709,7 +742,7 @@ class ShortRows {
     hot_ = Ub<uint8_t>(b.hot, width / kLanes * lane_count_ * 8);
     columns_ = Ub<float>(b.columns, width);
     weight_ = Ub<float>(b.weight, width);
-    parts_ = Ub<float>(b.parts, rows * PartsCols());
+    parts_ = Ub<float>(b.parts, larger(1, args_.cols / kLanes) * rows * kBlock);
     block_ = Ub<float>(b.block, lane_count_ * kBlock);
     mask_ = Ub<uint8_t>(b.mask, lane_count_ / 8);
     target_ = Ub<int64_t>(b.target, lane_count_);

@@ -144,7 +144,7 @@ struct ShortBuffers {
   int64_t x, exps;                // the tile in fp32, its exponentials
   int64_t hot;                    // one bit an element: is it the target's?
   int64_t columns, weight;        // [cols] column numbers and class weights
-  int64_t parts;                  // [rows] results of up to 64 columns, every second number of a few data blocks
+  int64_t parts;                  // of reductions: a data block for each row and 64 columns
   int64_t block;                  // a data block a row: the row's value eight times
   int64_t mask;                   // one bit a row
   int64_t target;                 // [rows] int64
@@ -156,11 +156,6 @@ struct ShortBuffers {
 
 constexpr int64_t kShortLanes = 28;
 constexpr int64_t kShortOperands = 4;  // vectors [rows] that come in with a tile
-
-// The width of a row in `parts`, in fp32 numbers.
-XENT_SHARED int64_t short_parts_cols(int64_t cols) {
-  return round_up(2 * div_up(cols, kLanes), kBlock);
-}
 
 XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols) {
   ShortBuffers b{};
@@ -174,7 +169,7 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
   b.hot = ub.take(width / kLanes * lanes * 8);
   b.columns = ub.take(width * 4);
   b.weight = ub.take(width * 4);
-  b.parts = ub.take(rows * short_parts_cols(cols) * 4);
+  b.parts = ub.take(larger(1, cols / kLanes) * rows * kDataBlock);
   b.block = ub.take(lanes * kDataBlock);
   b.mask = ub.take(lanes / 8);
   b.target = ub.take(lanes * 8);
