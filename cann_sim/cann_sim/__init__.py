@@ -12,6 +12,7 @@ from ._compile import CompileError, compile
 from ._config import Config
 from ._library import KernelError, KernelLibrary, Uninit, Workspace
 from ._runtime import toolkit_path
+from .removal import Removal, removed_syncs
 from .report import CoreReport, Report
 
 __version__ = "0.1.0"
@@ -21,9 +22,11 @@ __all__ = [
     "CoreReport",
     "KernelError",
     "KernelLibrary",
+    "Removal",
     "Report",
     "Uninit",
     "Workspace",
     "compile",
+    "removed_syncs",
     "toolkit_path",
 ]

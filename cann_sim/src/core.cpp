@@ -233,6 +233,8 @@ void Core::order(Pipe from, Pipe to) {
 
 // ---- device memory ----
 
+constexpr uint64_t kNullBytes = 1 << 20;  // addresses below this are offsets from a null pointer
+
 const Buffer& CoreState::find_buffer(Core& core, const Instruction& self, uint64_t start, uint64_t end, bool writes) {
   if (last_buffer != nullptr && last_buffer->start <= start && end <= last_buffer->end) {
     return *last_buffer;
@@ -254,9 +256,9 @@ const Buffer& CoreState::find_buffer(Core& core, const Instruction& self, uint64
   const char* verb = writes ? "writes" : "reads";
   if (nearest == nullptr) {
     core.fail("gm-bounds", place.where,
-              format("%s (pipe %s) %s %llu bytes of GM at %#llx, which is in no buffer of this launch", place.op,
-                     pipe_name(self.pipe), verb, static_cast<unsigned long long>(end - start),
-                     static_cast<unsigned long long>(start)));
+              format("%s (pipe %s) %s %llu bytes of GM at %#llx, which is %s", place.op, pipe_name(self.pipe), verb,
+                     static_cast<unsigned long long>(end - start), static_cast<unsigned long long>(start),
+                     start < kNullBytes ? "behind a null pointer" : "in no buffer of this launch"));
   }
   core.fail("gm-bounds", place.where,
             format("%s (pipe %s) %s bytes [%lld, %lld) of a GM buffer of %llu bytes", place.op, pipe_name(self.pipe),

@@ -53,6 +53,14 @@ def test_add_is_the_same_on_any_number_of_threads() -> None:
     assert len(times) == 1
 
 
+@pytest.mark.parametrize("tiles, waits", [(2, 0), (3, 3), (5, 9)])
+def test_buffers_take_turns(tiles: int, waits: int) -> None:
+    """Of two buffers, the one that has been free for longer is next: two tiles never wait for one another."""
+    x, y = normal(2, 64 * tiles)
+    report = launch("add_float", 1, x, y, Uninit(np.zeros_like(x)), x.size, 64)
+    assert sum(site.count for site in report.sync_sites if site.kind.startswith("FreeTensor")) == waits
+
+
 class Rows(ctypes.Structure):
     """As in the kernels' file."""
 

@@ -133,6 +133,8 @@ def test_null_pointer(case: Broken) -> None:
         file.library.launch(case.kernel, 1, *arguments, case.bad)
     assert caught.value.kind == "gm-bounds"
     assert caught.value.line == file.line(case.kernel)
+    for word in case.words.split():
+        assert word in caught.value.message
     file.library.launch(case.kernel, 1, np.ones(ELEMENTS, np.float32), np.ones(ELEMENTS, np.float32), case.bad)
 
 
