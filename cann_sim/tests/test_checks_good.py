@@ -135,6 +135,13 @@ def test_preload(tiles: int) -> None:
     np.testing.assert_array_equal(y, 2 * x)
 
 
+def test_other_spellings() -> None:
+    x = normal(64 * 3)
+    y = np.zeros_like(x)
+    launch("other_spellings", 1, x, Uninit(y), 3)
+    np.testing.assert_array_equal(y, x + 1)
+
+
 @pytest.mark.parametrize("kernel, distance", [("line_per_core", 16), ("number_per_core", 1)])
 def test_one_number_per_core(kernel: str, distance: int) -> None:
     y = aligned(16 * 6)

@@ -394,3 +394,34 @@ extern "C" __global__ __aicore__ void reads_of_one_tensor(GM_ADDR x, GM_ADDR y) 
   DataCopy(s.y[kCount], s.c, kCount);
   DataCopy(s.y[2 * kCount], s.b, kCount);
 }
+
+// ---- the same tensor object all the way (a depth of 0), and the other spellings of a flag ----
+
+extern "C" __global__ __aicore__ void other_spellings(GM_ADDR x, GM_ADDR y, uint32_t tiles) {
+  constexpr uint32_t kTile = 64;
+  TPipe pipe;
+  TQue<TPosition::VECIN, 0> in;
+  TBuf<TPosition::VECCALC> buffer;
+  pipe.InitBuffer(in, 2, kTile * sizeof(float));
+  pipe.InitBuffer(buffer, kTile * sizeof(float));
+  LocalTensor<float> a, b = buffer.Get<float>();
+  GlobalTensor<float> from, to;
+  from.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(x));
+  to.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(y));
+  TQueSync<PIPE_V, PIPE_MTE3> sync;
+  for (uint32_t tile = 0; tile < tiles; ++tile) {
+    in.AllocTensor<float>(a);
+    DataCopy(a, from[tile * kTile], kTile);
+    in.EnQue(a);
+    in.DeQue<float>(a);
+    Adds(b, a, 1.0f, kTile);
+    in.FreeTensor(a);
+    const TEventID done = GetTPipePtr()->FetchEventID(HardEvent::V_MTE3);
+    sync.SetFlag(done);
+    sync.WaitFlag(done);
+    DataCopy(to[tile * kTile], b, kTile);
+    const TEventID free = GetTPipePtr()->FetchEventID<HardEvent::MTE3_V>();
+    SetFlag<HardEvent::MTE3_V>(free);
+    WaitFlag<HardEvent::MTE3_V>(free);
+  }
+}
