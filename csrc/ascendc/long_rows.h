@@ -253,7 +253,6 @@ class LongRows {
     WaitFlag<HardEvent::V_S>(EVENT_ID2);
     const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
     JoinWeights(pending_.ordinal, pending_.chunks, joined);
-    SetFlag<HardEvent::S_V>(EVENT_ID3);
     if (IsFinite(lse.high)) {
       joined.wsum += joined.weight * ((joined.max - lse.high) - lse.low);
     }
@@ -356,7 +355,6 @@ class LongRows {
     chunk_max_.SetValue(lane, max);
     joined_.max = max > joined_.max ? max : joined_.max;
 
-    PipeBarrier<PIPE_V>();
     if (IsInPlace()) {
       if constexpr (kFp32) {
         AscendC::Adds(work, Slot(load), -max, padded);
@@ -396,20 +394,18 @@ class LongRows {
         PadTail(weight_, n, padded, 0.0f);
       }
       PipeBarrier<PIPE_V>();
-      SumOf(chunk_weight_[lane], reduced_, weight_, padded);
-      PipeBarrier<PIPE_V>();
+      SumOf(chunk_weight_[lane], reduced_, weight_, padded);  // has read weight_ and passed a barrier
       AscendC::Mul(weight_, weight_, work, padded);
       PipeBarrier<PIPE_V>();
       SumOf(chunk_wsum_[lane], reduced_, weight_, padded);
     }
-    PipeBarrier<PIPE_V>();
   }
 
   // row_sum_ = the sum of s exp(m - M) over the chunks since the last fold.
   __aicore__ inline void Fold(int64_t ordinal) {
     const LocalTensor<float> maxima = chunk_max_[ordinal % 2 * kLanes], sums = chunk_sum_[ordinal % 2 * kLanes];
     uint64_t mask[2] = {kEverySecond >> (kLanes - 2 * filled_), 0};
-    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there
+    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there, and row_sum_ of the row before has been read
     WaitFlag<HardEvent::S_V>(EVENT_ID2);
     const AscendC::UnaryRepeatParams once(1, 1, 8, 8);
     AscendC::Adds(fold_, maxima, -joined_.max, mask, 1, once);
@@ -418,7 +414,6 @@ class LongRows {
     PipeBarrier<PIPE_V>();
     AscendC::Mul(fold_, fold_, sums, mask, 1, AscendC::BinaryRepeatParams(1, 1, 1, 8, 8, 8));
     PipeBarrier<PIPE_V>();
-    WaitFlag<HardEvent::S_V>(EVENT_ID3);  // the scalar unit has read the row before
     AscendC::WholeReduceSum(row_sum_, fold_, mask, 1, 1, 1, 8);
     PipeBarrier<PIPE_V>();
   }
@@ -445,7 +440,6 @@ class LongRows {
     chunk_weight_.SetValue(lane, 0.0f);
     SetFlag<HardEvent::S_V>(EVENT_ID2);
     WaitFlag<HardEvent::S_V>(EVENT_ID2);
-    SetFlag<HardEvent::S_V>(EVENT_ID3);  // for the next fold
     filled_ = 1;
   }
 
@@ -461,7 +455,6 @@ class LongRows {
   __aicore__ inline void MakeOutput(const LocalTensor<T>& slot, const LocalTensor<float>& work, const Cursor& at,
                                     const RowState& s) {
     const int64_t n = ChunkSize(at.chunk);
-    PipeBarrier<PIPE_V>();  // what was left to do in `work`
     if (s.zero || s.undefined) {
       FillSlot(slot, work, s.zero ? 0.0f : NaN(), n);
       return;
@@ -654,10 +647,9 @@ class LongRows {
     StageFacts();
     const int64_t chunks = CountReadChunks();
     if (kStats) {
-      // What the scalar unit is to read is free to be written: two maxima and the sum of a row.
+      // Both places of max_out_ are free.
       SetFlag<HardEvent::S_V>(EVENT_ID0);
       SetFlag<HardEvent::S_V>(EVENT_ID1);
-      SetFlag<HardEvent::S_V>(EVENT_ID3);
     }
     if (chunks > 0) {
       if constexpr (kStats && kHasOutput) {
@@ -673,7 +665,6 @@ class LongRows {
     if (kStats) {
       WaitFlag<HardEvent::S_V>(EVENT_ID0);
       WaitFlag<HardEvent::S_V>(EVENT_ID1);
-      WaitFlag<HardEvent::S_V>(EVENT_ID3);
       StoreStatistics();
     }
     if (kOutput == Output::grad) {

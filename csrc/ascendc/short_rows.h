@@ -40,7 +40,7 @@ class ShortRows {
         CopyTileIn(facts_[(tile + 2) % kSets]);
       }
     }
-    Drain(mine);
+    Drain();
   }
 
  private:
@@ -80,9 +80,7 @@ class ShortRows {
     CopyIn(target_, Gm<int64_t>(gm_.target, f.first), f.rows);
     SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
     WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    if (looked_up_ >= kSets) {
-      WaitFlag<HardEvent::V_S>(static_cast<event_t>(f.set));  // the vector unit has read this set
-    }
+    // The vector unit has read this set: the copy above came after one into the buffer of the tile that had it.
     const LocalTensor<float> column = SetLane(kColumnOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
       const int64_t y = target_.GetValue(r);
@@ -103,7 +101,6 @@ class ShortRows {
       LookUpWeights(f);
     }
     SetFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
-    ++looked_up_;
   }
   __aicore__ inline void LookUpExceptions(const Facts& f) {
     const LocalTensor<float> bad = SetLane(kBadOf, f), read = SetLane(kReadOf, f);
@@ -275,8 +272,6 @@ class ShortRows {
     WaitFlag<HardEvent::V_S>(EVENT_ID4);
     if (Smoothing()) {
       shard_weight_ = V(kScratch).GetValue(0);
-      SetFlag<HardEvent::S_V>(EVENT_ID4);
-      WaitFlag<HardEvent::S_V>(EVENT_ID4);
     }
   }
 
@@ -377,7 +372,6 @@ class ShortRows {
     if (kStats && tiles_ > 0) {
       WaitFlag<HardEvent::MTE3_V>(statistics_left_);  // the statistics of the tile before have left
     }
-    PipeBarrier<PIPE_V>();
     ClearUnread(in, f);
     const LocalTensor<float> x = Scaled(in, f.rows);
     if constexpr (kStats || kGrad) {
@@ -397,7 +391,6 @@ class ShortRows {
       }
       RowCoefficients(f);
     }
-    SetFlag<HardEvent::V_S>(static_cast<event_t>(f.set));
     if constexpr (kHasOutput) {
       LocalTensor<T> out = out_.template AllocTensor<T>();
       if constexpr (kGrad) {
@@ -430,7 +423,8 @@ class ShortRows {
                        padded_ * sizeof(T) / sizeof(int16_t));
   }
 
-  // t x in fp32, in the queue's tensor itself when it is that already.
+  // t x in fp32, in the queue's tensor itself when it is that already. What follows spreads something first, and has a
+  // barrier there.
   __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& in, int64_t rows) {
     const int64_t n = rows * padded_;
     if constexpr (kFp32) {
@@ -445,7 +439,6 @@ class ShortRows {
         AscendC::Muls(x_, x_, args_.logit_scale, n);
       }
     }
-    PipeBarrier<PIPE_V>();
     return x_;
   }
 
@@ -607,7 +600,6 @@ class ShortRows {
     AscendC::Add(V(kAtTarget), V(kAtTarget), V(kMore), n);
     PipeBarrier<PIPE_V>();
     AscendC::Sub(V(kAtTarget), V(kAtTarget), V(kScratch), n);
-    PipeBarrier<PIPE_V>();
   }
 
   // kAtTarget = p - 1 = exp(picked - lse) - 1, near 0 by the series of Expm1NearZero, which does not cancel.
@@ -651,7 +643,6 @@ class ShortRows {
       }
       PipeBarrier<PIPE_V>();
       AscendC::Sub(exps_, exps_, x_, n * padded_);
-      PipeBarrier<PIPE_V>();
     }
     Spread(V(kAtTarget), n);
     const LocalTensor<float> grad = Fp32Of(out);
@@ -696,10 +687,7 @@ class ShortRows {
   }
 
   // Flags that nobody will wait for any more.
-  __aicore__ inline void Drain(const Share& mine) {
-    for (int64_t tile = larger(mine.begin, mine.end - kSets); tile < mine.end; ++tile) {
-      WaitFlag<HardEvent::V_S>(static_cast<event_t>(tile % kSets));
-    }
+  __aicore__ inline void Drain() {
     if (kStats) {
       WaitFlag<HardEvent::MTE3_V>(statistics_left_);
     }
@@ -756,7 +744,7 @@ class ShortRows {
 
   int64_t padded_ = 0;      // columns of a row in UB
   int64_t lane_count_ = 0;  // rows of a tile, rounded up to whole instructions
-  int64_t looked_up_ = 0, tiles_ = 0;
+  int64_t tiles_ = 0;
   float class_weight_ = 0, grad_loss_ = 0, grad_z_ = 0;
   float shard_weight_ = 0;  // the sum of this shard's class weights
   Facts facts_[kSets];

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,8 +19,7 @@ import torch
 
 import npu_xent._C as _C
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
-KERNELS = ("row_stats", "row_grad", "row_stats_grad", "reduce_rows")
+ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 WHOLE, PARTIAL_STATS, LOG_PROB_ONLY, JOIN_PARTS, BLOCK_TOTALS, JOIN_TOTALS, BLOCK_LOSS, JOIN_LOSS = range(8)
@@ -51,9 +53,18 @@ class Args(ctypes.Structure):
 
 @functools.cache
 def library() -> cann_sim.KernelLibrary:
-    """The kernels, built by the toolkit's compiler."""
-    sources = [CSRC / "ascendc" / f"{name}.cpp" for name in KERNELS]
-    return cann_sim.compile(sources, name="npu_xent_kernels", include_dirs=[CSRC])
+    """The kernels, by the device build: CMake, with ASCEND_HOME_PATH at cann_sim's toolkit."""
+    folder = ROOT / "build" / "kernels_on_cann_sim"
+    environment = {**os.environ, "ASCEND_HOME_PATH": cann_sim.toolkit_path(), "SOC_VERSION": "Ascend910B3"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for command in (
+        ["cmake", "-S", str(ROOT / "csrc" / "ascendc"), "-B", str(folder), "-G", "Ninja"],
+        ["cmake", "--build", str(folder)],
+    ):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    return cann_sim.KernelLibrary(folder / "libnpu_xent_kernels.so")
 
 
 @dataclass
