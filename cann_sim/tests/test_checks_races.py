@@ -21,6 +21,7 @@ CASES = [
     Broken("v_v_raw", "race", "Adds V PipeBarrier"),
     Broken("v_v_war", "race", "Adds V PipeBarrier"),
     Broken("v_v_waw", "race", "Adds V PipeBarrier"),
+    Broken("v_v_war_in_place", "race", "Adds V PipeBarrier"),
     Broken("v_v_one_block", "race", "Adds V"),
     Broken("barrier_of_another_pipe", "race", "Adds V"),
     Broken("s_v_raw", "race", "SetValue S Adds V"),

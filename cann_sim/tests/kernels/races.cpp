@@ -122,6 +122,17 @@ KERNEL(v_v_waw) {
   Adds(s.b, s.c, 1.0f, kCount);  // HERE
 }
 
+// The second instruction reads the same bytes too; that must not hide the first one's read.
+KERNEL(v_v_war_in_place) {
+  Scratch s(x, y);
+  s.Fill();
+  Adds(s.b, s.a, 1.0f, kCount);  // FIRST
+  if (ordered) {
+    PipeBarrier<PIPE_V>();
+  }
+  Adds(s.a, s.a, 1.0f, kCount);  // HERE
+}
+
 // Only the last 32 bytes are shared.
 KERNEL(v_v_one_block) {
   Scratch s(x, y);
