@@ -1,0 +1,408 @@
+"""The device kernels, run on cann_sim, against float64 and against the CPU primitives.
+
+Every launch here is also checked: orderings between pipes, bounds of UB and of each tensor in global memory, what is
+read before it is written, cores that meet. A kernel that breaks a rule raises, whatever its results.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from kernels import RESIDENT, SHORT, SPLIT, STREAMING, Device
+from reference import INF, NAN, assert_near, assert_same_bits, make_logits, make_target, make_weight, truth
+from torch import Tensor
+
+import cann_sim
+
+pytestmark = pytest.mark.cpu
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FP32 = torch.float32
+
+# The shapes that the vendor's own tests use, (4096, 8080) and (4096, 8192) with fewer rows.
+VENDOR_SHAPES = (
+    *((480, 8080), (240, 8192), (1, 1), (3, 3), (88, 97), (6038, 21), (600, 1833), (60, 29951), (40, 52211)),
+    *((60, 14127), (50, 26494), (256, 4095), (49, 112595), (128, 4191), (2, 16)),
+)
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"weight": True, "label_smoothing": 0.1, "lse_square_scale": 1e-3, "ignore": True},
+    {"reduction": "sum", "label_smoothing": 0.2, "logit_scale": 0.7, "ignore": True},
+    {"reduction": "none", "weight": True, "lse_square_scale": 1e-2},
+)
+# One shape a row mode, each with a tail; and plans that the planner makes only for shapes too large for a test: a row
+# in more chunks than are joined at a time.
+MANY = {"chunk_cols": 512, "chunks": 71, "chunks_per_part": 71, "parts": 1}
+MODES: dict[str, tuple[int, int, dict[str, int]]] = {
+    "short": (130, 67, {}),
+    "short, wide": (60, 1000, {}),
+    "resident": (53, 5000, {}),
+    "resident, one chunk": (53, 1025, {}),
+    "resident, many chunks": (50, 36_300, {"mode": RESIDENT, "slots": 76, **MANY}),
+    "streaming": (50, 79_000, {}),
+    "streaming, many chunks": (50, 36_300, {"mode": STREAMING, "slots": 6, **MANY}),
+    "split": (5, 9000, {}),
+    "split, long parts": (1, 36_300, {**MANY, "mode": SPLIT, "slots": 6, "parts": 2, "chunks_per_part": 36}),
+}
+
+
+class Case:
+    """Inputs and options of one call of every primitive, and the results expected."""
+
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        options = dict(options)
+        self.weight = make_weight(cols, FP32, CPU) if options.pop("weight", False) else None
+        self.logits = make_logits(rows, cols, dtype, CPU)
+        self.target = make_target(rows, cols, CPU, ignore_index=-100 if options.pop("ignore", False) else None)
+        self.options = options
+        self.reduction = options.get("reduction", "mean")
+        scalar = self.reduction != "none"
+        generator = torch.Generator().manual_seed(rows)
+        self.grad_loss = torch.ones(()) if scalar else torch.rand(rows, generator=generator) + 0.5
+        self.grad_z_loss = torch.zeros(()) if scalar else torch.rand(rows, generator=generator)
+        self.loss_options = {
+            k: options[k] for k in ("reduction", "label_smoothing", "lse_square_scale") if k in options
+        }
+        self.truth = truth(
+            self.logits, self.target, self.weight, grad_loss=self.grad_loss, grad_z_loss=self.grad_z_loss, **options
+        )
+        self.kept = self.target != -100
+
+    def run(self, device: Device) -> dict[str, Tensor | None]:
+        """Every primitive on the device, by the names of their results."""
+        x, y, w = self.logits, self.target, self.weight
+        classes = x.shape[1]
+        totals = device.reduce_rows(y, w, num_classes=classes)
+        scale = {"logit_scale": self.options.get("logit_scale", 1.0)}
+        smooth = self.options.get("label_smoothing", 0) != 0
+        lse, low, picked, wsum, log_prob = device.row_stats(x, y, w, need_wsum=smooth, need_log_prob=True, **scale)
+        unread = device.row_stats(x, y, w, need_wsum=smooth, **scale)
+        loss, z_loss = device.reduce_rows(
+            y, w, lse, low, picked, wsum, totals, num_classes=classes, **self.loss_options
+        )
+        grad = device.row_grad(x, y, w, lse, low, totals, self.grad_loss, self.grad_z_loss, **self.options)
+        results = {
+            "totals": totals, "lse": lse, "lse_low": low, "picked": picked, "wsum": wsum, "log_prob": log_prob,
+            "unread lse": unread[0], "loss": loss, "z_loss": z_loss, "row_grad": grad,
+        }  # fmt: skip
+        if self.reduction != "none":
+            swept = device.row_stats_grad(x, y, w, totals, **self.options)
+            results["swept lse"], results["row_stats_grad"] = swept[0], swept[4]
+        return results
+
+    def check(self, results: dict[str, Tensor | None]) -> None:
+        """Against float64, within what roundings explain; and the CPU primitives, within twice that."""
+        t, x = self.truth, self.logits.double().abs() * self.options.get("logit_scale", 1.0)
+        size = t.lse.abs() + 1
+        lse, low = results["lse"], results["lse_low"]
+        assert_near((lse.double() + low.double()), t.lse, 4 * torch.finfo(FP32).eps / torch.finfo(torch.float64).eps / 4
+                    * size, name="lse + lse_low")  # fmt: skip
+        assert_near(lse, t.lse, size, name="lse")
+        assert_near(results["log_prob"], t.log_prob, x + size[:, None], name="log_prob")
+        assert_near(results["loss"], t.loss, t.loss_terms, name="loss")
+        if results["z_loss"] is not None:
+            assert_near(results["z_loss"], t.z_loss, t.z_loss.abs(), name="z_loss")
+        for name in ("row_grad", "row_stats_grad"):
+            if name in results:
+                assert_near(results[name], t.grad, t.grad_terms, name=name)
+        assert torch.equal(results["unread lse"], lse.masked_fill(~self.kept, 0))
+        self.check_cpu(results)
+
+    def check_cpu(self, results: dict[str, Tensor | None]) -> None:
+        """What has no formula of its own in float64 here."""
+        ops, (x, y, w) = torch.ops.npu_xent, (self.logits, self.target, self.weight)
+        classes = x.shape[1]
+        totals = ops.reduce_rows(y, w, num_classes=classes, loss_dtype=FP32)[2]
+        assert_near(results["totals"], totals.double(), totals.double().abs(), name="totals")
+        stats = ops.row_stats(
+            x, y, w, logit_scale=self.options.get("logit_scale", 1.0), need_wsum=results["wsum"] is not None,
+            read_ignored=True,
+        )  # fmt: skip
+        assert torch.equal(results["picked"], stats[2])
+        if results["wsum"] is not None:
+            assert_near(results["wsum"], stats[3].double(), 2 * stats[3].double().abs() + classes, name="wsum")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(VENDOR_SHAPES)), ids=[f"{n}x{c}" for n, c in VENDOR_SHAPES])
+def test_vendor_shapes(number: int, dtype: torch.dtype) -> None:
+    """Each shape with one set of options after the other, in turn over the dtypes."""
+    case = Case(*VENDOR_SHAPES[number], dtype, OPTIONS[(number + DTYPES.index(dtype)) % len(OPTIONS)])
+    case.check(case.run(Device()))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(map(str, o)) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_row_mode_with_every_option(mode: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    rows, cols, forced = MODES[mode]
+    if forced.get("mode") == RESIDENT and dtype == FP32:
+        forced = {**forced, "mode": STREAMING, "slots": 6}  # so long a row does not fit
+    case = Case(rows, cols, dtype, options)
+    case.check(case.run(Device(forced=forced)))
+
+
+def test_modes_are_what_they_are_called() -> None:
+    """The shapes above are planned as their names say."""
+    expected = {"short": SHORT, "resident": RESIDENT, "streaming": STREAMING, "split": SPLIT}
+    for name, (rows, cols, forced) in MODES.items():
+        plan = Device(forced=forced).plan(torch.empty(rows, cols, dtype=torch.bfloat16))
+        assert plan.mode == expected[name.split(",")[0]], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_bitwise_the_same_on_any_number_of_cores(mode: str, dtype: torch.dtype) -> None:
+    rows, cols, forced = MODES[mode]
+    if forced.get("mode") == RESIDENT and dtype == FP32:
+        forced = {**forced, "mode": STREAMING, "slots": 6}
+    case = Case(rows, cols, dtype, OPTIONS[1])
+    expected = case.run(Device(1, forced=forced))
+    for cores in (20, 40, 48):
+        results = case.run(Device(cores, forced=forced))
+        for name, value in expected.items():
+            if value is not None:
+                assert_same_bits(results[name], value, f"{name} on {cores} cores")
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place(mode: str, dtype: torch.dtype) -> None:
+    """The gradient over the logits has the bits of the gradient in fresh memory; ignored rows may hold anything."""
+    rows, cols, _ = MODES[mode]
+    case = Case(rows, cols, dtype, OPTIONS[1])
+    case.logits[1::3] = NAN
+    device = Device()
+    x, y, w = case.logits, case.target, case.weight
+    totals = device.reduce_rows(y, w, num_classes=cols)
+    fresh = device.row_stats_grad(x, y, w, totals, **case.options)[4]
+    assert bool(fresh.isfinite().all())
+    assert not fresh[1::3].any()
+    assert_same_bits(device.row_stats_grad(x.clone(), y, w, totals, in_place=True, **case.options)[4], fresh)
+    stats = device.row_stats(x, y, w)
+    fresh = device.row_grad(x, y, w, *stats[:2], totals, case.grad_loss, **case.options)
+    over = device.row_grad(x.clone(), y, w, *stats[:2], totals, case.grad_loss, in_place=True, **case.options)
+    assert_same_bits(over, fresh)
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+def test_ignored_rows_are_read_when_asked(mode: str) -> None:
+    """read_ignored: their statistics are there, their gradient is 0, also where the logits are NaN."""
+    rows, cols, _ = MODES[mode]
+    case = Case(rows, cols, torch.bfloat16, OPTIONS[1])
+    case.logits[1] = NAN
+    device = Device()
+    totals = device.reduce_rows(case.target, case.weight, num_classes=cols)
+    options = {**case.options, "read_ignored": True}
+    out = device.row_stats_grad(case.logits, case.target, case.weight, totals, **options)
+    expected = device.row_stats(case.logits, case.target, case.weight, read_ignored=True)
+    assert bool(out[0][1].isnan())
+    assert_same_bits(out[0], expected[0])
+    assert not out[4][1::3].any()
+    assert bool(out[4][0::3].any())
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+def test_rows_apart_from_each_other(mode: str) -> None:
+    """Logits that are some columns of a wider tensor: what lies between them is not touched."""
+    rows, cols, _ = MODES[mode]
+    case = Case(rows, cols, torch.bfloat16, {})
+    wider = torch.full((rows, cols + 5), NAN, dtype=torch.bfloat16)
+    wider[:, :cols] = case.logits
+    device = Device()
+    expected, stats = device.row_stats(case.logits, case.target), device.row_stats(wider[:, :cols], case.target)
+    assert_same_bits(stats[0], expected[0])
+    totals = device.reduce_rows(case.target, num_classes=cols)
+    expected = device.row_grad(case.logits, case.target, None, *stats[:2], totals, case.grad_loss)
+    device.row_grad(wider[:, :cols], case.target, None, *stats[:2], totals, case.grad_loss, in_place=True)
+    assert_same_bits(wider[:, :cols].contiguous(), expected)
+    assert bool(wider[:, cols:].isnan().all())
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+@pytest.mark.parametrize("bad", [-1, "classes", 2**40, -(2**63), 2**63 - 1, 2**32])
+def test_target_out_of_range(mode: str, bad: int | str) -> None:
+    """Nothing is read out of bounds; the loss and the gradient of that row are NaN, all others as without it."""
+    rows, cols, _ = MODES[mode]
+    case = Case(rows, cols, torch.bfloat16, {"label_smoothing": 0.1, "weight": True})
+    device = Device()
+    y = case.target.clone()
+    y[2] = cols if bad == "classes" else bad
+    x, w, options = case.logits, case.weight, {"label_smoothing": 0.1, "reduction": "sum"}
+    totals = device.reduce_rows(y, w, num_classes=cols)
+    good = torch.arange(rows) != 2
+    assert_near(totals[0], w.double()[y[good]].sum(), w.double().sum(), name="kept weight")
+    assert totals[1] == rows - 1
+    stats = device.row_stats(x, y, w, need_wsum=True)
+    rows_loss = device.reduce_rows(y, w, *stats[:4], totals, num_classes=cols, label_smoothing=0.1, reduction="none")[0]
+    assert torch.equal(rows_loss.isnan(), ~good)
+    swept = device.row_stats_grad(x, y, w, totals, **options)[4]
+    apart = device.row_grad(x, y, w, *stats[:2], totals, torch.ones(()), **options)
+    expected = device.row_stats_grad(x, case.target, w, totals, **options)[4]
+    for grad in (swept, apart):
+        assert bool(grad[2].isnan().all())
+        assert_near(grad[good], expected[good].double(), expected[good].double().abs(), roundings=2)
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values(mode: str, dtype: torch.dtype) -> None:
+    """-inf logits are classes of probability 0; rows without a distribution are NaN, and leave others alone."""
+    rows, cols, _ = MODES[mode]
+    x = make_logits(rows, cols, dtype, CPU)
+    y = make_target(rows, cols, CPU)
+    x[0, : cols // 2] = -INF
+    y[0] = cols - 1
+    if rows > 4:
+        x[1], x[2, 3], x[3, cols // 2] = -INF, INF, NAN
+        x[4, 1::2] = -INF
+        y[4] = 1  # a class of probability 0: an infinite loss
+    expected = truth(x, y, reduction="none", grad_loss=torch.ones(rows))
+    device = Device()
+    totals = device.reduce_rows(y, num_classes=cols)
+    lse, low, picked, _, log_prob = device.row_stats(x, y, need_log_prob=True)
+    loss = device.reduce_rows(y, None, lse, low, picked, None, totals, reduction="none", num_classes=cols)[0]
+    grad = device.row_grad(x, y, None, lse, low, totals, torch.ones(rows), reduction="none")
+    size = (expected.lse.abs() + 1).nan_to_num(0, 0, 0)
+    assert_near(lse, expected.lse, size, name="lse")
+    assert_near(loss, expected.loss, expected.loss_terms, name="loss")
+    log_prob_size = x.double().abs().nan_to_num(0, 0, 0) + size[:, None]
+    assert_near(log_prob, expected.log_prob, log_prob_size, name="log_prob")
+    assert_near(grad, expected.grad, expected.grad_terms, name="grad")
+    swept = device.row_stats_grad(x, y, None, totals, reduction="sum")[4]
+    assert_near(swept, expected.grad, expected.grad_terms, name="row_stats_grad")
+
+
+@pytest.mark.parametrize("offset", [1e3, -1e4])
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+def test_logits_far_from_zero(mode: str, offset: float) -> None:
+    """lse_low keeps the digits of the loss that one fp32 lse would lose: the error is that of the logits near 0."""
+    rows, cols, _ = MODES[mode]
+    x = (make_logits(rows, cols, FP32, CPU) + offset).contiguous()
+    y = make_target(rows, cols, CPU)
+    expected = truth(x, y, reduction="none", label_smoothing=0.1)
+    device = Device()
+    totals = device.reduce_rows(y, num_classes=cols)
+    stats = device.row_stats(x, y, need_wsum=True)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    loss = device.reduce_rows(y, None, *stats[:4], totals, num_classes=cols, **options)[0]
+    assert_near(loss, expected.loss, expected.loss.abs() + 10, name="loss")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows, cols, shards", [(130, 600, 2), (50, 9000, 3), (50, 160_000, 2), (6, 9000, 2)])
+def test_class_shards(rows: int, cols: int, shards: int, dtype: torch.dtype) -> None:
+    """Shards of the classes, each by itself, against the CPU primitives; their gradients make up that of the whole."""
+    case = Case(rows, cols, dtype, OPTIONS[1])
+    device, ops = Device(), torch.ops.npu_xent
+    y, w = case.target, case.weight
+    totals = device.reduce_rows(y, w, num_classes=cols)
+    step = -(-cols // shards)
+    starts = range(0, cols, step)
+    whole = ops.row_stats(case.logits, y, w, need_wsum=True)
+    grads = []
+    for start in starts:
+        x = case.logits[:, start : start + step].contiguous()
+        where = {"class_start": start, "num_classes": cols}
+        got = device.row_stats(x, y, w, need_wsum=True, **where)
+        expected = ops.row_stats(x, y, w, need_wsum=True, **where)
+        assert torch.equal(got[2], expected[2])
+        assert_near(got[0], expected[0].double(), expected[0].double().abs() + 1, name="lse")
+        assert_near(got[3], expected[3].double(), 2 * expected[3].double().abs() + cols, name="wsum")
+        grads.append(device.row_grad(x, y, w, whole[0], whole[1], totals, case.grad_loss, **where, **case.options))
+    assert_near(torch.cat(grads, 1), case.truth.grad, case.truth.grad_terms, name="grad")
+
+
+def test_shards_at_the_end_of_int64() -> None:
+    """Classes that start near 2^63 - 1: no index wraps."""
+    x = make_logits(5, 64, FP32, CPU)
+    start = 2**63 - 1 - 64
+    y = torch.tensor([start, start + 63, 0, -5, 2**63 - 2])
+    got = Device().row_stats(x, y, class_start=start, num_classes=2**63 - 1)
+    assert got[2].tolist()[:3] == [x[0, 0].item(), x[1, 63].item(), 0.0]
+    assert bool(got[2][3].isnan())
+    assert got[2][4] == x[4, 63]
+
+
+@pytest.mark.parametrize("ignore_index", [0, 7, -(2**63), 2**63 - 1])
+def test_any_ignore_index(ignore_index: int) -> None:
+    x = make_logits(9, 30, torch.bfloat16, CPU)
+    y = make_target(9, 30, CPU)
+    y[3:6] = ignore_index
+    device = Device()
+    totals = device.reduce_rows(y, num_classes=30, ignore_index=ignore_index)
+    grad = device.row_stats_grad(x, y, None, totals, ignore_index=ignore_index)[4]
+    expected = truth(x, y, ignore_index=ignore_index)
+    assert_near(grad, expected.grad, expected.grad_terms)
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_nothing_kept(mode: str, smoothing: float) -> None:
+    """A mean over no row is NaN, a sum 0; the gradient is 0."""
+    rows, cols, _ = MODES[mode]
+    x, y = make_logits(rows, cols, torch.bfloat16, CPU), torch.full((rows,), -100)
+    device = Device()
+    totals = device.reduce_rows(y, num_classes=cols)
+    assert totals.tolist() == [0, 0, cols]
+    for reduction in ("mean", "sum"):
+        options = {"reduction": reduction, "label_smoothing": smoothing}
+        out = device.row_stats_grad(x, y, None, totals, **options)
+        assert not out[4].any()
+        loss = device.reduce_rows(y, None, *out[:4], totals, num_classes=cols, **options)[0]
+        assert bool(loss.isnan()) if reduction == "mean" else loss == 0
+
+
+def test_many_rows_are_counted_exactly() -> None:
+    """Sums of size N: blocks, and joins of many blocks, with and without class weights."""
+    n, classes = 300_000, 5000
+    y = make_target(n, classes, CPU, ignore_index=-100)
+    for w in (None, make_weight(classes, FP32, CPU)):
+        device = Device()
+        totals = device.reduce_rows(y, w, num_classes=classes)
+        kept = y[y != -100]
+        assert totals[1] == kept.numel()
+        weights = torch.ones(classes).double() if w is None else w.double()
+        assert_near(totals[0], weights[kept].sum(), weights[kept].sum(), name="kept weight")
+        assert_near(totals[2], weights.sum(), weights.sum(), name="class weight")
+        lse, picked = torch.rand(n) * 10 + 5, torch.rand(n)
+        loss = device.reduce_rows(y, w, lse, None, picked, None, totals, num_classes=classes)[0]
+        kept_rows = y != -100
+        exact = (weights[kept] * (lse.double() - picked.double())[kept_rows]).sum() / weights[kept].sum()
+        assert_near(loss, exact, exact.abs(), name="loss")
+
+
+def test_two_streams_at_once() -> None:
+    """Launches share nothing: two threads get the bits that one gets."""
+    cases = [Case(60, 3000, torch.bfloat16, OPTIONS[1]), Case(90, 100, torch.float32, OPTIONS[2])]
+    expected = [case.run(Device()) for case in cases]
+    results: list[list[dict[str, Tensor | None]]] = [[], []]
+
+    def work(number: int) -> None:
+        for _ in range(3):
+            results[number].append(cases[number].run(Device()))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(2):
+        assert len(results[number]) == 3
+        for result in results[number]:
+            for name, value in expected[number].items():
+                if value is not None:
+                    assert_same_bits(result[name], value, name)
+
+
+def test_no_atomics_no_launch_state() -> None:
+    """A second run of the same launch gives the same bits: no order of additions is left open."""
+    case = Case(300, 777, torch.bfloat16, OPTIONS[1])
+    first, second = case.run(Device()), case.run(Device(config=cann_sim.Config(threads=1)))
+    for name, value in first.items():
+        if value is not None:
+            assert_same_bits(second[name], value, name)

@@ -1,0 +1,164 @@
+"""What the kernels move and how busy they keep a core, counted and simulated by cann_sim.
+
+The three sweeps that they are compared with are checked here too: a comparison with something wrong shows nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import kernels
+import pytest
+import torch
+
+import cann_sim
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "device"))
+import traffic  # found by the line above
+
+FAST = cann_sim.Config(check=False)
+# Shapes of each row mode, of so many columns that what comes once a row does not count.
+ROWS = {
+    kernels.SHORT: (480, 1000),
+    kernels.RESIDENT: (96, 8080),
+    kernels.STREAMING: (48, 128256),
+    kernels.SPLIT: (8, 151936),
+}
+FITS = (kernels.SHORT, kernels.RESIDENT)
+ONCE = pytest.approx(1, abs=0.03)
+TWICE = pytest.approx(2, abs=0.03)
+NEVER = pytest.approx(0, abs=0.03)
+HALF = pytest.approx(0.5, abs=0.02)
+
+modes = pytest.mark.parametrize("mode", ROWS, ids=["short", "resident", "streaming", "split"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+
+
+class Case:
+    """Logits of a row mode, and the primitives on them with their traffic as (reads, writes) an element."""
+
+    def __init__(self, mode: int, dtype: torch.dtype, ignored: slice | None = None) -> None:
+        self.logits, self.target = traffic.inputs(*ROWS[mode], dtype)
+        if ignored is not None:
+            self.target[ignored] = -100
+        assert kernels.Device().plan(self.logits).mode == mode
+        self.device = kernels.Device(config=FAST)
+        rows, cols = self.logits.shape
+        self.totals = torch.tensor([rows, rows, cols], dtype=torch.float32)
+
+    def _moved(self) -> tuple[float, float]:
+        launches = traffic.Launches(self.device.reports, self.logits.numel(), self.logits.element_size())
+        return launches.reads, launches.writes
+
+    def row_stats(self, *, need_log_prob: bool = False) -> tuple[float, float]:
+        self.device.row_stats(self.logits, self.target, need_log_prob=need_log_prob)
+        return self._moved()
+
+    def row_grad(self) -> tuple[float, float]:
+        lse = torch.logsumexp(self.logits.float(), 1)
+        operands = (lse, torch.zeros_like(lse), self.totals, torch.ones(()))
+        self.device.row_grad(self.logits, self.target, None, *operands)
+        return self._moved()
+
+    def row_stats_grad(self) -> tuple[float, float]:
+        self.device.row_stats_grad(self.logits, self.target, None, self.totals)
+        return self._moved()
+
+
+# ---- traffic ----
+
+
+@modes
+@dtypes
+def test_statistics_read_once(mode: int, dtype: torch.dtype) -> None:
+    assert Case(mode, dtype).row_stats() == (ONCE, NEVER)
+
+
+@modes
+@dtypes
+def test_log_prob_reads_a_second_time_only_rows_that_do_not_stay(mode: int, dtype: torch.dtype) -> None:
+    assert Case(mode, dtype).row_stats(need_log_prob=True) == (ONCE if mode in FITS else TWICE, ONCE)
+
+
+@modes
+@dtypes
+def test_gradient_reads_once_and_writes_once(mode: int, dtype: torch.dtype) -> None:
+    assert Case(mode, dtype).row_grad() == (ONCE, ONCE)
+
+
+@modes
+@dtypes
+def test_training_sweep_reads_a_second_time_only_rows_that_do_not_stay(mode: int, dtype: torch.dtype) -> None:
+    assert Case(mode, dtype).row_stats_grad() == (ONCE if mode in FITS else TWICE, ONCE)
+
+
+@modes
+def test_ignored_rows_are_not_read(mode: int) -> None:
+    every_second = slice(None, None, 2)
+    assert Case(mode, torch.bfloat16, every_second).row_stats() == (HALF, NEVER)
+    assert Case(mode, torch.bfloat16, every_second).row_grad() == (HALF, ONCE)
+    assert Case(mode, torch.bfloat16, every_second).row_stats_grad() == (HALF if mode in FITS else ONCE, ONCE)
+
+
+@modes
+def test_ignored_rows_alone_cost_the_zeros_of_their_gradient(mode: int) -> None:
+    assert Case(mode, torch.float32, slice(None)).row_stats() == (NEVER, NEVER)
+    assert Case(mode, torch.float32, slice(None)).row_stats_grad() == (NEVER, ONCE)
+
+
+# ---- simulated time ----
+
+
+@pytest.mark.parametrize("scale", traffic.SCALES)
+def test_the_training_sweep_keeps_its_busiest_pipe_busy(scale: float) -> None:
+    logits, target = traffic.inputs(10 * traffic.CORES, 32000, torch.bfloat16)
+    config = cann_sim.Config(check=False, bandwidth_scale=scale)
+    launches, _ = traffic.training_sweep(logits, target, config)
+    _, share = launches.busiest
+    assert share >= 0.85, launches.reports[0].table()
+
+
+@pytest.mark.parametrize("dtype", traffic.DTYPES)
+@pytest.mark.parametrize("shape", traffic.SHAPES, ids=str)
+def test_the_training_sweep_is_faster_than_three_sweeps(shape: tuple[int, int], dtype: str) -> None:
+    most = 16 * traffic.CORES if shape[1] < 1000 else traffic.CORES
+    measured = traffic.measure(shape, min(shape[0], most), dtype)
+    assert min(measured.ratios) > 1, traffic.markdown([measured])
+    for launches in measured.plain:
+        # The targets, 8 bytes a row, weigh on rows of 64 columns.
+        assert (launches.reads, launches.writes) == (pytest.approx(4, abs=0.15), pytest.approx(2, abs=0.05))
+
+
+# ---- what they are compared with ----
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (50, 21), (300, 7), (97, 64), (3, 4096), (5, 4097), (49, 9001)], ids=lambda shape: f"{shape}"
+)
+def test_three_sweeps_are_correct(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """With all checks of the simulator."""
+    logits, target = traffic.inputs(*shape, dtype)
+    logits *= 3
+    _, row_losses, grad = traffic.three_sweeps(logits, target, cann_sim.Config())
+    exact = logits.double().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(exact, target)
+    loss.backward()
+    torch.testing.assert_close(row_losses.double().mean(), loss.detach(), rtol=1e-5, atol=1e-6)
+    # log_prob is rounded to the dtype before its exponential is taken: an error relative to its size.
+    error = (grad.double() - exact.grad).abs() * shape[0]
+    epsilon = torch.finfo(dtype).eps
+    softmax = exact.detach().softmax(1)
+    allowed = epsilon * (1 + softmax.log().abs()) * softmax + epsilon * softmax + 4 * torch.finfo(torch.float32).eps
+    assert (error <= allowed + epsilon * (exact.grad * shape[0]).abs()).all()
+
+
+def test_three_sweeps_take_more_rows_than_they_hold_targets() -> None:
+    logits, target = traffic.inputs(traffic.CORES * 257, 3, torch.float32)
+    _, row_losses, grad = traffic.three_sweeps(logits, target, cann_sim.Config())
+    exact = logits.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(exact, target).backward()
+    expected = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    torch.testing.assert_close(row_losses, expected)
+    torch.testing.assert_close(grad, exact.grad)
