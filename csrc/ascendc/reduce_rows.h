@@ -136,7 +136,6 @@ class ReduceRows {
     PadTail(weights_, n, round_up(n, kChunkUnit), 0.0f);
     PipeBarrier<PIPE_V>();
     SumOf(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
-    PipeBarrier<PIPE_V>();
   }
   __aicore__ inline void StoreSums(int64_t task, float first, float second) {
     stored_.SetValue(0, first);
@@ -160,9 +159,7 @@ class ReduceRows {
     if (gm_.wsum != nullptr) {
       CopyIn(V(kWsum), Gm<float>(gm_.wsum, first), n);
     }
-    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    LookUp(first, n);
+    LookUp(first, n);  // its flags, MTE2 to S to V, serve for these copies too
     AscendC::CompareScalar(mask_, V(kKeep), 0.5f, AscendC::CMPMODE::GT, kCount);
     AscendC::Sub(V(kLoss), V(kLse), V(kPicked), n);
     AscendC::Mul(V(kZ), V(kLse), V(kLse), n);

@@ -386,8 +386,7 @@ class ShortRows {
     if constexpr (kGrad) {
       if constexpr (!kStats) {
         SubLanes(exps_, x, V(kMax), f.rows);
-        AscendC::Exp(exps_, exps_, f.rows * padded_);
-        PipeBarrier<PIPE_V>();
+        AscendC::Exp(exps_, exps_, f.rows * padded_);  // needed again after many a barrier
       }
       RowCoefficients(f);
     }
