@@ -1,7 +1,7 @@
 # From a bare Linux machine with Python 3.10 or newer, g++ and make:
 #
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
-#   make test     runs the tests                                                 (TEST_ARGS="-k contract")
+#   make test     runs the tests, and those of cann_sim                          (TEST_ARGS="-k contract")
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
@@ -18,8 +18,9 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
-SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml
+SIM_SOURCES := $(shell find cann_sim/src -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
+CXX_FILES = $(shell find csrc cann_sim benchmarks \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
 .PHONY: help train test build check format clean
@@ -31,9 +32,13 @@ train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
-test: $(VENV)/.test $(VENV)/.build
+test: $(VENV)/.test $(VENV)/.build $(VENV)/.cann_sim
 	@echo "== Testing: pytest $(TEST_ARGS)"
 	@$(PY) -m pytest $(TEST_ARGS)
+ifeq ($(TEST_ARGS),)
+	@echo "== Testing cann_sim"
+	@cd cann_sim && ../$(PY) -m pytest
+endif
 
 build: $(VENV)/.build
 
@@ -49,7 +54,8 @@ format: $(VENV)/.check
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so
+	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so cann_sim/build cann_sim/*.egg-info
+	rm -f cann_sim/cann_sim/toolkit/lib64/*.so
 
 $(VENV)/.created:
 	@echo "== Creating a virtual environment in $(VENV)"
@@ -71,6 +77,11 @@ $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"
 	@$(PIP) install --no-build-isolation --no-deps --editable . || \
 	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
+	@touch $@
+
+$(VENV)/.cann_sim: $(TORCH_STAMP) $(SIM_SOURCES)
+	@echo "== Building cann_sim"
+	@$(PIP) install --no-build-isolation --no-deps --editable ./cann_sim
 	@touch $@
 
 $(VENV)/.train: $(TORCH_STAMP)
