@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cann_sim.removal import removed_syncs, summary
 from kernel_file import FOLDER, kernel_file
 
 import cann_sim
+from cann_sim.removal import removed_syncs, summary
 
 SOURCE = (FOLDER / "synchronised.cpp").read_text()
 KERNELS = ("by_queues", "by_flags")

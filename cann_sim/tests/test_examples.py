@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from cann_sim.removal import removed_syncs, summary
 
 import cann_sim
+from cann_sim.removal import removed_syncs, summary
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

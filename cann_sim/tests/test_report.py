@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cann_sim.report import PIPES, CoreReport, Event, Report, SyncSite, compare
-from cann_sim.timeline import MAX_EVENTS, window
 
 import cann_sim
+from cann_sim.report import PIPES, CoreReport, Event, Report, SyncSite, compare
+from cann_sim.timeline import MAX_EVENTS, window
 
 TILE = 15360  # two buffers of 30 KiB for each of three tensors: what UB has room for
 SOURCE = Path(__file__).parent / "kernels" / "streaming_add.cpp"

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-import npu_xent._C as _C
 import torch
 
 import cann_sim
+import npu_xent._C as _C
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cann_sim
 import pytest
 import torch
-from cann_sim.removal import removed_syncs
 from kernels import RESIDENT, STREAMING, Device
+
+import cann_sim
+from cann_sim.removal import removed_syncs
 
 pytestmark = pytest.mark.cpu
 
@@ -63,7 +64,7 @@ REDUNDANT = {
     "WaitFlag<HardEvent::S_V>(EVENT_ID0);": PAIRING,
     "WaitFlag<HardEvent::S_V>(EVENT_ID1);": PAIRING,
     "WaitFlag<HardEvent::MTE3_V>(statistics_left_);": PAIRING,
-    "LocalTensor<float> operands = operands_.AllocTensor<float>();": "the queue's own; the tile's queue orders the same",
+    "LocalTensor<float> operands = operands_.AllocTensor<float>();": "the queue's own; that of the tile orders the same",
 }
 
 

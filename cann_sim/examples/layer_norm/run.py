@@ -6,9 +6,9 @@ import ctypes
 from pathlib import Path
 
 import numpy as np
-from cann_sim.report import Report, compare
 
 import cann_sim
+from cann_sim.report import Report, compare
 
 SOURCE = Path(__file__).resolve().parent / "layer_norm.cpp"
 SHAPES = ((1, 1), (5, 33), (96, 1024), (480, 4096), (100, 5000))

@@ -14,9 +14,9 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from cann_sim.report import Report, compare
 
 import cann_sim
+from cann_sim.report import Report, compare
 
 HERE = Path(__file__).resolve().parent
 UB_BYTES = 192 * 1024 - 256 - 8 * 1024  # what a kernel may use on Atlas A2
