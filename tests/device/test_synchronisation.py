@@ -64,7 +64,7 @@ REDUNDANT = {
     "WaitFlag<HardEvent::S_V>(EVENT_ID0);": PAIRING,
     "WaitFlag<HardEvent::S_V>(EVENT_ID1);": PAIRING,
     "WaitFlag<HardEvent::MTE3_V>(statistics_left_);": PAIRING,
-    "LocalTensor<float> operands = operands_.AllocTensor<float>();": "the queue's own; that of the tile orders the same",
+    "LocalTensor<float> operands = operands_.AllocTensor<float>();": "the tile's queue orders the same",
 }
 
 
