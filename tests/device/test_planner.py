@@ -73,6 +73,10 @@ SHAPES: dict[tuple[int, int], str] = {
     (48, 74752): "streaming resident",
     (48, 74753): "streaming",
     (47, 74753): "split",
+    # Even parts would have a little more than a chunk, of 4096 columns and of 1024; less than one.
+    (2, 128256): "split",
+    (1, 60000): "split",
+    (1, 20000): "split",
 }
 
 
@@ -348,6 +352,7 @@ def test_split_rows_use_the_cores(shape: tuple[int, int, int]) -> None:
         wanted = div_up(MAX_CORES, plan.rows)
         even = div_up(plan.cols, wanted)
         longest = plan.chunks_per_part * plan.chunk_cols
+        assert plan.chunk_cols >= MIN_CHUNK
         assert plan.parts <= wanted
         assert longest <= max(MIN_CHUNK, round_up(even, CHUNK_UNIT if even <= MAX_CHUNK else MAX_CHUNK))
         assert plan.parts >= min(div_up(plan.cols, MIN_CHUNK), wanted // 2 + 1)
