@@ -81,7 +81,8 @@ $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 
 $(VENV)/.cann_sim: $(TORCH_STAMP) $(SIM_SOURCES)
 	@echo "== Building cann_sim"
-	@$(PIP) install --no-build-isolation --no-deps --editable ./cann_sim
+	@# compat: an entry in sys.path, which the folder of the same name in the current directory does not shadow.
+	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat --editable ./cann_sim
 	@touch $@
 
 $(VENV)/.train: $(TORCH_STAMP)

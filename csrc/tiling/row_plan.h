@@ -7,8 +7,8 @@
 //   short      a tile holds several whole rows; one value a row is one lane of a vector
 //   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
 //   streaming  a row passes through UB chunk by chunk, and once more for an output that needs its statistics
-//   split      streaming, with the chunks of one row shared out over several cores because rows are few: each part
-//              yields statistics as a class shard does, and reduce_rows joins them
+//   split      streaming, with the chunks of one row shared out over several cores because rows are fewer than cores:
+//              each part yields statistics as a class shard does, and reduce_rows joins them
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ constexpr int64_t kLanes = 64;      // fp32 numbers in one repeat of a vector in
 constexpr int64_t kBlock = 8;       // fp32 numbers in a data block
 
 constexpr int64_t kMaxCores = 48;      // of any supported part; rows are split until so many cores have work
+constexpr int64_t kPartsEach = 5;      // parts of rows for each core when rows do not share out evenly
 constexpr int64_t kShortCols = 1024;   // a row of at most so many columns is short
 constexpr int64_t kMaxTileRows = 128;  // rows of a short tile
 constexpr int64_t kChunkUnit = 512;    // two block reductions make whole instructions of so many numbers
@@ -180,17 +181,28 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
   return b;
 }
 
-// The widest tile that UB holds: rows, at most kMaxTileRows, and no more than give every core one.
+// Rows of a tile: as many as UB holds, then evened out so that kMaxCores cores get the same number of tiles of about
+// the same size.
 XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype) {
-  int64_t n = smaller(kMaxTileRows, larger(1, div_up(rows, kMaxCores)));
-  while (n > 1 && short_buffers(dtype, n, cols).total > kUbBytes) {
-    --n;
+  int64_t most = smaller(kMaxTileRows, div_up(rows, kMaxCores));
+  while (most > 1 && short_buffers(dtype, most, cols).total > kUbBytes) {
+    --most;
   }
-  return n;
+  const int64_t tiles_each = div_up(rows, kMaxCores * most);
+  return div_up(rows, kMaxCores * tiles_each);
 }
 
 XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols) {
   return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots).total <= kUbBytes;
+}
+
+// Into how many parts to cut a row so that kMaxCores cores share it out best. Parts cost a row that fits in UB its
+// second read, so it is cut only if each row gets two cores; other rows are cut fine enough for cores to differ little.
+XENT_SHARED int64_t parts_worth_having(int64_t rows, bool fits) {
+  if (2 * rows <= kMaxCores) {
+    return kMaxCores / rows;
+  }
+  return rows < kMaxCores && !fits ? div_up(kPartsEach * kMaxCores, rows) : 1;
 }
 
 // The plan for logits [rows, cols], rows > 0 and cols > 0.
@@ -213,10 +225,12 @@ XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype) {
   if (!fits) {
     width = kMaxChunk;
   }
-  const int64_t wanted_parts = div_up(kMaxCores, rows);
-  const bool split = rows < kMaxCores && cols > kMinChunk;
+  const int64_t wanted_parts = parts_worth_having(rows, fits);
+  const bool split = wanted_parts > 1;
   if (split) {
-    width = smaller(kMaxChunk, larger(kMinChunk, round_up(div_up(cols, wanted_parts), kChunkUnit)));
+    // So many chunks a part, and then all parts about as long.
+    const int64_t each = div_up(div_up(cols, kMaxChunk), wanted_parts);
+    width = larger(kMinChunk, round_up(div_up(cols, wanted_parts * each), kChunkUnit));
   }
   p.chunks = div_up(cols, width);
   p.chunk_cols = round_up(div_up(cols, p.chunks), kChunkUnit);  // chunks of one size

@@ -54,7 +54,7 @@ SHAPES: dict[tuple[int, int], str] = {
     (6038, 21): "short",
     (19138, 1833): "resident",
     (237, 29951): "resident",
-    (40, 52211): "split",
+    (40, 52211): "split resident",
     (293, 14127): "resident",
     (160, 26494): "resident",
     (1024, 4095): "resident",
@@ -66,7 +66,9 @@ SHAPES: dict[tuple[int, int], str] = {
     (MOST, MOST): "streaming",
     # The last and the first of their kind.
     (1, 1024): "short",
-    (47, 1025): "split",
+    (47, 1025): "resident",
+    (24, 1025): "split",
+    (25, 8000): "resident",
     (48, 1025): "resident",
     (48, 34816): "resident",
     (48, 34817): "streaming resident",
@@ -114,6 +116,12 @@ class Plan:
         """The numbers of chunks in which all of a row and what moves beside it fit UB."""
         counts = [(width, div_up(self.cols, width)) for width in range(MIN_CHUNK, MAX_CHUNK + 1, CHUNK_UNIT)]
         return [n for width, n in counts if self.long_bytes(width, n + EXTRA_SLOTS) <= UB_BYTES]
+
+    def parts_worth_having(self) -> int:
+        """Two cores a row or more are worth the second read; rows that are read twice anyway are cut finer."""
+        if 2 * self.rows <= MAX_CORES:
+            return MAX_CORES // self.rows
+        return div_up(5 * MAX_CORES, self.rows) if self.rows < MAX_CORES and not self.resident_chunks() else 1
 
 
 def div_up(a: int, b: int) -> int:
@@ -206,11 +214,11 @@ def test_mode_of_known_shapes(shape: tuple[int, int], dtype: str) -> None:
 
 @any_shape
 def test_mode_is_chosen_as_documented(shape: tuple[int, int, int]) -> None:
-    """Short: at most 1024 columns. Split: fewer rows than cores. Resident: whatever else can stay in UB."""
+    """Short: at most 1024 columns. Split: rows that are worth cutting. Resident: whatever else can stay in UB."""
     plan = plan_of(*shape)
     if plan.cols <= SHORT_COLS:
         assert plan.mode == SHORT
-    elif plan.rows < MAX_CORES:
+    elif plan.parts_worth_having() > 1:
         assert plan.mode == SPLIT
     else:
         assert plan.mode == (RESIDENT if plan.resident_chunks() else STREAMING)
@@ -321,41 +329,44 @@ def test_tiles_are_of_a_cores_rows(shape: tuple[int, int, int]) -> None:
 
 @any_shape
 def test_tiles_are_no_smaller_than_need_be(shape: tuple[int, int, int]) -> None:
-    """Short: one more row would be too many for a core, for an instruction or, with 64 more lanes, for UB."""
+    """Short: with one tile less for each core, a tile would be too large for an instruction or for UB."""
     plan = plan_of(*shape)
-    if plan.mode == SHORT and plan.rows_per_tile < min(MAX_TILE_ROWS, div_up(plan.rows, MAX_CORES)):
-        row = round_up(plan.cols, DATA_BLOCK // plan.element_bytes) * (2 * 4 + 4 * plan.element_bytes)
-        lanes = LANES * 256 + LANES * plan.cols // 8
-        assert plan.ub_bytes + row + lanes > UB_BYTES
+    if plan.mode == SHORT:
+        tiles_each = div_up(plan.work_items, MAX_CORES)
+        assert plan.rows_per_tile == div_up(plan.rows, MAX_CORES * tiles_each)
+        if tiles_each > 1:
+            larger = div_up(plan.rows, MAX_CORES * (tiles_each - 1))
+            row = round_up(plan.cols, DATA_BLOCK // plan.element_bytes) * (2 * 4 + 4 * plan.element_bytes)
+            lanes = LANES * 256 + LANES * plan.cols // 8
+            fewest = plan.ub_bytes + (larger - plan.rows_per_tile) * row
+            assert larger > MAX_TILE_ROWS or fewest + 2 * lanes > UB_BYTES
 
 
 @any_shape
 def test_whole_rows_use_all_cores(shape: tuple[int, int, int]) -> None:
-    """Resident and streaming: a row is a piece of work, and there are 48 or more."""
+    """Resident and streaming: a row is a piece of work; there are 48 or more, or over 24 that are read once."""
     plan = plan_of(*shape)
     if plan.mode in (RESIDENT, STREAMING):
-        assert plan.rows >= MAX_CORES
+        assert plan.rows >= MAX_CORES or (plan.mode == RESIDENT and 2 * plan.rows > MAX_CORES)
         for cores in CORES:
             assert plan.work_items >= min(cores, plan.rows)
 
 
 @any_shape
 def test_split_rows_use_the_cores(shape: tuple[int, int, int]) -> None:
-    """Split: the longest part is what an even cut of the row gives, rounded up to whole chunks.
+    """Split: the longest part is what an even cut of the row gives, in chunks whose width is a multiple of 512.
 
-    An even cut is among as many parts as make 48 pieces of work of all rows. Chunks are not cut below 1024 columns;
-    where one is a part, its width is a multiple of 512, and where several are, they may be of the largest size. So more
-    than half of 48 cores have work, unless chunks of 1024 columns are fewer.
+    An even cut is among as many parts as are worth having. Chunks are not cut below 1024 columns. So more than half of
+    48 cores have work, unless chunks of 1024 columns are fewer.
     """
     plan = plan_of(*shape)
     if plan.mode == SPLIT:
-        wanted = div_up(MAX_CORES, plan.rows)
-        even = div_up(plan.cols, wanted)
-        longest = plan.chunks_per_part * plan.chunk_cols
+        wanted = plan.parts_worth_having()
+        chunks_each = div_up(div_up(plan.cols, MAX_CHUNK), wanted)
+        even = round_up(div_up(plan.cols, wanted * chunks_each), CHUNK_UNIT)
         assert plan.chunk_cols >= MIN_CHUNK
         assert plan.parts <= wanted
-        assert longest <= max(MIN_CHUNK, round_up(even, CHUNK_UNIT if even <= MAX_CHUNK else MAX_CHUNK))
-        assert plan.parts >= min(div_up(plan.cols, MIN_CHUNK), wanted // 2 + 1)
+        assert plan.chunks_per_part * plan.chunk_cols <= chunks_each * max(MIN_CHUNK, even)
         assert plan.work_items >= min(plan.rows * div_up(plan.cols, MIN_CHUNK), MAX_CORES // 2 + 1)
 
 
