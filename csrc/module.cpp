@@ -1,7 +1,9 @@
-// What is not an operator: how this library was built, and what it runs on. Importing the module registers the
-// operators, as every library with a TORCH_LIBRARY block does.
+// What is not an operator: how this library was built, what it runs on, and the planner of the device kernels.
+// Importing the module registers the operators, as every library with a TORCH_LIBRARY block does.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+
+#include <stdexcept>
 
 #include "cpu/kernels/chunk_kernels.h"
 #include "tiling/row_plan.h"

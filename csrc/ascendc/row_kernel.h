@@ -145,12 +145,6 @@ __aicore__ inline void SumOf(const LocalTensor<float>& out, const LocalTensor<fl
   AscendC::WholeReduceSum(out, again, repeats, 1, 1, 1, 8);
 }
 
-// What turns a row's statistics into its gradient, known to all rows of a launch.
-struct Upstream {
-  float loss, z_loss;             // divided as a mean asks for
-  float loss_divisor, z_divisor;  // for gradients that come a row at a time
-};
-
 // u a, u b and u s of row_math.h, on the scalar unit.
 struct Coefficients {
   float a, b, s;

@@ -460,7 +460,7 @@ class ShortRows {
   __aicore__ inline void Statistics(const LocalTensor<float>& x, const Facts& f) {
     const int64_t n = f.rows;
     MaxRows(V(kMax), x, n);
-    // Between the finite bounds, as MaxToBlock explains.
+    // Between the finite bounds of fp32: rows of -inf have exponentials 0 then and not NaN, +inf an infinite sum.
     AscendC::Maxs(V(kMax), V(kMax), -kFloatMax, n);
     PipeBarrier<PIPE_V>();
     AscendC::Mins(V(kMax), V(kMax), kFloatMax, n);

@@ -22,7 +22,7 @@ struct XentArgs {
   float target_share;     // 1 - e, e the label smoothing
   float class_share;      // e / num_classes
   float lse_square_scale;
-  float reserved;
+  float reserved;  // keeps the size a multiple of 8
 };
 
 namespace npu_xent {

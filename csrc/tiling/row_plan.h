@@ -7,8 +7,9 @@
 //   short      a tile holds several whole rows; one value a row is one lane of a vector
 //   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
 //   streaming  a row passes through UB chunk by chunk, and once more for an output that needs its statistics
-//   split      streaming, with the chunks of one row shared out over several cores because rows are fewer than cores:
-//              each part yields statistics as a class shard does, and reduce_rows joins them
+//   split      rows fewer than cores: streaming, with the chunks of one row shared out over several cores. Each part
+//              yields statistics as a class shard does, reduce_rows joins them, and the gradient is a sweep of its own,
+//              so a row that would fit UB is read twice here: it is cut only where two cores and more share it
 #pragma once
 
 #include <cstdint>
@@ -44,7 +45,7 @@ constexpr int64_t kDataBlock = 32;  // bytes; what UB addresses are aligned to
 constexpr int64_t kLanes = 64;      // fp32 numbers in one repeat of a vector instruction
 constexpr int64_t kBlock = 8;       // fp32 numbers in a data block
 
-constexpr int64_t kMaxCores = 48;      // of any supported part; rows are split until so many cores have work
+constexpr int64_t kMaxCores = 48;      // of any supported part
 constexpr int64_t kPartsEach = 5;      // parts of rows for each core when rows do not share out evenly
 constexpr int64_t kShortCols = 1024;   // a row of at most so many columns is short
 constexpr int64_t kMaxTileRows = 128;  // rows of a short tile
@@ -196,13 +197,14 @@ XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols) 
   return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots).total <= kUbBytes;
 }
 
-// Into how many parts to cut a row so that kMaxCores cores share it out best. Parts cost a row that fits in UB its
-// second read, so it is cut only if each row gets two cores; other rows are cut fine enough for cores to differ little.
+// Into how many parts to cut a row so that kMaxCores cores share it out best. A row that fits in UB pays for parts with
+// its second read, so it is cut only if each row gets two cores or more; a row that does not is cut so fine that cores
+// differ little.
 XENT_SHARED int64_t parts_worth_having(int64_t rows, bool fits) {
-  if (2 * rows <= kMaxCores) {
-    return kMaxCores / rows;
+  if (rows >= kMaxCores || (fits && 2 * rows > kMaxCores)) {
+    return 1;
   }
-  return rows < kMaxCores && !fits ? div_up(kPartsEach * kMaxCores, rows) : 1;
+  return fits || kMaxCores % rows == 0 ? kMaxCores / rows : div_up(kPartsEach * kMaxCores, rows);
 }
 
 // The plan for logits [rows, cols], rows > 0 and cols > 0.

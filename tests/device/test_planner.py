@@ -69,6 +69,7 @@ SHAPES: dict[tuple[int, int], str] = {
     (47, 1025): "resident",
     (24, 1025): "split",
     (25, 8000): "resident",
+    (17, 152000): "split",
     (48, 1025): "resident",
     (48, 34816): "resident",
     (48, 34817): "streaming resident",
@@ -116,12 +117,6 @@ class Plan:
         """The numbers of chunks in which all of a row and what moves beside it fit UB."""
         counts = [(width, div_up(self.cols, width)) for width in range(MIN_CHUNK, MAX_CHUNK + 1, CHUNK_UNIT)]
         return [n for width, n in counts if self.long_bytes(width, n + EXTRA_SLOTS) <= UB_BYTES]
-
-    def parts_worth_having(self) -> int:
-        """Two cores a row or more are worth the second read; rows that are read twice anyway are cut finer."""
-        if 2 * self.rows <= MAX_CORES:
-            return MAX_CORES // self.rows
-        return div_up(5 * MAX_CORES, self.rows) if self.rows < MAX_CORES and not self.resident_chunks() else 1
 
 
 def div_up(a: int, b: int) -> int:
@@ -214,11 +209,11 @@ def test_mode_of_known_shapes(shape: tuple[int, int], dtype: str) -> None:
 
 @any_shape
 def test_mode_is_chosen_as_documented(shape: tuple[int, int, int]) -> None:
-    """Short: at most 1024 columns. Split: rows that are worth cutting. Resident: whatever else can stay in UB."""
+    """Short: at most 1024 columns. Split: fewer rows than cores; of rows that can stay in UB, at most half as many."""
     plan = plan_of(*shape)
     if plan.cols <= SHORT_COLS:
         assert plan.mode == SHORT
-    elif plan.parts_worth_having() > 1:
+    elif plan.rows < MAX_CORES and (2 * plan.rows <= MAX_CORES or not plan.resident_chunks()):
         assert plan.mode == SPLIT
     else:
         assert plan.mode == (RESIDENT if plan.resident_chunks() else STREAMING)
@@ -354,20 +349,20 @@ def test_whole_rows_use_all_cores(shape: tuple[int, int, int]) -> None:
 
 @any_shape
 def test_split_rows_use_the_cores(shape: tuple[int, int, int]) -> None:
-    """Split: the longest part is what an even cut of the row gives, in chunks whose width is a multiple of 512.
+    """Split: the busiest of 48 cores has at most half as much again as an even share of the columns of all rows.
 
-    An even cut is among as many parts as are worth having. Chunks are not cut below 1024 columns. So more than half of
-    48 cores have work, unless chunks of 1024 columns are fewer.
+    A quarter as much for rows that are too long for UB. To that comes what whole chunks ask for: 512 columns each, and
+    at least 1024.
     """
     plan = plan_of(*shape)
     if plan.mode == SPLIT:
-        wanted = plan.parts_worth_having()
-        chunks_each = div_up(div_up(plan.cols, MAX_CHUNK), wanted)
-        even = round_up(div_up(plan.cols, wanted * chunks_each), CHUNK_UNIT)
+        items_of_busiest = div_up(plan.work_items, MAX_CORES)
+        busiest = items_of_busiest * plan.chunks_per_part * plan.chunk_cols
+        even = plan.rows * plan.cols / MAX_CORES
+        uneven = 1.5 if plan.resident_chunks() else 1.25
+        whole_chunks = items_of_busiest * max(MIN_CHUNK, plan.chunks_per_part * CHUNK_UNIT)
+        assert busiest <= uneven * even + whole_chunks
         assert plan.chunk_cols >= MIN_CHUNK
-        assert plan.parts <= wanted
-        assert plan.chunks_per_part * plan.chunk_cols <= chunks_each * max(MIN_CHUNK, even)
-        assert plan.work_items >= min(plan.rows * div_up(plan.cols, MIN_CHUNK), MAX_CORES // 2 + 1)
 
 
 @any_shape

@@ -5,17 +5,12 @@ The three sweeps that they are compared with are checked here too: a comparison 
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import kernels
 import pytest
 import torch
+import traffic
 
 import cann_sim
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "device"))
-import traffic  # found by the line above
 
 FAST = cann_sim.Config(check=False)
 # Shapes of each row mode, of so many columns that what comes once a row does not count.
@@ -112,10 +107,12 @@ def test_ignored_rows_alone_cost_the_zeros_of_their_gradient(mode: int) -> None:
 
 @pytest.mark.parametrize("scale", traffic.SCALES)
 def test_the_training_sweep_keeps_its_busiest_pipe_busy(scale: float) -> None:
+    """At (4096, 32000) in bf16, on 480 of the rows."""
     logits, target = traffic.inputs(10 * traffic.CORES, 32000, torch.bfloat16)
     config = cann_sim.Config(check=False, bandwidth_scale=scale)
     launches, _ = traffic.training_sweep(logits, target, config)
-    _, share = launches.busiest
+    pipe, share = launches.busiest
+    assert pipe != "S"  # it waits, and is busy with nothing that has to be done
     assert share >= 0.85, launches.reports[0].table()
 
 

@@ -1,7 +1,7 @@
 """The device kernels as Python functions with the signatures of the primitives, launched on cann_sim.
 
-What csrc/npu does with torch_npu is done here with CPU tensors: plan, workspace, the launches of an operation in their
-order. Tensors of the caller are the global memory of a launch, to the byte.
+With CPU tensors in the place of a device's: plan, workspace, the launches of an operation in their order. Tensors of
+the caller are the global memory of a launch, to the byte.
 """
 
 from __future__ import annotations
