@@ -21,11 +21,12 @@ class LongRows {
   static constexpr bool kFp32 = sizeof(T) == sizeof(float);
   static constexpr int64_t kFlags = 6;
   static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag is waited for before it is set again");
-  static constexpr event_t kWeightFlag = static_cast<event_t>(7);
+  static constexpr event_t kWeightFlag = static_cast<event_t>(6);
 
  public:
-  __aicore__ inline LongRows(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
-      : plan_(plan), args_(args), gm_(tensors) {}
+  __aicore__ inline LongRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                             const RowTensors& tensors)
+      : pipe_(pipe), plan_(plan), args_(args), gm_(tensors) {}
 
   __aicore__ inline void Run() {
     // With statistics the cores share out rows or parts of rows, without only chunks.
@@ -37,7 +38,9 @@ class LongRows {
     resident_ = kStats && kHasOutput && plan_.mode == static_cast<int64_t>(RowMode::resident);
     slots_ = resident_ ? plan_.slots : smaller(plan_.slots, kStreamSlots);
     Allocate();
-    ReadUpstream();
+    if constexpr (kOutput == Output::grad) {
+      upstream_ = ReadUpstream(args_, gm_);
+    }
     for (int64_t first = mine.begin; first < mine.end;) {
       int64_t last = first + kFactRows;
       if (!kStats) {
@@ -176,24 +179,6 @@ class LongRows {
     float target_value, target_step;
   };
 
-  __aicore__ inline void ReadUpstream() {
-    if (kOutput != Output::grad) {
-      return;
-    }
-    const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
-    class_weight_ = totals.GetValue(kClassWeight);
-    loss_divisor_ = args_.reduction == kReductionMean ? totals.GetValue(kKeptWeight) : 1.0f;
-    z_divisor_ = args_.reduction == kReductionMean ? totals.GetValue(kKeptRows) : 1.0f;
-    from_loss_ = args_.unit_upstream != 0 ? 1.0f : 0.0f;
-    from_z_ = 0.0f;
-    if (args_.reduction != kReductionNone && gm_.grad_loss != nullptr) {
-      from_loss_ = Gm<float>(gm_.grad_loss, 0).GetValue(0);
-    }
-    if (args_.reduction != kReductionNone && gm_.grad_z_loss != nullptr) {
-      from_z_ = Gm<float>(gm_.grad_z_loss, 0).GetValue(0);
-    }
-  }
-
   __aicore__ inline RowState MakeState(int64_t index, const Piece& piece, float lse, float lse_low) const {
     RowState s;
     s.lse = lse;
@@ -204,23 +189,31 @@ class LongRows {
     if (kOutput != Output::grad || s.zero) {
       return s;
     }
-    s.undefined = s.undefined || IsBad(piece.row);
-    float from_loss = from_loss_, from_z = from_z_;
+    Upstream up = upstream_;
     if (args_.reduction == kReductionNone) {
-      from_loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(piece.row - fact_row_) : from_loss;
-      from_z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(piece.row - fact_row_) : 0.0f;
+      up.loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(piece.row - fact_row_) : 0.0f;
+      if (args_.lse_square_scale != 0.0f) {
+        up.z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(piece.row - fact_row_) : 0.0f;
+        up.z = SumOfTwo(up.z, up.loss);
+      }
     }
-    const float weight = gm_.weight != nullptr && !s.undefined ? target_weight_.GetValue(index * kBlock) : 1.0f;
-    const Coefficients k = MakeCoefficients(args_, weight, class_weight_, lse, from_loss / loss_divisor_,
-                                            (from_loss + from_z) / z_divisor_);
+    const bool is_bad = IsBad(piece.row);
+    const float weight = gm_.weight != nullptr && !is_bad ? target_weight_.GetValue(index * kBlock) : 1.0f;
+    s.undefined = s.undefined || is_bad || !IsFinite(weight) || !IsFinite(up.class_weight) || !IsFinite(up.loss) ||
+                  !IsFinite(up.z);
+    if (s.undefined) {
+      return s;
+    }
+    const Coefficients k = MakeCoefficients(args_, weight, up, lse);
     s.scale = k.a * (1.0f - lse_low + 0.5f * lse_low * lse_low);  // a exp(-lse_low): lse_low is a rounding error
     s.offset = k.s;
     s.target = TargetColumn(piece);
     s.target_known = false;
     s.target_step = -k.b;
-    if (s.target >= 0) {
+    const float picked = s.target >= 0 ? Picked(index) : 0.0f;
+    if (s.target >= 0 && IsFinite(picked)) {
       // a p - b would cancel for a confident prediction, where p is near 1.
-      const float below = ((Picked(index) - lse) - lse_low);
+      const float below = (picked - lse) - lse_low;
       s.target_known = below > -0.5f;
       if (s.target_known) {
         s.target_value = k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight;
@@ -229,7 +222,7 @@ class LongRows {
     return s;
   }
   __aicore__ inline float Picked(int64_t index) const {
-    return args_.logit_scale * ScalarOf(picked_, index * kBlockOf<T>);
+    return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
   }
 
   // What the chunks of a row have come to: the largest m, and with smoothing the sums of w and of w (x - base).
@@ -254,7 +247,7 @@ class LongRows {
     const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
     JoinWeights(pending_.ordinal, pending_.chunks, joined);
     if (IsFinite(lse.high)) {
-      joined.wsum += joined.weight * ((joined.max - lse.high) - lse.low);
+      joined.wsum = SumOfTwo(joined.wsum, joined.weight * ((joined.max - lse.high) - lse.low));
     }
     out_lse_.SetValue(index, lse.high);
     out_lse_low_.SetValue(index, lse.low);
@@ -347,10 +340,9 @@ class LongRows {
       CarryFold(at.ordinal);
     }
     WaitFlag<HardEvent::V_S>(flag);
-    float max = max_out_.GetValue(load % 2 * kBlock);
+    // Bounded: a chunk of -inf has exponentials 0 then and not NaN, +inf an infinite sum.
+    const float max = Bounded(max_out_.GetValue(load % 2 * kBlock));
     SetFlag<HardEvent::S_V>(flag);
-    // Between the finite bounds of fp32: a chunk of -inf has exponentials 0 then and not NaN, +inf an infinite sum.
-    max = max > kFloatMax ? kFloatMax : max < -kFloatMax ? -kFloatMax : max;
     const int64_t lane = FoldLane(at.ordinal, filled_++);
     chunk_max_.SetValue(lane, max);
     joined_.max = max > joined_.max ? max : joined_.max;
@@ -419,12 +411,15 @@ class LongRows {
   }
   // The scalar unit's part of a fold, once the vector unit is through with the chunks.
   __aicore__ inline void JoinWeights(int64_t ordinal, int64_t chunks, Joined& joined) const {
-    joined.wsum += joined.weight != 0.0f ? joined.weight * (joined.base - joined.max) : 0.0f;
+    if (joined.weight != 0.0f) {
+      joined.wsum = SumOfTwo(joined.wsum, joined.weight * (joined.base - joined.max));
+    }
     joined.base = joined.max;
     for (int64_t j = 0; Smoothing() && j < chunks; ++j) {
       const int64_t lane = FoldLane(ordinal, j);
       const float weight = chunk_weight_.GetValue(lane);
-      joined.wsum += chunk_wsum_.GetValue(lane) + weight * (chunk_max_.GetValue(lane) - joined.max);
+      const float moved = weight * (chunk_max_.GetValue(lane) - joined.max);
+      joined.wsum = SumOfTwo(joined.wsum, SumOfTwo(chunk_wsum_.GetValue(lane), moved));
       joined.weight += weight;
     }
   }
@@ -438,8 +433,8 @@ class LongRows {
     chunk_max_.SetValue(lane, joined_.max);
     chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has them
     chunk_weight_.SetValue(lane, 0.0f);
-    SetFlag<HardEvent::S_V>(EVENT_ID2);
-    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    SetFlag<HardEvent::S_V>(EVENT_ID3);
+    WaitFlag<HardEvent::S_V>(EVENT_ID3);
     filled_ = 1;
   }
 
@@ -523,12 +518,19 @@ class LongRows {
   // Copies the output of load number `load` out of its slot.
   __aicore__ inline void Store(int64_t load, int64_t loads, const Cursor& at) {
     const event_t flag = static_cast<event_t>(load % kFlags);
+    // Where no load waits for a copy out any more, nothing else keeps V from setting the flag twice before MTE3 takes
+    // it.
+    if (load >= kFlags && load - kFlags + slots_ >= loads) {
+      WaitFlag<HardEvent::MTE3_V>(flag);
+    }
     SetFlag<HardEvent::V_MTE3>(flag);
     WaitFlag<HardEvent::V_MTE3>(flag);
     CopyOut(Gm<T>(gm_.output, at.piece.row * args_.output_stride + at.chunk * plan_.chunk_cols), Slot(load),
             ChunkSize(at.chunk));
     if (load + slots_ < loads) {
       SetFlag<HardEvent::MTE3_MTE2>(flag);
+    } else if (load + kFlags < loads) {
+      SetFlag<HardEvent::MTE3_V>(flag);
     }
   }
 
@@ -724,12 +726,6 @@ class LongRows {
   static constexpr int64_t kBlockOf = kDataBlock / sizeof(U);
 
   template <typename U>
-  __aicore__ inline GlobalTensor<U> Gm(GM_ADDR base, int64_t element) const {
-    GlobalTensor<U> tensor;
-    tensor.SetGlobalBuffer(reinterpret_cast<__gm__ U*>(base) + element);
-    return tensor;
-  }
-  template <typename U>
   __aicore__ inline LocalTensor<U> Ub(int64_t offset, int64_t n) {
     return ub_.GetWithOffset<U>(n, offset);
   }
@@ -763,6 +759,7 @@ class LongRows {
     out_weight_ = Ub<float>(b.out_weight, kFactRows);
   }
 
+  AscendC::TPipe& pipe_;
   const XentPlan plan_;
   const XentArgs args_;
   const RowTensors gm_;
@@ -776,10 +773,9 @@ class LongRows {
   Held held_{-1, {}};
   int64_t filled_ = 0;   // chunks since the last fold
   uint64_t stored_ = 0;  // bit i % kFlags: chunk i leaves by a copy out
-  float class_weight_ = 0, loss_divisor_ = 1, z_divisor_ = 1, from_loss_ = 0, from_z_ = 0;
+  Upstream upstream_{};
   RowState states_[2];
 
-  AscendC::TPipe pipe_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
   LocalTensor<T> ring_, zeros_, picked_;
   LocalTensor<float> work_, weight_, reduced_, max_out_;

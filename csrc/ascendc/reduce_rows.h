@@ -30,8 +30,9 @@ struct ReduceTensors {
 
 class ReduceRows {
  public:
-  __aicore__ inline ReduceRows(const XentPlan& plan, const XentArgs& args, const ReduceTensors& tensors)
-      : plan_(plan), args_(args), gm_(tensors) {}
+  __aicore__ inline ReduceRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                               const ReduceTensors& tensors)
+      : pipe_(pipe), plan_(plan), args_(args), gm_(tensors) {}
 
   __aicore__ inline void Run() {
     Allocate();
@@ -225,7 +226,7 @@ class ReduceRows {
   __aicore__ inline void AddTo(ExactSum& s, float x) const {
     const TwoFloats t = TwoSum(s.sum, x);
     s.sum = t.high;
-    s.error += t.low;
+    s.error += t.low;  // finite, as t.low always is
   }
   // Adds up the two sums of blocks [begin, end).
   __aicore__ inline void AddBlocks(int64_t begin, int64_t end, ExactSum& first, ExactSum& second, int64_t& count) {
@@ -240,7 +241,7 @@ class ReduceRows {
         AddTo(first, target_weight_.GetValue(i * kBlock));
         AddTo(second, target_weight_.GetValue(i * kBlock + 1));
         if (args_.stage == static_cast<int64_t>(Stage::join_totals)) {
-          count += static_cast<int64_t>(target_weight_.GetValue(i * kBlock + 1));
+          count += static_cast<int32_t>(target_weight_.GetValue(i * kBlock + 1));
         }
       }
     }
@@ -255,10 +256,11 @@ class ReduceRows {
       AddBlocks(RowBlocks(), RowBlocks() + WeightBlocks(), classes, rows, none);
     }
     // Counts are kept as integers: fp32 holds them exactly only up to 2^24.
-    stored_.SetValue(kKeptWeight, gm_.weight != nullptr ? weight.sum + weight.error : static_cast<float>(kept));
+    stored_.SetValue(kKeptWeight,
+                     gm_.weight != nullptr ? SumOfTwo(weight.sum, weight.error) : static_cast<float>(kept));
     stored_.SetValue(kKeptRows, static_cast<float>(kept));
-    stored_.SetValue(kClassWeight,
-                     gm_.weight != nullptr ? classes.sum + classes.error : static_cast<float>(args_.num_classes));
+    stored_.SetValue(kClassWeight, gm_.weight != nullptr ? SumOfTwo(classes.sum, classes.error)
+                                                         : static_cast<float>(args_.num_classes));
     SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
     WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
     CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
@@ -269,16 +271,14 @@ class ReduceRows {
     ExactSum loss{0, 0}, z{0, 0};
     int64_t none = 0;
     AddBlocks(0, RowBlocks(), loss, z, none);
-    float loss_sum = loss.sum + loss.error, z_sum = z.sum + z.error;
+    float loss_sum = SumOfTwo(loss.sum, loss.error), z_sum = SumOfTwo(z.sum, z.error);
     if (args_.reduction == kReductionMean) {
       const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
-      const float kept_weight = totals.GetValue(kKeptWeight);
-      // With smoothing, the sum need not be 0 where nothing is kept.
-      loss_sum = kept_weight == 0.0f ? NaN() : loss_sum / kept_weight;
-      z_sum = z_sum / totals.GetValue(kKeptRows);
+      loss_sum = Quotient(loss_sum, totals.GetValue(kKeptWeight));
+      z_sum = Quotient(z_sum, totals.GetValue(kKeptRows));
     }
     if (gm_.z_loss != nullptr) {
-      loss_sum += z_sum;
+      loss_sum = SumOfTwo(loss_sum, z_sum);
     }
     stored_.SetValue(0, loss_sum);
     result_.SetValue(0, z_sum);
@@ -326,8 +326,12 @@ class ReduceRows {
     const TwoFloats lse = TwoSum(max.GetValue(0), sum.GetValue(0));
     float wsum = 0.0f;
     for (int64_t i = 0; gm_.wsum != nullptr && i < n; ++i) {
-      const float below = (V(kLse).GetValue(i) - lse.high) + (V(kLseLow).GetValue(i) - lse.low);
-      wsum += V(kWsum).GetValue(i) + V(kWeightOf).GetValue(i) * below;
+      const float part_lse = V(kLse).GetValue(i);
+      wsum = SumOfTwo(wsum, V(kWsum).GetValue(i));
+      if (IsFinite(part_lse) && IsFinite(lse.high)) {
+        const float below = (part_lse - lse.high) + (V(kLseLow).GetValue(i) - lse.low);
+        wsum = SumOfTwo(wsum, V(kWeightOf).GetValue(i) * below);
+      }
     }
     const bool unread = IsUnread(row);
     StoreValue(gm_.lse, row, 0, unread ? 0.0f : lse.high);
@@ -352,12 +356,6 @@ class ReduceRows {
   // ---- memory ----
 
   __aicore__ inline LocalTensor<float> V(Vector v) const { return vectors_[v * kCount]; }
-  template <typename U>
-  __aicore__ inline GlobalTensor<U> Gm(GM_ADDR base, int64_t element) const {
-    GlobalTensor<U> tensor;
-    tensor.SetGlobalBuffer(reinterpret_cast<__gm__ U*>(base) + element);
-    return tensor;
-  }
   __aicore__ inline void Allocate() {
     Pieces ub{};
     const int64_t vectors = ub.take(kVectors * kCount * 4), mask = ub.take(kCount / 8), target = ub.take(kCount * 8);
@@ -373,12 +371,12 @@ class ReduceRows {
     stored_ = ub_.GetWithOffset<float>(kBlock, stored);
   }
 
+  AscendC::TPipe& pipe_;
   const XentPlan plan_;
   const XentArgs args_;
   const ReduceTensors gm_;
   int64_t kept_ = 0;
 
-  AscendC::TPipe pipe_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
   LocalTensor<float> vectors_, target_weight_, weights_, result_, stored_;
   LocalTensor<uint8_t> mask_;

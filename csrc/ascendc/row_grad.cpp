@@ -10,11 +10,12 @@ using namespace npu_xent;
 namespace {
 
 template <typename T>
-__aicore__ inline void Run(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors) {
+__aicore__ inline void Run(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                           const RowTensors& tensors) {
   if (plan.mode == static_cast<int64_t>(RowMode::short_rows)) {
-    ShortRows<T, Output::grad, false>(plan, args, tensors).Run();
+    ShortRows<T, Output::grad, false>(pipe, plan, args, tensors).Run();
   } else {
-    LongRows<T, Output::grad, false>(plan, args, tensors).Run();
+    LongRows<T, Output::grad, false>(pipe, plan, args, tensors).Run();
   }
 }
 
@@ -25,13 +26,15 @@ extern "C" __global__ __aicore__ void npu_xent_row_grad(GM_ADDR logits, GM_ADDR 
                                                         GM_ADDR grad_z_loss, GM_ADDR grad, XentPlan plan,
                                                         XentArgs args) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+  AscendC::TPipe
+      pipe;  // outside of objects: the toolkit keeps its address, which would pin all their members to memory
   const RowTensors tensors{logits,  target,  weight,  totals,    lse,         lse_low,
                            nullptr, nullptr, nullptr, grad_loss, grad_z_loss, grad};
   if (args.dtype == static_cast<int64_t>(LogitsType::fp32)) {
-    Run<float>(plan, args, tensors);
+    Run<float>(pipe, plan, args, tensors);
   } else if (args.dtype == static_cast<int64_t>(LogitsType::fp16)) {
-    Run<half>(plan, args, tensors);
+    Run<half>(pipe, plan, args, tensors);
   } else {
-    Run<bfloat16_t>(plan, args, tensors);
+    Run<bfloat16_t>(pipe, plan, args, tensors);
   }
 }

@@ -56,9 +56,50 @@ __aicore__ inline float FloatOfBits(uint32_t bits) {
 __aicore__ inline float NaN() {
   return FloatOfBits(0x7fc00000u);
 }
-// Comparisons with NaN are false.
+__aicore__ inline uint32_t BitsOf(float x) {
+  union {
+    float from;
+    uint32_t to;
+  } value;
+  value.from = x;
+  return value.to;
+}
+
+// The scalar unit may be set up to report infinities, NaN and divisions by 0 as errors: they are told by their bits and
+// kept away from its arithmetic. (The vector unit has no such setting.)
 __aicore__ inline bool IsFinite(float x) {
-  return x >= -kFloatMax && x <= kFloatMax;
+  return (BitsOf(x) & 0x7f800000u) != 0x7f800000u;
+}
+__aicore__ inline bool IsNaN(float x) {
+  return (BitsOf(x) & 0x7fffffffu) > 0x7f800000u;
+}
+// a + b
+__aicore__ inline float SumOfTwo(float a, float b) {
+  if (IsFinite(a) && IsFinite(b)) {
+    return a + b;
+  }
+  if (IsFinite(a) || IsFinite(b)) {
+    return IsFinite(a) ? b : a;
+  }
+  return BitsOf(a) == BitsOf(b) ? a : NaN();  // infinities of one sign, or not
+}
+// a / b for what a mean divides by: NaN where that is 0, a mean over nothing.
+__aicore__ inline float Quotient(float a, float b) {
+  if ((BitsOf(b) & 0x7fffffffu) == 0 || !IsFinite(b)) {
+    return NaN();
+  }
+  return IsFinite(a) ? a / b : a;
+}
+// a b, b finite
+__aicore__ inline float Product(float a, float b) {
+  if (IsFinite(a)) {
+    return a * b;
+  }
+  return b == 0.0f || IsNaN(a) ? NaN() : FloatOfBits(BitsOf(a) ^ (BitsOf(b) & 0x80000000u));
+}
+// Between the finite bounds of fp32, and 0 for NaN.
+__aicore__ inline float Bounded(float x) {
+  return IsFinite(x) ? x : IsNaN(x) ? 0.0f : BitsOf(x) >> 31 != 0 ? -kFloatMax : kFloatMax;
 }
 
 // One stored number as fp32, on the scalar unit.
@@ -88,7 +129,11 @@ struct TwoFloats {
 };
 __aicore__ inline TwoFloats TwoSum(float a, float b) {
   TwoFloats sum;
-  sum.high = a + b;
+  sum.high = SumOfTwo(a, b);
+  if (!IsFinite(a) || !IsFinite(b)) {
+    sum.low = 0.0f;
+    return sum;
+  }
   const float b_rounded = sum.high - a;
   sum.low = IsFinite(sum.high) ? (a - (sum.high - b_rounded)) + (b - b_rounded) : 0.0f;
   return sum;
@@ -145,16 +190,48 @@ __aicore__ inline void SumOf(const LocalTensor<float>& out, const LocalTensor<fl
   AscendC::WholeReduceSum(out, again, repeats, 1, 1, 1, 8);
 }
 
+// Element `element` of a tensor in GM and what follows.
+template <typename T>
+__aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
+  GlobalTensor<T> tensor;
+  tensor.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(base) + element);
+  return tensor;
+}
+
+// What reaches all rows alike: G and Z of row_math.h, if not a row at a time, and the sum of the class weights (0 where
+// no term has it).
+struct Upstream {
+  float loss, z, class_weight;
+};
+__aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& gm) {
+  Upstream up{0.0f, 0.0f, 0.0f};
+  const GlobalTensor<float> totals = Gm<float>(gm.totals, 0);
+  if (args.class_share != 0.0f) {
+    up.class_weight = totals.GetValue(kClassWeight);
+  }
+  if (args.reduction == kReductionNone) {
+    return up;
+  }
+  const bool mean = args.reduction == kReductionMean;
+  up.loss = args.unit_upstream != 0 ? 1.0f : gm.grad_loss != nullptr ? Gm<float>(gm.grad_loss, 0).GetValue(0) : 0.0f;
+  if (args.lse_square_scale != 0.0f) {
+    const float from_z = gm.grad_z_loss != nullptr ? Gm<float>(gm.grad_z_loss, 0).GetValue(0) : 0.0f;
+    up.z = SumOfTwo(up.loss, from_z);
+    up.z = mean ? Quotient(up.z, totals.GetValue(kKeptRows)) : up.z;
+  }
+  up.loss = mean ? Quotient(up.loss, totals.GetValue(kKeptWeight)) : up.loss;
+  return up;
+}
+
 // u a, u b and u s of row_math.h, on the scalar unit.
 struct Coefficients {
   float a, b, s;
 };
-__aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, float class_weight, float lse,
-                                                float grad_loss, float grad_z) {
+__aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, const Upstream& up, float lse) {
   Coefficients k;
-  k.b = grad_loss * args.target_share * weight;
-  k.a = k.b + grad_loss * args.class_share * class_weight + grad_z * 2.0f * args.lse_square_scale * lse;
-  k.s = grad_loss * args.class_share;
+  k.b = up.loss * args.target_share * weight;
+  k.a = k.b + up.loss * args.class_share * up.class_weight + up.z * 2.0f * args.lse_square_scale * lse;
+  k.s = up.loss * args.class_share;
   k.a *= args.grad_scale;
   k.b *= args.grad_scale;
   k.s *= args.grad_scale;

@@ -13,22 +13,24 @@ using namespace npu_xent;
 namespace {
 
 template <template <typename, Output, bool> class Rows, typename T>
-__aicore__ inline void RunRows(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors) {
+__aicore__ inline void RunRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                               const RowTensors& tensors) {
   if (args.stage == static_cast<int64_t>(Stage::log_prob_only)) {
-    Rows<T, Output::log_prob, false>(plan, args, tensors).Run();
+    Rows<T, Output::log_prob, false>(pipe, plan, args, tensors).Run();
   } else if (tensors.output != nullptr) {
-    Rows<T, Output::log_prob, true>(plan, args, tensors).Run();
+    Rows<T, Output::log_prob, true>(pipe, plan, args, tensors).Run();
   } else {
-    Rows<T, Output::none, true>(plan, args, tensors).Run();
+    Rows<T, Output::none, true>(pipe, plan, args, tensors).Run();
   }
 }
 
 template <typename T>
-__aicore__ inline void Run(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors) {
+__aicore__ inline void Run(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                           const RowTensors& tensors) {
   if (plan.mode == static_cast<int64_t>(RowMode::short_rows)) {
-    RunRows<ShortRows, T>(plan, args, tensors);
+    RunRows<ShortRows, T>(pipe, plan, args, tensors);
   } else {
-    RunRows<LongRows, T>(plan, args, tensors);
+    RunRows<LongRows, T>(pipe, plan, args, tensors);
   }
 }
 
@@ -39,13 +41,15 @@ extern "C" __global__ __aicore__ void npu_xent_row_stats(GM_ADDR logits, GM_ADDR
                                                          GM_ADDR part_weight, GM_ADDR log_prob, XentPlan plan,
                                                          XentArgs args) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+  AscendC::TPipe
+      pipe;  // outside of objects: the toolkit keeps its address, which would pin all their members to memory
   const RowTensors tensors{logits, target, weight,      nullptr, lse,     lse_low,
                            picked, wsum,   part_weight, nullptr, nullptr, log_prob};
   if (args.dtype == static_cast<int64_t>(LogitsType::fp32)) {
-    Run<float>(plan, args, tensors);
+    Run<float>(pipe, plan, args, tensors);
   } else if (args.dtype == static_cast<int64_t>(LogitsType::fp16)) {
-    Run<half>(plan, args, tensors);
+    Run<half>(pipe, plan, args, tensors);
   } else {
-    Run<bfloat16_t>(plan, args, tensors);
+    Run<bfloat16_t>(pipe, plan, args, tensors);
   }
 }

@@ -18,8 +18,9 @@ class ShortRows {
   static constexpr bool kFp32 = sizeof(T) == sizeof(float);
 
  public:
-  __aicore__ inline ShortRows(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
-      : plan_(plan), args_(args), gm_(tensors) {}
+  __aicore__ inline ShortRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
+                              const RowTensors& tensors)
+      : pipe_(pipe), plan_(plan), args_(args), gm_(tensors) {}
 
   __aicore__ inline void Run() {
     const Share mine = share_of(work_items(plan_, args_.rows), AscendC::GetBlockIdx(), AscendC::GetBlockNum());
@@ -27,7 +28,9 @@ class ShortRows {
       return;
     }
     Allocate();
-    ReadUpstream();
+    if constexpr (kGrad) {
+      upstream_ = ReadUpstream(args_, gm_);
+    }
     PrepareConstants();
     for (int64_t tile = mine.begin; tile < smaller(mine.begin + 2, mine.end); ++tile) {
       LookUp(tile);
@@ -125,33 +128,11 @@ class ShortRows {
     }
   }
 
-  // What reaches the rows from above, when it is the same for all: G and Z of row_math.h.
-  __aicore__ inline void ReadUpstream() {
-    if (!kGrad) {
-      return;
-    }
-    const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
-    class_weight_ = totals.GetValue(kClassWeight);
-    if (args_.reduction == kReductionNone) {
-      return;
-    }
-    float from_loss = args_.unit_upstream != 0 ? 1.0f : 0.0f, from_z = 0.0f;
-    if (gm_.grad_loss != nullptr) {
-      from_loss = Gm<float>(gm_.grad_loss, 0).GetValue(0);
-    }
-    if (gm_.grad_z_loss != nullptr) {
-      from_z = Gm<float>(gm_.grad_z_loss, 0).GetValue(0);
-    }
-    const bool mean = args_.reduction == kReductionMean;
-    grad_loss_ = mean ? from_loss / totals.GetValue(kKeptWeight) : from_loss;
-    grad_z_ = mean ? (from_loss + from_z) / totals.GetValue(kKeptRows) : from_loss + from_z;
-  }
-
   // ---- copies ----
 
-  // Rows so far apart that one copy cannot tell the gap are copied one by one.
+  // Rows so far apart that one copy cannot tell the gap, or that overlap, are copied one by one.
   __aicore__ inline bool FarApart(int64_t stride) const {
-    return (stride - args_.cols) * static_cast<int64_t>(sizeof(T)) > int64_t{1} << 31;
+    return stride < args_.cols || (stride - args_.cols) * static_cast<int64_t>(sizeof(T)) > int64_t{1} << 31;
   }
   __aicore__ inline uint32_t GapBytes(int64_t stride) const {
     return FarApart(stride) ? 0 : static_cast<uint32_t>((stride - args_.cols) * sizeof(T));
@@ -254,8 +235,8 @@ class ShortRows {
     for (int64_t set = 0; gm_.weight == nullptr && set < kSets; ++set) {
       AscendC::Duplicate(lanes_[(set * kSetLanes + kWeightOf) * lane_count_], 1.0f, lane_count_);
     }
-    AscendC::Duplicate(V(kGradLoss), grad_loss_, lane_count_);
-    AscendC::Duplicate(V(kGradZ), grad_z_, lane_count_);
+    AscendC::Duplicate(V(kGradLoss), upstream_.loss, lane_count_);
+    AscendC::Duplicate(V(kGradZ), upstream_.z, lane_count_);
     if (gm_.weight != nullptr) {
       const event_t cleared = static_cast<event_t>(pipe_.FetchEventID(HardEvent::V_MTE2));
       SetFlag<HardEvent::V_MTE2>(cleared);
@@ -568,7 +549,8 @@ class ShortRows {
     const float u = args_.grad_scale;
     AscendC::Mul(V(kB), V(kGradLoss), SetLane(kWeightOf, f), n);
     AscendC::Muls(V(kOffset), V(kGradLoss), u * args_.class_share, n);
-    AscendC::Muls(V(kA), V(kGradLoss), u * args_.class_share * class_weight_, n);
+    AscendC::Muls(V(kA), V(kGradLoss),
+                  IsFinite(upstream_.class_weight) ? u * args_.class_share * upstream_.class_weight : NaN(), n);
     AscendC::Mul(V(kScratch), V(kGradZ), V(kLse), n);
     PipeBarrier<PIPE_V>();
     AscendC::Muls(V(kB), V(kB), u * args_.target_share, n);
@@ -697,12 +679,6 @@ class ShortRows {
   // ---- memory ----
 
   template <typename U>
-  __aicore__ inline GlobalTensor<U> Gm(GM_ADDR base, int64_t element) const {
-    GlobalTensor<U> tensor;
-    tensor.SetGlobalBuffer(reinterpret_cast<__gm__ U*>(base) + element);
-    return tensor;
-  }
-  template <typename U>
   __aicore__ inline LocalTensor<U> Ub(int64_t offset, int64_t n) {
     return ub_.GetWithOffset<U>(n, offset);
   }
@@ -737,6 +713,7 @@ class ShortRows {
     lanes_ = Ub<float>(b.lanes, kShortLanes * lane_count_);
   }
 
+  AscendC::TPipe& pipe_;
   const XentPlan plan_;
   const XentArgs args_;
   const RowTensors gm_;
@@ -744,12 +721,11 @@ class ShortRows {
   int64_t padded_ = 0;      // columns of a row in UB
   int64_t lane_count_ = 0;  // rows of a tile, rounded up to whole instructions
   int64_t tiles_ = 0;
-  float class_weight_ = 0, grad_loss_ = 0, grad_z_ = 0;
+  Upstream upstream_{};
   float shard_weight_ = 0;  // the sum of this shard's class weights
   Facts facts_[kSets];
   event_t statistics_ready_, statistics_left_;
 
-  AscendC::TPipe pipe_;
   AscendC::TQue<AscendC::TPosition::VECIN, 2> in_, operands_;  // two tiles are on their way at a time
   AscendC::TQue<AscendC::TPosition::VECOUT, 1> out_;
   AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
