@@ -18,6 +18,10 @@ struct Flag {
   Clock clock;
   double time = 0;
   uint16_t place = 0;
+  // The last WaitFlag: its number on the waiting pipe, and where it stands. While the flag is set again, `overtakes` is
+  // that place if nothing orders this SetFlag after it, else 0.
+  uint32_t wait_seq = 0;
+  uint16_t wait_place = 0, overtakes = 0;
 };
 
 // One buffer of a queue, in one of the states a tensor goes through.

@@ -41,6 +41,24 @@ void check_id(HardEvent event, int32_t id, const char* op, Place where) {
   }
 }
 
+// Whether the last WaitFlag of a flag has taken it for certain when the pipe `from` comes to set it again. The scalar
+// unit issues SetFlag, so what it has waited for is over too.
+bool taken_before(const CoreState& state, const Flag& flag, HardEvent event) {
+  const int f = static_cast<int>(event_pipes(event).from), t = static_cast<int>(event_pipes(event).to);
+  return flag.wait_seq <= state.clocks[f].seen[t] || flag.wait_seq <= state.clocks[static_cast<int>(Pipe::S)].seen[t];
+}
+
+[[noreturn]] void fail_overtaking(const CoreState& state, const Flag& flag, HardEvent event, int32_t id) {
+  const EventPipes pipes = event_pipes(event);
+  core().fail(
+      "flag", state.places[flag.place].where,
+      format(
+          "SetFlag<%s>(%d): the flag may be set a second time before WaitFlag at %s has taken it: nothing orders pipe "
+          "%s, which sets it, after that wait on pipe %s; a flag %s_%s between them is missing, or another id",
+          event_name(event), id, place_text(state.places[flag.overtakes]).c_str(), pipe_name(pipes.from),
+          pipe_name(pipes.to), pipe_name(pipes.to), pipe_name(pipes.from)));
+}
+
 const char* kBarrierSites[kPipes] = {"PipeBarrier<PIPE_S>", "PipeBarrier<PIPE_V>", "PipeBarrier<PIPE_MTE2>",
                                      "PipeBarrier<PIPE_MTE3>"};
 
@@ -68,6 +86,7 @@ void set_flag(HardEvent event, int32_t id, Place where) {
   }
   const Pipe from = event_pipes(event).from;
   const int f = static_cast<int>(from);
+  flag.overtakes = taken_before(state, flag, event) ? 0 : flag.wait_place;
   flag.set = true;
   flag.by_queue = false;
   flag.clock = state.clocks[f];
@@ -92,11 +111,22 @@ void wait_flag(HardEvent event, int32_t id, Place where) {
                event_name(event), id, state.places[flag.place].op, place_text(state.places[flag.place]).c_str()));
   }
   flag.set = false;
-  PlaceEntry& site = state.places[state.places.intern(flag_site(event), where)];
+  const uint16_t place = state.places.intern(flag_site(event), where);
+  PlaceEntry& site = state.places[place];
   ++site.executions;
   const Pipe to = event_pipes(event).to;
+  const int t = static_cast<int>(to);
   if (!site.ignored) {
-    state.clocks[static_cast<int>(to)].join(flag.clock);
+    // Only now is it known that the flag is not one of a removed site.
+    if (flag.overtakes != 0 && state.check) {
+      fail_overtaking(state, flag, event, id);
+    }
+    state.clocks[t].join(flag.clock);
+    flag.wait_seq = ++state.issued[t];
+    flag.wait_place = place;
+    if (to == Pipe::S) {
+      state.clocks[t].seen[t] = flag.wait_seq;
+    }
   }
   state.timing.wait_flag(to, flag.time);
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from kernel_file import aligned, kernel_file
 
@@ -54,15 +54,34 @@ class Step:
         )
 
 
+def all_before(steps: list[Step]) -> list[set[int]]:
+    """For each step, all steps that are complete before it starts."""
+    before: list[set[int]] = []
+    for i in range(len(steps)):
+        direct = [j for j in range(i) if comes_before(steps, j, i)]
+        before.append(set(direct).union(*(before[j] for j in direct)))
+    return before
+
+
+def sets_twice(steps: list[Step]) -> bool:
+    """Whether a flag may be set again before the wait has taken it that comes earlier in the program."""
+    before = all_before(steps)
+    waits: dict[tuple[int, int], int] = {}
+    issued: set[int] = set()  # what is complete when the scalar unit comes to the step
+    for i, step in enumerate(steps):
+        flag = (step.to, step.source)
+        if step.code == SET_FLAG and flag in waits and waits[flag] not in before[i] | issued:
+            return True
+        if step.code == WAIT_FLAG:
+            waits[flag] = i
+        if step.code < BARRIER and where(step, leaving=False) == S:
+            issued |= before[i] | {i}
+    return False
+
+
 def first_race(steps: list[Step]) -> tuple[int, int] | None:
     """The first step that conflicts with an earlier one and need not come after it; the earlier one, and it."""
-    before: list[set[int]] = []  # for each step, all steps that are complete before it starts
-    for i, step in enumerate(steps):
-        earlier: set[int] = set()
-        for j in range(i):
-            if comes_before(steps, j, i):
-                earlier |= before[j] | {j}
-        before.append(earlier)
+    for i, (step, earlier) in enumerate(zip(steps, all_before(steps), strict=True)):
         if step.code >= SET_FLAG:
             continue
         reads, writes = step.accesses()
@@ -164,8 +183,14 @@ def run(steps: list[Step]) -> None:
 @settings(max_examples=400, deadline=None)
 @given(programs())
 def test_refused_exactly_when_something_is_unordered(steps: list[Step]) -> None:
-    """Up to the first race the program passes, and with that step it is refused."""
+    """Up to the first race the program passes, and with that step it is refused; so is a flag that may be set twice."""
     race = first_race(steps)
+    if sets_twice(closed(steps[: race[1]] if race else steps)):
+        with pytest.raises(cann_sim.KernelError) as caught:
+            run(steps[: race[1]] if race else steps)
+        assert caught.value.kind == "flag"
+        assert "a second time" in caught.value.message
+        return
     if race is None:
         run(steps)
         return
@@ -185,7 +210,8 @@ def repaired(steps: list[Step]) -> tuple[list[Step], list[range]]:
         while race := first_race(right):
             first, then = right[race[0]].pipe, step.pipe
             event = EVENTS.index((first, then)) if first != then else None
-            flag = [Step(SET_FLAG, event, 7), Step(WAIT_FLAG, event, 7)] if first != then else [Step(BARRIER, then)]
+            own = 2 + len(repairs) % 6
+            flag = [Step(SET_FLAG, event, own), Step(WAIT_FLAG, event, own)] if first != then else [Step(BARRIER, then)]
             repairs.append(range(len(right) - 1, len(right) - 1 + len(flag)))
             right[-1:-1] = flag
         if len(right) > LENGTH - 24:
@@ -198,10 +224,11 @@ def repaired(steps: list[Step]) -> tuple[list[Step], list[range]]:
 def test_each_repair_of_a_program_is_needed_when_the_model_says_so(steps: list[Step]) -> None:
     """With all flags and barriers that the model asks for it passes; without one of them as the model says."""
     right, repairs = repaired(steps)
+    assume(not sets_twice(closed(right)))
     run(right)
     for repair in repairs:
         without = [step for i, step in enumerate(right) if i not in repair]
-        if first_race(without) is None:
+        if first_race(without) is None and not sets_twice(closed(without)):
             run(without)
         else:
             with pytest.raises(cann_sim.KernelError):
@@ -264,3 +291,10 @@ def test_the_model_itself() -> None:
     assert first_race([add, Step(BARRIER, V), add]) is None
     assert first_race([copy, copy]) == (0, 1)
     assert first_race([Step(SET, 0), Step(GET, 0, 0)]) is None
+    back = [Step(code, EVENTS.index((V, MTE2)), 0) for code in (SET_FLAG, WAIT_FLAG)]
+    to_scalar = [Step(code, EVENTS.index((V, S)), 0) for code in (SET_FLAG, WAIT_FLAG)]
+    assert sets_twice(paired + paired)
+    assert sets_twice([*paired, Step(BARRIER, V), *paired])
+    assert not sets_twice(paired + back + paired)
+    assert not sets_twice(to_scalar + to_scalar)
+    assert not sets_twice(paired + to_scalar + paired)

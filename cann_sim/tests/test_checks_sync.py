@@ -27,6 +27,10 @@ QUEUES = [
 
 FLAGS = [
     Broken("set_twice", "flag", "SetFlag MTE2_V 0"),
+    Broken("set_before_taken", "flag", "SetFlag MTE2_V 0 second WaitFlag V_MTE2"),
+    Broken("set_after_barrier", "flag", "SetFlag V_MTE3 4 second WaitFlag MTE3_V"),
+    Broken("set_by_issue", "flag", "SetFlag S_V 0 second WaitFlag V_S"),
+    Broken("set_two_ids", "flag", "SetFlag MTE2_MTE3 0 second WaitFlag another id"),
     Broken("never_waited", "flag", "SetFlag V_MTE3 3 waited"),
     Broken("wait_of_nothing", "deadlock", "WaitFlag MTE2_V 2"),
     Broken("wait_twice", "deadlock", "WaitFlag MTE2_V 2"),
@@ -48,7 +52,7 @@ FLAGS = [
 @pytest.mark.parametrize("case", QUEUES + FLAGS, ids=lambda case: f"{case.kernel}-{case.bad}")
 def test_misuse(case: Broken) -> None:
     error = check_refused(FILE, case)
-    if case.kernel in ("set_twice", "id_wanted_by_a_queue"):
+    if case.kernel.startswith("set_") and case.kernel != "set_id" or case.kernel == "id_wanted_by_a_queue":
         assert FILE.place(case.kernel, "FIRST") in str(error)
 
 

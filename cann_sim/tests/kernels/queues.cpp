@@ -230,11 +230,68 @@ KERNEL(set_twice) {
   SetFlag<HardEvent::MTE2_V>(EVENT_ID0);  // FIRST
   if (right) {
     WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    Order<HardEvent::V_MTE2>();
   }
   SetFlag<HardEvent::MTE2_V>(EVENT_ID0);  // HERE
   WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
   if (!right) {
     WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+  }
+}
+
+// V may not have come to its wait when MTE2, which does not wait for V, sets the flag again.
+KERNEL(set_before_taken) {
+  Scratch s(x, y);
+  for (uint32_t tile = 0; tile < 2; ++tile) {
+    if (tile > 0 && right) {
+      WaitFlag<HardEvent::V_MTE2>(EVENT_ID0);
+    }
+    DataCopy(s.a[tile * kCount], s.x[tile * kCount], kCount);
+    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);   // HERE
+    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);  // FIRST
+    Adds(s.b[tile * kCount], s.a[tile * kCount], 1.0f, kCount);
+    if (tile == 0 && right) {
+      SetFlag<HardEvent::V_MTE2>(EVENT_ID0);
+    }
+  }
+}
+
+// A barrier of the waiting pipe tells the setting one nothing.
+KERNEL(set_after_barrier) {
+  Scratch s(x, y);
+  SetFlag<HardEvent::V_MTE3>(EVENT_ID4);
+  WaitFlag<HardEvent::V_MTE3>(EVENT_ID4);  // FIRST
+  if (right) {
+    PipeBarrier<PIPE_ALL>();
+  } else {
+    PipeBarrier<PIPE_MTE3>();
+    PipeBarrier<PIPE_V>();
+  }
+  SetFlag<HardEvent::V_MTE3>(EVENT_ID4);  // HERE
+  WaitFlag<HardEvent::V_MTE3>(EVENT_ID4);
+}
+
+// The scalar unit issues what follows its own wait only then; how far V is it does not know.
+KERNEL(set_by_issue) {
+  Scratch s(x, y);
+  for (uint32_t i = 0; i < 2; ++i) {
+    if (right) {
+      SetFlag<HardEvent::V_S>(EVENT_ID0);
+      WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    } else {
+      SetFlag<HardEvent::S_V>(EVENT_ID0);   // HERE
+      WaitFlag<HardEvent::S_V>(EVENT_ID0);  // FIRST
+    }
+  }
+}
+
+// With an id for each tile nothing has to come back.
+KERNEL(set_two_ids) {
+  Scratch s(x, y);
+  for (int32_t tile = 0; tile < 2; ++tile) {
+    const int32_t id = right ? tile : 0;
+    SetFlag<HardEvent::MTE2_MTE3>(id);   // HERE
+    WaitFlag<HardEvent::MTE2_MTE3>(id);  // FIRST
   }
 }
 
