@@ -52,7 +52,7 @@ FLAGS = [
 @pytest.mark.parametrize("case", QUEUES + FLAGS, ids=lambda case: f"{case.kernel}-{case.bad}")
 def test_misuse(case: Broken) -> None:
     error = check_refused(FILE, case)
-    if case.kernel.startswith("set_") and case.kernel != "set_id" or case.kernel == "id_wanted_by_a_queue":
+    if (case.kernel.startswith("set_") and case.kernel != "set_id") or case.kernel == "id_wanted_by_a_queue":
         assert FILE.place(case.kernel, "FIRST") in str(error)
 
 
