@@ -6,14 +6,15 @@ import ctypes
 import fcntl
 import functools
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 TOOLKIT = Path(__file__).resolve().parent / "toolkit"
 LIBRARY = TOOLKIT / "lib64" / "libcann_sim.so"
-SOURCES = Path(__file__).resolve().parent.parent / "src"  # there in a source tree, not in an installed package
-
-HEADERS = ("core", "tensor", "position", "pipe", "queue", "global", "copy", "launch", "cost_model")  # the runtime's
+PROJECT = Path(__file__).resolve().parent.parent
+SOURCES = PROJECT / "src"  # there in a source tree, not in an installed package
 
 
 class Site(ctypes.Structure):
@@ -70,19 +71,32 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def _build_in_source_tree() -> None:
-    """Builds the runtime when the package is used from its sources and they are newer than it."""
+    """Builds the runtime by its CMakeLists.txt when the package is used from sources that are newer than it."""
     if not SOURCES.is_dir():
         return
     LIBRARY.parent.mkdir(exist_ok=True)
-    with open(LIBRARY.parent / ".lock", "w") as lock:
+    lock = os.open(LIBRARY.parent, os.O_RDONLY)  # one process builds, the others wait for it
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        inputs = [*SOURCES.glob("*"), *(TOOLKIT / "include" / "cann_sim" / f"{name}.h" for name in HEADERS)]
-        if LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs):
-            return
-        built = LIBRARY.with_suffix(".so.new")
-        command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-shared", "-pthread"]
-        command += [f"-I{TOOLKIT / 'include'}", *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(built)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise ImportError(f"building {LIBRARY.name} failed:\n{result.stderr}")
-        built.replace(LIBRARY)
+        if not _is_current():
+            build = str(PROJECT / "build" / "runtime")
+            _cmake("-S", str(PROJECT), "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DCANN_SIM_TOOLKIT={TOOLKIT}")
+            _cmake("--build", build)
+            LIBRARY.touch()  # a header that the runtime does not include leaves it as it was
+    finally:
+        os.close(lock)
+
+
+def _is_current() -> bool:
+    inputs = [PROJECT / "CMakeLists.txt", *SOURCES.rglob("*"), *(TOOLKIT / "include").rglob("*")]
+    return LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
+
+
+def _cmake(*arguments: str) -> None:
+    beside = Path(sys.executable).parent / "cmake"
+    command = str(beside) if beside.exists() else shutil.which("cmake")
+    if command is None:
+        raise ImportError(f"{LIBRARY.name} has to be built from {SOURCES} and there is no cmake: pip install cmake")
+    result = subprocess.run([command, *arguments], capture_output=True, text=True)
+    if result.returncode != 0:
+        raise ImportError(f"building {LIBRARY.name} failed:\n{result.stdout}{result.stderr}")
