@@ -1,8 +1,6 @@
 // Ascend C as cann_sim runs it on the host: what a kernel source includes.
 #pragma once
 
-#define CANN_SIM 1
-
 #include <cmath>
 #include <cstdint>
 

@@ -100,7 +100,7 @@ enum class VectorClass : uint8_t {
   compare,  // Compare and its scalar forms
   select,   // Select
   reduce,   // WholeReduce*, BlockReduce*, PairReduce*, RepeatReduceSum
-  gather,   // Gather, GatherMask
+  gather,   // Gather
 };
 constexpr int kVectorClasses = static_cast<int>(VectorClass::gather) + 1;
 
