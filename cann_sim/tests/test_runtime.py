@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cann_sim
+from cann_sim._runtime import runtime
 
 SOURCE = """
+#include <stdexcept>
 #include "kernel_operator.h"
 using namespace AscendC;
 
@@ -46,6 +49,16 @@ extern "C" __global__ __aicore__ void move(GM_ADDR from, GM_ADDR to, uint32_t by
   tile = queue.DeQue<uint8_t>();
   DataCopyPad(target, tile, whole);
   queue.FreeTensor(tile);
+}
+
+extern "C" __global__ __aicore__ void asserts(GM_ADDR, uint32_t count) {
+  ASCENDC_ASSERT(count < 8, { KERNEL_LOG(KERNEL_ERROR, "count"); });
+}
+
+extern "C" __global__ __aicore__ void throws(GM_ADDR, uint32_t count) {
+  if (GetBlockIdx() == 1 && count >= 8) {
+    throw std::runtime_error("of its own");
+  }
 }
 
 extern "C" __global__ __aicore__ void fails_on(GM_ADDR, uint32_t first) {
@@ -120,6 +133,50 @@ def test_the_lowest_core_is_reported(library: cann_sim.KernelLibrary) -> None:
                 library.launch("fails_on", 12, None, first, config=cann_sim.Config(threads=threads))
             assert (caught.value.core, caught.value.kernel, caught.value.kind) == (first, "fails_on", "ub-overflow")
             assert f"runtime.cpp:{caught.value.line}: ub-overflow" in str(caught.value)
+
+
+def test_an_assertion_of_the_kernel(library: cann_sim.KernelLibrary) -> None:
+    library.launch("asserts", 2, None, 7)
+    with pytest.raises(cann_sim.KernelError) as caught:
+        library.launch("asserts", 2, None, 8)
+    error = caught.value
+    assert (error.kind, error.kernel, error.core) == ("assert", "asserts", 0)
+    assert "count < 8" in error.message
+    assert "ASCENDC_ASSERT" in SOURCE.splitlines()[error.line - 1]
+
+
+def test_an_exception_in_the_kernel(library: cann_sim.KernelLibrary) -> None:
+    library.launch("throws", 2, None, 7)
+    with pytest.raises(cann_sim.KernelError) as caught:
+        library.launch("throws", 2, None, 8)
+    assert (caught.value.kind, caught.value.kernel, caught.value.core) == ("exception", "throws", 1)
+    assert "of its own" in caught.value.message
+
+
+def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibrary) -> None:
+    """Those on the null stream run at once, as before; its own it may run when it likes."""
+    task_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    submit_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, task_type, ctypes.c_void_p)
+    taken: list[tuple[int, Callable[[int], None], int]] = []
+    submit = submit_type(lambda *call: taken.append(call))
+    launch = ctypes.CDLL(str(library.path)).aclrtlaunch_move
+    data, out = np.full(32, 7, np.uint8), np.zeros(32, np.uint8)
+    places = [array.ctypes.data for array in (data, out)]
+    handles = [runtime().cann_sim_register(place, 32, 1) for place in places]
+    runtime().cann_sim_set_executor(submit)
+    try:
+        for stream in (None, 0x5EA):
+            out[:] = 0
+            assert launch(1, ctypes.c_void_p(stream), *map(ctypes.c_void_p, places), 32) == 0
+            assert (out == (0 if stream else 7)).all()
+        ((stream, task, closure),) = taken
+        assert stream == 0x5EA
+        task(closure)
+        assert (out == 7).all()
+    finally:
+        runtime().cann_sim_set_executor(submit_type())
+        for handle in handles:
+            runtime().cann_sim_unregister(handle)
 
 
 def test_checks_can_be_switched_off(library: cann_sim.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

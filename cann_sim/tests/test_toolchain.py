@@ -24,7 +24,8 @@ include(${ASCEND_CANN_PACKAGE_PATH}/@FOLDER@/tikcpp/ascendc_kernel_cmake/ascendc
 ascendc_library(kernels SHARED kernels/scale.cpp kernels/nothing.cpp)
 ascendc_compile_definitions(kernels PRIVATE FACTOR=3 HAVE_WORKSPACE)
 ascendc_include_directories(kernels PRIVATE ${CMAKE_CURRENT_SOURCE_DIR}/include)
-ascendc_compile_options(kernels PRIVATE -g -forward-options-to-host-compiler -gdwarf-4)
+ascendc_compile_options(kernels PRIVATE -Wno-unused -O1 --cce-auto-sync=off
+                        -forward-options-to-host-compiler -fno-math-errno)
 add_executable(host main.cpp)
 target_include_directories(host PRIVATE include)
 target_link_libraries(host PRIVATE kernels)
@@ -141,3 +142,9 @@ def test_version_says_that_it_is_simulated() -> None:
     text = (Path(cann_sim.toolkit_path()) / "version.cfg").read_text()
     assert "cann_sim" in text
     assert "simulated" in text
+    assert f"version={cann_sim.__version__}" in text.splitlines()
+
+
+def test_the_project_has_that_version_too() -> None:
+    project = Path(__file__).parent.parent / "pyproject.toml"
+    assert f'version = "{cann_sim.__version__}"' in project.read_text().splitlines()

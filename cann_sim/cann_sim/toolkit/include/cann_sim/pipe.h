@@ -105,7 +105,7 @@ void PipeBarrier(CANN_SIM_HERE) {
     ::cann_sim::barrier_all(where);
   } else {
     static_assert(::cann_sim::modelled_pipe(pipe).modelled,
-                  "cann_sim does not model this pipe in PipeBarrier: only PIPE_V, PIPE_MTE2, PIPE_MTE3 and PIPE_ALL");
+                  "cann_sim does not model this PipeBarrier: only PIPE_V, PIPE_MTE2, PIPE_MTE3 and PIPE_ALL");
     ::cann_sim::barrier(::cann_sim::modelled_pipe(pipe).pipe, where);
   }
 }
