@@ -21,7 +21,7 @@ class LongRows {
   static constexpr bool kFp32 = sizeof(T) == sizeof(float);
   static constexpr int64_t kFlags = 6;
   static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag is waited for before it is set again");
-  static constexpr event_t kWeightFlag = static_cast<event_t>(6);
+  static constexpr event_t kOtherFlag = static_cast<event_t>(6);  // between the same pipes, not of a chunk
 
  public:
   __aicore__ inline LongRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
@@ -284,11 +284,11 @@ class LongRows {
 
   // weight_[0:n] = the class weights of a chunk. Rare, so it is not worth a second buffer.
   __aicore__ inline void LoadWeight(int64_t chunk, int64_t n) {
-    SetFlag<HardEvent::V_MTE2>(kWeightFlag);
-    WaitFlag<HardEvent::V_MTE2>(kWeightFlag);
+    SetFlag<HardEvent::V_MTE2>(kOtherFlag);
+    WaitFlag<HardEvent::V_MTE2>(kOtherFlag);
     CopyIn(weight_, Gm<float>(gm_.weight, args_.class_start + chunk * plan_.chunk_cols), n);
-    SetFlag<HardEvent::MTE2_V>(kWeightFlag);
-    WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
+    SetFlag<HardEvent::MTE2_V>(kOtherFlag);
+    WaitFlag<HardEvent::MTE2_V>(kOtherFlag);
   }
 
   // t x in fp32: in the slot itself when it is that already, else in `work`.
@@ -708,8 +708,8 @@ class LongRows {
       }
       if (!filled) {
         AscendC::Duplicate(zeros_.template ReinterpretCast<float>(), 0.0f, kZeroBytes / sizeof(float));
-        SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
-        WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+        SetFlag<HardEvent::V_MTE3>(kOtherFlag);
+        WaitFlag<HardEvent::V_MTE3>(kOtherFlag);
         filled = true;
       }
       const int64_t end = smaller(piece.end * plan_.chunk_cols, args_.cols);

@@ -64,7 +64,6 @@ PAIRING = "takes a flag that was set for a successor which does not come: flags 
 REDUNDANT = {
     ("long_rows.h", "Block", "WaitFlag<HardEvent::S_V>(EVENT_ID0);"): PAIRING,
     ("long_rows.h", "Block", "WaitFlag<HardEvent::S_V>(EVENT_ID1);"): PAIRING,
-    ("long_rows.h", "Store", "WaitFlag<HardEvent::MTE3_V>(flag);"): "keeps a flag from being set twice, not memory",
     ("short_rows.h", "Drain", "WaitFlag<HardEvent::MTE3_V>(statistics_left_);"): PAIRING,
     (
         "short_rows.h",
