@@ -1,7 +1,7 @@
 # From a bare Linux machine with Python 3.10 or newer, g++ and make:
 #
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
-#   make test     runs the tests, and those of cann_sim                          (TEST_ARGS="-k contract")
+#   make test     runs the tests, and those of cann_sim       (TEST_ARGS="-k contract": some, without cann_sim's)
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
