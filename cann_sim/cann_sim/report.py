@@ -7,7 +7,7 @@ measured on hardware.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 PIPES = ("S", "V", "MTE2", "MTE3")
@@ -52,7 +52,7 @@ class CoreReport:
         return any(self.instructions.get(pipe, 0) for pipe in PIPES if pipe != "S")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a launch did: `cores` in the order of their index, `time_ns` until the last of them was done."""
 
@@ -62,8 +62,13 @@ class Report:
     time_ns: float
     config: Any = None
     sync_sites: Sequence[SyncSite] = ()
-    trace: Sequence[Event] = field(default=(), repr=False)
+    trace: Sequence[Event] = ()
     trace_core: int | None = None
+
+    def __repr__(self) -> str:
+        pipe, share = self.busiest()
+        blocks = f"{self.blocks} block{'s' * (self.blocks != 1)}"
+        return f"<Report of {self.kernel}: {blocks}, {self.time_ns / 1e3:.1f} us, {pipe} busy {share:.1%}>"
 
     @property
     def read_bytes(self) -> int:

@@ -3,6 +3,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 
 namespace cann_sim {
@@ -40,6 +41,12 @@ std::string remedy(Pipe earlier, Pipe later) {
   return format(
       "a flag %s_%s (SetFlag/WaitFlag, or EnQue/DeQue, FreeTensor/AllocTensor of a queue) between them is missing",
       pipe_name(earlier), pipe_name(later));
+}
+
+// What came first stands further down: a loop ran it before.
+const char* earlier_pass(Place earlier, Place later) {
+  const bool same_file = earlier.file == later.file || std::strcmp(earlier.file, later.file) == 0;
+  return same_file && earlier.line > later.line ? " (that ran earlier: in the previous pass of a loop?)" : "";
 }
 
 }  // namespace
@@ -108,11 +115,12 @@ void CoreState::fail_conflict(Core& core, const Instruction& self, const char* m
                               bool writes, const Conflict& conflict) {
   const PlaceEntry& place = places[self.place];
   const PlaceEntry& earlier = places[conflict.place];
-  core.fail("race", place.where,
-            format("%s (pipe %s) %s %s bytes %s that %s (pipe %s) at %s %s, and nothing orders it after that: %s",
-                   place.op, pipe_name(self.pipe), writes ? "writes" : "reads", memory, range_text(start, end).c_str(),
-                   earlier.op, pipe_name(conflict.pipe), place_text(earlier).c_str(),
-                   conflict.earlier_writes ? "writes" : "reads", remedy(conflict.pipe, self.pipe).c_str()));
+  core.fail(
+      "race", place.where,
+      format("%s (pipe %s) %s %s bytes %s that %s (pipe %s) at %s %s, and nothing orders it after that: %s%s", place.op,
+             pipe_name(self.pipe), writes ? "writes" : "reads", memory, range_text(start, end).c_str(), earlier.op,
+             pipe_name(conflict.pipe), place_text(earlier).c_str(), conflict.earlier_writes ? "writes" : "reads",
+             remedy(conflict.pipe, self.pipe).c_str(), earlier_pass(earlier.where, place.where)));
 }
 
 void CoreState::check_read(Core& core, const Instruction& self, uint32_t from, uint32_t to, const Record& record) {
@@ -375,7 +383,7 @@ void RunningCore::reset(const Launch& launch, CoreResult& result, uint32_t index
   std::memset(state.taken_ids, 0, sizeof(state.taken_ids));
   std::memset(state.id_places, 0, sizeof(state.id_places));
   state.queues.clear();
-  state.ub_used = state.buffer_count = 0;
+  state.empty_ub();
   state.pipe = nullptr;
   state.last_buffer = nullptr;
   state.timing.reset(&launch, &result, launch.config.trace_core == static_cast<int>(index));

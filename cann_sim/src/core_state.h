@@ -36,6 +36,13 @@ struct QueueBuffer {
   uint64_t turn = 0;   // when it became idle: the one idle for longest is handed out first
 };
 
+// What one InitBuffer took of UB.
+struct TakenUb {
+  AscendC::TPosition position;
+  uint32_t count, bytes;  // buffers, and bytes of each
+  Place where;
+};
+
 struct QueueState {
   AscendC::TPosition position;
   uint32_t depth, bytes;
@@ -94,6 +101,7 @@ struct CoreState {
   uint16_t id_places[kEvents][kEventIds] = {};  // where AllocEventID took them; 0 for a queue's
   std::deque<QueueState> queues;
   uint32_t ub_used = 0, buffer_count = 0;
+  std::vector<TakenUb> ub_taken;
   AscendC::TPipe* pipe = nullptr;
   const Buffer* last_buffer = nullptr;
   Timing timing;
@@ -109,6 +117,11 @@ struct CoreState {
   const Buffer& find_buffer(Core& core, const Instruction& self, uint64_t start, uint64_t end, bool writes);
   void read_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end);
   void write_gm(Core& core, const Instruction& self, uint64_t start, uint64_t end);
+
+  void empty_ub() {
+    ub_used = buffer_count = 0;
+    ub_taken.clear();
+  }
 
   [[noreturn]] void fail_conflict(Core& core, const Instruction& self, const char* memory, uint64_t start, uint64_t end,
                                   bool writes, const Conflict& conflict);

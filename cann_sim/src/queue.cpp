@@ -63,7 +63,8 @@ const char* free_site(HardEvent event) {
   }
 }
 
-uint32_t take_ub(CoreState& state, TPosition position, uint64_t bytes, uint32_t count, Place where) {
+uint32_t take_ub(CoreState& state, TPosition position, uint64_t each, uint32_t count, Place where) {
+  const uint64_t bytes = each * count;
   state.buffer_count += count;
   if (state.buffer_count > kMaxBuffers) {
     core().fail(
@@ -71,14 +72,22 @@ uint32_t take_ub(CoreState& state, TPosition position, uint64_t bytes, uint32_t 
         format("InitBuffer: %u buffers in this kernel, at most %u are possible", state.buffer_count, kMaxBuffers));
   }
   if (state.ub_used + bytes > kUbUsable) {
-    core().fail(
-        "ub-overflow", where,
-        format("InitBuffer of %llu bytes for %s: %u bytes of UB are taken already and %u are usable (192K less %u "
-               "reserved)",
-               static_cast<unsigned long long>(bytes), position_name(position), state.ub_used, kUbUsable, kUbReserved));
+    std::string text = format(
+        "InitBuffer of %u x %llu bytes for %s: %u bytes of UB are taken already and %u bytes are usable (%u less %u "
+        "reserved)",
+        count, static_cast<unsigned long long>(each), position_name(position), state.ub_used, kUbUsable, kUbBytes,
+        kUbReserved);
+    const char* separator = "; taken are ";
+    for (const TakenUb& taken : state.ub_taken) {
+      text += format("%s%u x %u for %s at %s:%d", separator, taken.count, taken.bytes, position_name(taken.position),
+                     taken.where.file, taken.where.line);
+      separator = ", ";
+    }
+    core().fail("ub-overflow", where, text);
   }
   const uint32_t address = state.ub_used;
   state.ub_used += static_cast<uint32_t>(bytes);
+  state.ub_taken.push_back({position, count, static_cast<uint32_t>(each), where});
   return address;
 }
 
@@ -165,7 +174,7 @@ void init_queue(QueueState*& queue, TPosition position, int32_t depth, uint32_t 
                        of_position, position_name(position), kMaxBuffersOfPosition));
   }
   const uint32_t rounded = (bytes + 31) / 32 * 32;
-  const uint32_t address = take_ub(state, position, uint64_t{rounded} * count, count, where);
+  const uint32_t address = take_ub(state, position, (uint64_t{bytes} + 31) / 32 * 32, count, where);
   if (queue == nullptr) {
     state.queues.emplace_back();
     queue = &state.queues.back();
@@ -201,12 +210,16 @@ void alloc_tensor(QueueState* handle, LocalTensorBase& tensor, Place where) {
     }
   }
   if (chosen == nullptr) {
-    std::string text = format("AllocTensor: no buffer of this %s queue is free;", position_name(queue.position));
+    std::string text = format("AllocTensor: no buffer of this %s queue is free", position_name(queue.position));
+    const char* separator = ": ";
+    bool all_queued = true;
     for (const QueueBuffer& buffer : queue.buffers) {
-      text += format(" one is %s (%s at %s)", state_text(buffer.state), state.places[buffer.place].op,
+      text += format("%sone is %s (%s at %s)", separator, state_text(buffer.state), state.places[buffer.place].op,
                      place_text(state.places[buffer.place]).c_str());
+      separator = ", ";
+      all_queued = all_queued && buffer.state == QueueBuffer::State::queued;
     }
-    core().fail("queue", where, text);
+    core().fail("queue", where, text + (all_queued ? "; DeQue and FreeTensor missing?" : "; FreeTensor missing?"));
   }
   if (chosen->id >= 0) {
     wait_queue_flag(state, *chosen, free_site(chosen->event), where);
@@ -244,7 +257,8 @@ void dequeue(QueueState* handle, LocalTensorBase& tensor, QueuePipes pipes, Plac
   QueueState& queue = initialised(handle, "DeQue", where);
   CoreState& state = core().state();
   if (queue.fifo.empty()) {
-    core().fail("queue", where, format("DeQue from a %s queue that is empty", position_name(queue.position)));
+    core().fail("queue", where,
+                format("DeQue from a %s queue that is empty; EnQue missing?", position_name(queue.position)));
   }
   QueueBuffer& buffer = *queue.fifo.front();
   queue.fifo.pop_front();
@@ -304,8 +318,8 @@ void check_leaks(Core& core, Place where, const char* when) {
         const PlaceEntry& place = state.places[buffer.place];
         core.fail(
             "leak", where.line == 0 ? place.where : where,
-            format("a tensor of a %s queue was never freed: it is %s %s (%s at %s)", position_name(queue.position),
-                   state_text(buffer.state), when, place.op, place_text(place).c_str()));
+            format("a tensor of a %s queue was never freed: %s it was %s (%s at %s); FreeTensor missing?",
+                   position_name(queue.position), when, state_text(buffer.state), place.op, place_text(place).c_str()));
       }
     }
   }
@@ -323,7 +337,7 @@ void reset_pipe(Place where) {
     }
     queue.buffers.clear();
   }
-  state.ub_used = state.buffer_count = 0;
+  state.empty_ub();
 }
 
 }  // namespace cann_sim
@@ -335,7 +349,7 @@ TPipe::TPipe() {
   if (!state.queues.empty()) {  // a second TPipe starts from an empty unified buffer
     ::cann_sim::reset_pipe(state.queues.back().where);
   }
-  state.ub_used = state.buffer_count = 0;
+  state.empty_ub();
   state.pipe = this;
 }
 

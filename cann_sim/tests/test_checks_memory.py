@@ -12,7 +12,13 @@ USABLE = 192 * 1024 - 256 - 8 * 1024  # bytes of UB that InitBuffer may give awa
 
 MEMORY = [
     Broken("buffer_bytes", "ub-overflow", "188160", bad=USABLE + 32, good=USABLE),
-    Broken("queue_bytes", "ub-overflow", "188160", bad=(USABLE - 8192) // 2 + 32, good=(USABLE - 8192) // 64 * 32),
+    Broken(
+        "queue_bytes",
+        "ub-overflow",
+        "188160 taken VECCALC memory.cpp:19",
+        bad=(USABLE - 8192) // 2 + 32,
+        good=(USABLE - 8192) // 64 * 32,
+    ),
     Broken("buffers_of_a_position", "queue", "VECIN 8", bad=5, good=4),
     Broken("buffers_of_a_kernel", "queue", "64", bad=65, good=64),
     Broken("buffer_of_nothing", "params", "InitBuffer 0", bad=0, good=1),

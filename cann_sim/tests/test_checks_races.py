@@ -61,6 +61,8 @@ def test_without_its_synchronisation_it_is_a_race(case: Broken) -> None:
     error = check_refused(FILE, case)
     assert FILE.place(case.kernel, case.mark) in str(error)
     assert FILE.place(case.kernel, "FIRST") in error.message
+    later_line = FILE.line(case.kernel, "FIRST") > FILE.line(case.kernel, case.mark)
+    assert ("that ran earlier" in error.message) == later_line
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -10,7 +10,7 @@ FILE = kernel_file("queues")
 QUEUES = [
     Broken("foreign_tensor", "queue", "EnQue"),
     Broken("scratch_tensor", "queue", "EnQue"),
-    Broken("dequeue_of_nothing", "queue", "DeQue empty"),
+    Broken("dequeue_of_nothing", "queue", "DeQue empty EnQue missing?"),
     Broken("free_twice", "queue", "FreeTensor"),
     Broken("free_while_queued", "queue", "FreeTensor"),
     Broken("enqueue_twice", "queue", "EnQue"),
@@ -19,9 +19,9 @@ QUEUES = [
     Broken("write_after_free", "queue", "DataCopy FreeTensor"),
     Broken("use_after_free_copy", "queue", "DataCopy FreeTensor"),
     Broken("use_after_free_scalar", "queue", "GetValue FreeTensor"),
-    Broken("alloc_beyond", "queue", "AllocTensor VECIN free"),
+    Broken("alloc_beyond", "queue", "AllocTensor VECIN free: ), FreeTensor missing?"),
     Broken("alloc_before_init", "queue", "AllocTensor InitBuffer"),
-    Broken("never_freed", "leak", "VECIN freed DeQue"),
+    Broken("never_freed", "leak", "VECIN freed DeQue FreeTensor missing?"),
     Broken("never_dequeued", "leak", "VECIN freed EnQue"),
 ]
 

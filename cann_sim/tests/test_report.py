@@ -51,6 +51,11 @@ def test_bytes_and_instructions_are_counted() -> None:
     assert report.time_ns == pytest.approx(max(core.time_ns for core in report.cores))
 
 
+def test_a_report_prints_as_one_line() -> None:
+    assert re.fullmatch(r"<Report of streaming_add: 4 blocks, \d+\.\d us, MTE2 busy \d+\.\d%>", str(add(10, 4)))
+    assert ": 1 block, " in repr(add(1, 1))
+
+
 def test_a_core_without_work_is_not_counted_as_idle() -> None:
     busy, idle = add(8, 8), add(8, 16)
     assert (idle.working_cores, idle.blocks) == (8, 16)
