@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,16 +69,26 @@ class KernelLibrary:
         self.path = Path(path).resolve()
         self._runtime = runtime()
         self._library = ctypes.CDLL(str(self.path))
+        if not self.kernels():
+            raise ValueError(
+                f"{self.path} has no kernels: a library that ascendc_library or cann_sim.compile built is wanted"
+            )
 
     def __repr__(self) -> str:
         return f"KernelLibrary({str(self.path)!r})"
+
+    def kernels(self) -> list[str]:
+        """Names of the kernels: those whose launchers the library defines, or takes from another one."""
+        names = {name.decode() for name in re.findall(rb"(?<=\0aclrtlaunch_)\w+(?=\0)", self.path.read_bytes())}
+        return sorted(name for name in names if hasattr(self._library, f"cann_sim_parameters_{name}"))
 
     def parameters(self, kernel: str) -> list[tuple[str, int]]:
         """Kind ('p', 'i', 'u', 'f', 's') and bytes of each of the kernel's parameters."""
         try:
             entries = (Parameter * 256).in_dll(self._library, f"cann_sim_parameters_{kernel}")
         except ValueError:
-            raise AttributeError(f"{self.path.name} has no kernel {kernel!r}") from None
+            names = ", ".join(self.kernels())
+            raise AttributeError(f"{self.path.name} has no kernel {kernel!r}; it has {names}") from None
         found = []
         for entry in entries:
             if entry.kind == b"\0":
@@ -94,7 +105,9 @@ class KernelLibrary:
         config = config or Config()
         parameters = self.parameters(kernel)
         if len(args) != len(parameters):
-            raise TypeError(f"kernel {kernel} takes {len(parameters)} arguments, {len(args)} given")
+            wanted = ", ".join(f"{number}: {_wanted(*parameter)}" for number, parameter in enumerate(parameters, 1))
+            takes = f"{len(parameters)} arguments ({wanted})" if parameters else "no arguments"
+            raise TypeError(f"kernel {kernel} takes {takes}, {len(args)} given")
         if not 1 <= blocks <= 65535:
             raise ValueError(f"blocks must be 1 to 65535, not {blocks}")
         function = getattr(self._library, f"aclrtlaunch_{kernel}")
@@ -103,7 +116,7 @@ class KernelLibrary:
         try:
             values = [
                 self._argument(kernel, number, kind, size, arg, registered)
-                for number, ((kind, size), arg) in enumerate(zip(parameters, args, strict=True))
+                for number, ((kind, size), arg) in enumerate(zip(parameters, args, strict=True), 1)
             ]
             run_config = self._run_config(kernel, config)
             self._runtime.cann_sim_configure(ctypes.byref(run_config))
@@ -135,18 +148,22 @@ class KernelLibrary:
             registered.append(self._runtime.cann_sim_register(address, size, written))
             return ctypes.c_void_p(address)
         if kind == "s":
-            data = bytes(arg)
-            if len(data) != size:
-                raise TypeError(f"{what}: the struct has {size} bytes, {len(data)} given")
+            try:
+                data = None if isinstance(arg, int) else bytes(arg)  # bytes(3) would be three zeros
+            except TypeError:
+                data = None
+            if data is None or len(data) != size:
+                given = type(arg).__name__ if data is None else f"{len(data)} bytes"
+                raise TypeError(f"{what}: {_wanted(kind, size)} is wanted, {given} given")
             return ctypes.c_char_p(data)  # the launcher copies it
         if isinstance(arg, ctypes._SimpleCData):
             arg = arg.value
         try:
             value = INTEGERS[kind, size](arg)
         except TypeError:
-            raise TypeError(f"{what}: a number is wanted, not {type(arg).__name__}") from None
+            raise TypeError(f"{what}: {_wanted(kind, size)} is wanted, {type(arg).__name__} given") from None
         if kind != "f" and value.value != arg:
-            raise OverflowError(f"{what}: {arg} does not fit in {size} bytes")
+            raise OverflowError(f"{what}: {_wanted(kind, size)} is wanted, {arg} does not fit")
         return value
 
     def _run_config(self, kernel: str, config: Config) -> RunConfig:
@@ -196,6 +213,13 @@ class KernelLibrary:
         return sorted(numbered)
 
 
+def _wanted(kind: str, size: int) -> str:
+    """A parameter as an error names it."""
+    bits = f"{size * 8}-bit"
+    words = {"p": "a GM buffer", "s": f"a struct of {size} bytes", "f": f"a {bits} float"}
+    return words.get(kind) or f"{'an unsigned' if kind == 'u' else 'a signed'} {bits} integer"
+
+
 def _memory(what: str, array: Any) -> tuple[int, int]:
     """Address and bytes of a contiguous numpy array or CPU tensor."""
     if hasattr(array, "data_ptr"):
@@ -209,5 +233,6 @@ def _memory(what: str, array: Any) -> tuple[int, int]:
             raise ValueError(f"{what}: the array is not contiguous")
         return array.ctypes.data, array.nbytes
     raise TypeError(
-        f"{what}: a pointer takes an array, a CPU tensor, Uninit, Workspace or None, not {type(array).__name__}"
+        f"{what}: {_wanted('p', 8)} (an array, a CPU tensor, Uninit, Workspace or None) is wanted, "
+        f"{type(array).__name__} given"
     )

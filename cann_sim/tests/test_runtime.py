@@ -92,20 +92,32 @@ def test_arguments_arrive(library: cann_sim.KernelLibrary) -> None:
 
 def test_arguments_that_do_not_fit_are_refused(library: cann_sim.KernelLibrary) -> None:
     out, good = np.zeros(5, np.float32), Options(1, 1)
-    with pytest.raises(TypeError, match="takes 6 arguments, 2 given"):
+    with pytest.raises(
+        TypeError, match=r"takes 6 arguments \(1: a GM buffer, 2: a struct of 8 bytes, 3: a 32-bit float, .*\), 2 given"
+    ):
         library.launch("numbers", 1, out, good)
-    with pytest.raises(OverflowError, match="argument 3: 256 does not fit in 1 bytes"):
+    with pytest.raises(OverflowError, match="argument 4: an unsigned 8-bit integer is wanted, 256 does not fit"):
         library.launch("numbers", 1, out, good, 1.0, 256, 0, None)
-    with pytest.raises(TypeError, match="argument 1: the struct has 8 bytes, 3 given"):
+    with pytest.raises(TypeError, match="argument 2: a struct of 8 bytes is wanted, 3 bytes given"):
         library.launch("numbers", 1, out, b"abc", 1.0, 1, 0, None)
-    with pytest.raises(TypeError, match="argument 0: a pointer takes"):
+    for wrong in (8, "abcdefgh", None):
+        with pytest.raises(TypeError, match=f"a struct of 8 bytes is wanted, {type(wrong).__name__} given"):
+            library.launch("numbers", 1, out, wrong, 1.0, 1, 0, None)
+    with pytest.raises(TypeError, match="argument 5: a signed 64-bit integer is wanted, ndarray given"):
+        library.launch("numbers", 1, out, good, 1.0, 1, out, None)
+    with pytest.raises(TypeError, match=r"argument 1: a GM buffer \(an array, .*\) is wanted, list given"):
         library.launch("numbers", 1, [1, 2], good, 1.0, 1, 0, None)
     with pytest.raises(ValueError, match="not contiguous"):
         library.launch("numbers", 1, np.zeros(10, np.float32)[::2], good, 1.0, 1, 0, None)
     with pytest.raises(ValueError, match="blocks"):
         library.launch("numbers", 0, out, good, 1.0, 1, 0, None)
-    with pytest.raises(AttributeError, match="no kernel 'number'"):
+    with pytest.raises(AttributeError, match="no kernel 'number'; it has asserts, fails_on, move, numbers, throws"):
         library.launch("number", 1)
+
+
+def test_a_library_without_kernels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"libcann_sim.so has no kernels: a library that ascendc_library"):
+        cann_sim.KernelLibrary(Path(cann_sim.toolkit_path()) / "lib64" / "libcann_sim.so")
 
 
 def test_a_view_is_a_buffer_of_its_own(library: cann_sim.KernelLibrary) -> None:
