@@ -12,13 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 from ._library import KernelLibrary
+from ._refusals import lead
 from ._runtime import LIBRARY, TOOLKIT, toolkit_path
 
 BUILD_FILES = TOOLKIT / "tools" / "tikcpp" / "ascendc_kernel_cmake"
 
 
 class CompileError(Exception):
-    """A kernel source does not compile; the message is the compiler's."""
+    """A kernel source does not compile; the message is the compiler's, after a line for each name not modelled."""
 
 
 def compile(
@@ -51,7 +52,7 @@ def compile(
         if not library.exists():
             _build(launchers, compiler, paths, texts, library)
     except launchers.LauncherError as error:
-        raise CompileError(str(error)) from None
+        raise CompileError(lead(str(error))) from None
     return KernelLibrary(library)
 
 
@@ -67,9 +68,10 @@ def _build(launchers: ModuleType, compiler: list[str], paths: list[Path], texts:
             wrappers.append(str(wrapper))
         built = Path(folder) / library.name
         command = [*compiler, "-shared", *wrappers, "-o", str(built), str(LIBRARY), f"-Wl,-rpath,{LIBRARY.parent}"]
-        result = subprocess.run(command, capture_output=True, text=True)
+        english = {**os.environ, "LC_ALL": "C.UTF-8"}
+        result = subprocess.run(command, capture_output=True, text=True, env=english)
         if result.returncode != 0:
-            raise CompileError(result.stderr)
+            raise CompileError(lead(result.stderr))
         built.replace(library)
 
 

@@ -14,14 +14,18 @@ inline constexpr bool always_false_value = false;
 
 namespace AscendC {
 
-// Each is callable with any arguments, with type or with value template arguments. The ellipsis makes it the worst of
-// all matches, so that a kernel's own function of the same name is still the one that is called.
+// Each is callable with any arguments, with type or value template arguments, or values after one type. The ellipsis
+// makes it the worst of all matches, so that a kernel's own function of the same name is still the one that is called.
 #define CANN_SIM_UNSUPPORTED(NAME)                                                                   \
   template <typename... Types>                                                                       \
   void NAME(...) {                                                                                   \
     static_assert(::cann_sim::always_false<Types...>, "cann_sim does not model " #NAME);             \
   }                                                                                                  \
   template <auto first, auto... rest>                                                                \
+  void NAME(...) {                                                                                   \
+    static_assert(::cann_sim::always_false_value<first, rest...>, "cann_sim does not model " #NAME); \
+  }                                                                                                  \
+  template <typename Type, auto first, auto... rest>                                                 \
   void NAME(...) {                                                                                   \
     static_assert(::cann_sim::always_false_value<first, rest...>, "cann_sim does not model " #NAME); \
   }
@@ -103,6 +107,63 @@ CANN_SIM_UNSUPPORTED(RmsNorm)
 CANN_SIM_UNSUPPORTED(Broadcast)
 CANN_SIM_UNSUPPORTED(BroadCast)
 CANN_SIM_UNSUPPORTED(Tanh)
+CANN_SIM_UNSUPPORTED(Sin)
+CANN_SIM_UNSUPPORTED(Cos)
+CANN_SIM_UNSUPPORTED(Tan)
+CANN_SIM_UNSUPPORTED(Asin)
+CANN_SIM_UNSUPPORTED(Acos)
+CANN_SIM_UNSUPPORTED(Atan)
+CANN_SIM_UNSUPPORTED(Sinh)
+CANN_SIM_UNSUPPORTED(Cosh)
+CANN_SIM_UNSUPPORTED(Asinh)
+CANN_SIM_UNSUPPORTED(Acosh)
+CANN_SIM_UNSUPPORTED(Atanh)
+CANN_SIM_UNSUPPORTED(Erf)
+CANN_SIM_UNSUPPORTED(Erfc)
+CANN_SIM_UNSUPPORTED(Log2)
+CANN_SIM_UNSUPPORTED(Log10)
+CANN_SIM_UNSUPPORTED(Lgamma)
+CANN_SIM_UNSUPPORTED(Digamma)
+CANN_SIM_UNSUPPORTED(Sign)
+CANN_SIM_UNSUPPORTED(Ceil)
+CANN_SIM_UNSUPPORTED(Floor)
+CANN_SIM_UNSUPPORTED(Round)
+CANN_SIM_UNSUPPORTED(Trunc)
+CANN_SIM_UNSUPPORTED(Frac)
+CANN_SIM_UNSUPPORTED(Fmod)
+CANN_SIM_UNSUPPORTED(Xor)
+CANN_SIM_UNSUPPORTED(CumSum)
+CANN_SIM_UNSUPPORTED(ClampMax)
+CANN_SIM_UNSUPPORTED(ClampMin)
+CANN_SIM_UNSUPPORTED(Sum)
+CANN_SIM_UNSUPPORTED(Mean)
+CANN_SIM_UNSUPPORTED(FasterGelu)
+CANN_SIM_UNSUPPORTED(FasterGeluV2)
+CANN_SIM_UNSUPPORTED(Silu)
+CANN_SIM_UNSUPPORTED(Swish)
+CANN_SIM_UNSUPPORTED(SwiGLU)
+CANN_SIM_UNSUPPORTED(GeGLU)
+CANN_SIM_UNSUPPORTED(ReGlu)
+CANN_SIM_UNSUPPORTED(BatchNorm)
+CANN_SIM_UNSUPPORTED(DeepNorm)
+CANN_SIM_UNSUPPORTED(GroupNorm)
+CANN_SIM_UNSUPPORTED(Normalize)
+CANN_SIM_UNSUPPORTED(WelfordUpdate)
+CANN_SIM_UNSUPPORTED(WelfordFinalize)
+CANN_SIM_UNSUPPORTED(LayerNormGrad)
+CANN_SIM_UNSUPPORTED(LayerNormGradBeta)
+CANN_SIM_UNSUPPORTED(SoftmaxGrad)
+CANN_SIM_UNSUPPORTED(SoftmaxGradFront)
+CANN_SIM_UNSUPPORTED(SoftmaxFlashV3)
+CANN_SIM_UNSUPPORTED(AdjustSoftMaxRes)
+CANN_SIM_UNSUPPORTED(ConfusionTranspose)
+CANN_SIM_UNSUPPORTED(Pad)
+CANN_SIM_UNSUPPORTED(UnPad)
+CANN_SIM_UNSUPPORTED(SelectWithBytesMask)
+CANN_SIM_UNSUPPORTED(ArithProgression)
+CANN_SIM_UNSUPPORTED(AscendQuant)
+CANN_SIM_UNSUPPORTED(AscendDequant)
+CANN_SIM_UNSUPPORTED(AscendAntiQuant)
 CANN_SIM_UNSUPPORTED(Sigmoid)
 CANN_SIM_UNSUPPORTED(Gelu)
 CANN_SIM_UNSUPPORTED(Log)
