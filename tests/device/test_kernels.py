@@ -53,11 +53,16 @@ MODES: dict[str, tuple[int, int, dict[str, int]]] = {
 class Case:
     """Inputs and options of one call of every primitive, and the results expected."""
 
-    def __init__(self, rows: int, cols: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    def __init__(self, rows: int, cols: int, dtype: torch.dtype, options: dict[str, Any], confident: float = 0) -> None:
+        """confident: added to the logit of every second row's target."""
         options = dict(options)
         self.weight = make_weight(cols, FP32, CPU) if options.pop("weight", False) else None
         self.logits = make_logits(rows, cols, dtype, CPU)
         self.target = make_target(rows, cols, CPU, ignore_index=-100 if options.pop("ignore", False) else None)
+        if confident:
+            kept = torch.arange(0, rows, 2)
+            kept = kept[self.target[kept] >= 0]
+            self.logits[kept, self.target[kept]] += confident
         self.options = options
         self.reduction = options.get("reduction", "mean")
         scalar = self.reduction != "none"
@@ -171,6 +176,16 @@ def test_every_row_mode_with_every_option(mode: str, dtype: torch.dtype, options
         forced = {**forced, "mode": STREAMING, "slots": 6}  # so long a row does not fit
     case = Case(rows, cols, dtype, options)
     case.check(case.run(Device(forced=forced)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: " ".join(map(str, o)) or "plain")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", ["short", "resident", "split"])
+def test_confident_predictions(mode: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Where p is near 1, the target's gradient is made another way, without the cancellation of a p - b."""
+    rows, cols, _ = MODES[mode]
+    case = Case(rows, cols, dtype, options, confident=25)
+    case.check(case.run(Device()))
 
 
 def test_modes_are_what_they_are_called() -> None:
