@@ -116,16 +116,13 @@ class LongRows {
   // ---- facts of rows: targets and what else comes a row at a time ----
 
   __aicore__ inline int64_t TargetOf(int64_t row) const { return target_.GetValue(row - fact_row_); }
-  __aicore__ inline bool IsIgnored(int64_t row) const { return TargetOf(row) == args_.ignore_index; }
+  __aicore__ inline bool IsIgnored(int64_t row) const { return npu_xent::IsIgnored(args_, TargetOf(row)); }
   __aicore__ inline bool IsRead(int64_t row) const { return !IsIgnored(row) || args_.read_ignored != 0; }
-  __aicore__ inline bool IsBad(int64_t row) const {
-    const int64_t y = TargetOf(row);
-    return y != args_.ignore_index && (y < 0 || y >= args_.num_classes);
-  }
+  __aicore__ inline bool IsBad(int64_t row) const { return npu_xent::IsBad(args_, TargetOf(row)); }
   // The target's column if it is one of the piece's, else -1.
   __aicore__ inline int64_t TargetColumn(const Piece& piece) const {
     const int64_t y = TargetOf(piece.row);
-    if (y == args_.ignore_index || y < args_.class_start || y >= args_.num_classes) {
+    if (!IsKept(args_, y) || y < args_.class_start) {
       return -1;
     }
     const int64_t column = y - args_.class_start;
@@ -159,7 +156,7 @@ class LongRows {
       if (column >= 0) {
         CopyIn(picked_[i * kBlockOf<T>], Gm<T>(gm_.logits, piece.row * args_.logits_stride + column), 1);
       }
-      if (kOutput == Output::grad && gm_.weight != nullptr && !IsIgnored(piece.row) && !IsBad(piece.row)) {
+      if (kOutput == Output::grad && gm_.weight != nullptr && IsKept(args_, TargetOf(piece.row))) {
         CopyIn(target_weight_[i * kBlock], Gm<float>(gm_.weight, TargetOf(piece.row)), 1);
       }
     }
@@ -323,7 +320,7 @@ class LongRows {
       PipeBarrier<PIPE_V>();
     }
     WaitFlag<HardEvent::S_V>(flag);  // it has read the maximum that was there
-    MaxOf(max_out_[load % 2 * kBlock], reduced_, x, padded);
+    Reduce<Maximum>(max_out_[load % 2 * kBlock], reduced_, x, padded);
     SetFlag<HardEvent::V_S>(flag);
   }
 
@@ -364,7 +361,7 @@ class LongRows {
       PadTail(work, n, padded, 0.0f);
       PipeBarrier<PIPE_V>();
     }
-    SumOf(chunk_sum_[lane], reduced_, work, padded);
+    Reduce<Total>(chunk_sum_[lane], reduced_, work, padded);
   }
   // Where the statistics of the j-th chunk since the last fold are. Rows take turns with two sets: the scalar unit
   // writes one while the vector unit may still read the other.
@@ -379,17 +376,17 @@ class LongRows {
     if (gm_.weight == nullptr) {
       chunk_weight_.SetValue(lane, static_cast<float>(n));
       PipeBarrier<PIPE_V>();
-      SumOf(chunk_wsum_[lane], reduced_, work, padded);
+      Reduce<Total>(chunk_wsum_[lane], reduced_, work, padded);
     } else {
       LoadWeight(chunk, n);
       if (n != padded) {
         PadTail(weight_, n, padded, 0.0f);
       }
       PipeBarrier<PIPE_V>();
-      SumOf(chunk_weight_[lane], reduced_, weight_, padded);  // has read weight_ and passed a barrier
+      Reduce<Total>(chunk_weight_[lane], reduced_, weight_, padded);  // has read weight_ and passed a barrier
       AscendC::Mul(weight_, weight_, work, padded);
       PipeBarrier<PIPE_V>();
-      SumOf(chunk_wsum_[lane], reduced_, weight_, padded);
+      Reduce<Total>(chunk_wsum_[lane], reduced_, weight_, padded);
     }
   }
 

@@ -11,8 +11,7 @@ extern "C" __global__ __aicore__ void npu_xent_reduce_rows(GM_ADDR target, GM_AD
                                                            GM_ADDR part_weight, GM_ADDR totals, GM_ADDR loss,
                                                            GM_ADDR z_loss, GM_ADDR sums, XentPlan plan, XentArgs args) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
-  AscendC::TPipe
-      pipe;  // outside of objects: the toolkit keeps its address, which would pin all their members to memory
+  AscendC::TPipe pipe;
   const ReduceTensors tensors{target,      weight,    lse,         lse_low, picked, wsum,   part_lse, part_lse_low,
                               part_picked, part_wsum, part_weight, totals,  loss,   z_loss, sums};
   ReduceRows(pipe, plan, args, tensors).Run();

@@ -81,7 +81,7 @@ class ReduceRows {
     WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
     if (gm_.weight != nullptr) {
       for (int64_t r = 0; r < n; ++r) {
-        if (IsKept(target_.GetValue(r))) {
+        if (IsKept(args_, target_.GetValue(r))) {
           CopyIn(target_weight_[r * kBlock], Gm<float>(gm_.weight, target_.GetValue(r)), 1);
         }
       }
@@ -91,7 +91,7 @@ class ReduceRows {
     kept_ = 0;
     for (int64_t r = 0; r < n; ++r) {
       const int64_t y = target_.GetValue(r);
-      const bool kept = IsKept(y), bad = !kept && y != args_.ignore_index;
+      const bool kept = IsKept(args_, y), bad = IsBad(args_, y);
       kept_ += kept ? 1 : 0;
       V(kKeep).SetValue(r, kept || bad ? 1.0f : 0.0f);
       V(kBad).SetValue(r, bad ? NaN() : 0.0f);
@@ -104,7 +104,6 @@ class ReduceRows {
     SetFlag<HardEvent::S_V>(EVENT_ID0);
     WaitFlag<HardEvent::S_V>(EVENT_ID0);
   }
-  __aicore__ inline bool IsKept(int64_t y) const { return y != args_.ignore_index && y >= 0 && y < args_.num_classes; }
 
   // The sum of kCount numbers, by trees, in lane 0 of `out`.
   __aicore__ inline void Sum(const LocalTensor<float>& out, const LocalTensor<float>& x) {
@@ -136,7 +135,7 @@ class ReduceRows {
     WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
     PadTail(weights_, n, round_up(n, kChunkUnit), 0.0f);
     PipeBarrier<PIPE_V>();
-    SumOf(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
+    Reduce<Total>(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
   }
   __aicore__ inline void StoreSums(int64_t task, float first, float second) {
     stored_.SetValue(0, first);
@@ -228,8 +227,16 @@ class ReduceRows {
     s.sum = t.high;
     s.error += t.low;  // finite, as t.low always is
   }
-  // Adds up the two sums of blocks [begin, end).
-  __aicore__ inline void AddBlocks(int64_t begin, int64_t end, ExactSum& first, ExactSum& second, int64_t& count) {
+  __aicore__ inline float Rounded(const ExactSum& s) const { return SumOfTwo(s.sum, s.error); }
+  // The two sums of blocks [begin, end); for totals the second is a count, and kept as an integer: fp32 holds those
+  // exactly only up to 2^24.
+  struct Sums {
+    ExactSum first, second;
+    int64_t count;
+  };
+  __aicore__ inline Sums AddBlocks(int64_t begin, int64_t end) {
+    const bool counts = args_.stage == static_cast<int64_t>(Stage::join_totals);
+    Sums sums{{0, 0}, {0, 0}, 0};
     for (int64_t block = begin; block < end; block += kCount) {
       const int64_t n = smaller(kCount, end - block);
       SetFlag<HardEvent::S_MTE2>(EVENT_ID0);
@@ -238,29 +245,28 @@ class ReduceRows {
       SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
       WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
       for (int64_t i = 0; i < n; ++i) {
-        AddTo(first, target_weight_.GetValue(i * kBlock));
-        AddTo(second, target_weight_.GetValue(i * kBlock + 1));
-        if (args_.stage == static_cast<int64_t>(Stage::join_totals)) {
-          count += static_cast<int32_t>(target_weight_.GetValue(i * kBlock + 1));
+        const float second = target_weight_.GetValue(i * kBlock + 1);
+        AddTo(sums.first, target_weight_.GetValue(i * kBlock));
+        if (counts) {
+          sums.count += static_cast<int32_t>(second);
+        } else {
+          AddTo(sums.second, second);
         }
       }
     }
+    return sums;
   }
 
   __aicore__ inline void JoinTotals() {
-    ExactSum weight{0, 0}, rows{0, 0}, classes{0, 0};
-    int64_t kept = 0;
-    AddBlocks(0, RowBlocks(), weight, rows, kept);
+    const Sums rows = AddBlocks(0, RowBlocks());
+    float weight = static_cast<float>(rows.count), classes = static_cast<float>(args_.num_classes);
     if (gm_.weight != nullptr) {
-      int64_t none = 0;
-      AddBlocks(RowBlocks(), RowBlocks() + WeightBlocks(), classes, rows, none);
+      weight = Rounded(rows.first);
+      classes = Rounded(AddBlocks(RowBlocks(), RowBlocks() + WeightBlocks()).first);
     }
-    // Counts are kept as integers: fp32 holds them exactly only up to 2^24.
-    stored_.SetValue(kKeptWeight,
-                     gm_.weight != nullptr ? SumOfTwo(weight.sum, weight.error) : static_cast<float>(kept));
-    stored_.SetValue(kKeptRows, static_cast<float>(kept));
-    stored_.SetValue(kClassWeight, gm_.weight != nullptr ? SumOfTwo(classes.sum, classes.error)
-                                                         : static_cast<float>(args_.num_classes));
+    stored_.SetValue(kKeptWeight, weight);
+    stored_.SetValue(kKeptRows, static_cast<float>(rows.count));
+    stored_.SetValue(kClassWeight, classes);
     SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
     WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
     CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
@@ -268,10 +274,8 @@ class ReduceRows {
 
   // l is divided by the kept weight, z by the kept rows: they are added only then.
   __aicore__ inline void JoinLoss() {
-    ExactSum loss{0, 0}, z{0, 0};
-    int64_t none = 0;
-    AddBlocks(0, RowBlocks(), loss, z, none);
-    float loss_sum = SumOfTwo(loss.sum, loss.error), z_sum = SumOfTwo(z.sum, z.error);
+    const Sums sums = AddBlocks(0, RowBlocks());
+    float loss_sum = Rounded(sums.first), z_sum = Rounded(sums.second);
     if (args_.reduction == kReductionMean) {
       const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
       loss_sum = Quotient(loss_sum, totals.GetValue(kKeptWeight));
@@ -350,7 +354,7 @@ class ReduceRows {
   }
   // Parts of a row that was not read hold zeros, which would join to log(parts).
   __aicore__ inline bool IsUnread(int64_t row) const {
-    return args_.read_ignored == 0 && Gm<int64_t>(gm_.target, row).GetValue(0) == args_.ignore_index;
+    return args_.read_ignored == 0 && IsIgnored(args_, Gm<int64_t>(gm_.target, row).GetValue(0));
   }
 
   // ---- memory ----

@@ -167,27 +167,50 @@ __aicore__ inline void PadTail(const LocalTensor<float>& x, int64_t n, int64_t p
   }
 }
 
-// out[0] = max(x) or sum(x) over n numbers, a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle
-// for 64 numbers, reductions of whole repeats several. `reduced`: scratch, n / 8 + 64 numbers. Sums are made by trees.
-__aicore__ inline void MaxOf(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
-                             const LocalTensor<float>& x, int64_t n) {
+// The two reductions, as the instructions that they are made of: of each data block of `repeats` times 64 numbers, of
+// each repeat, and of two vectors. A repeat of `src` begins `stride` data blocks after the one before; results are
+// dense.
+struct Maximum {
+  static __aicore__ inline void OfBlocks(const LocalTensor<float>& out, const LocalTensor<float>& src, int64_t repeats,
+                                         int64_t mask, int64_t stride) {
+    AscendC::BlockReduceMax(out, src, repeats, mask, 1, 1, stride);
+  }
+  static __aicore__ inline void OfRepeats(const LocalTensor<float>& out, const LocalTensor<float>& src, int64_t repeats,
+                                          int64_t mask, int64_t stride) {
+    AscendC::WholeReduceMax(out, src, mask, repeats, 1, 1, stride, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
+  }
+  static __aicore__ inline void OfTwo(const LocalTensor<float>& out, const LocalTensor<float>& a,
+                                      const LocalTensor<float>& b, int64_t n) {
+    AscendC::Max(out, a, b, n);
+  }
+};
+struct Total {
+  static __aicore__ inline void OfBlocks(const LocalTensor<float>& out, const LocalTensor<float>& src, int64_t repeats,
+                                         int64_t mask, int64_t stride) {
+    AscendC::BlockReduceSum(out, src, repeats, mask, 1, 1, stride);
+  }
+  static __aicore__ inline void OfRepeats(const LocalTensor<float>& out, const LocalTensor<float>& src, int64_t repeats,
+                                          int64_t mask, int64_t stride) {
+    AscendC::WholeReduceSum(out, src, mask, repeats, 1, 1, stride);
+  }
+  static __aicore__ inline void OfTwo(const LocalTensor<float>& out, const LocalTensor<float>& a,
+                                      const LocalTensor<float>& b, int64_t n) {
+    AscendC::Add(out, a, b, n);
+  }
+};
+
+// out[0] = the reduction of n numbers, a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle for 64
+// numbers, reductions of whole repeats several. `reduced`: scratch, n / 8 + 64 numbers. Sums are made by trees.
+template <typename Reduction>
+__aicore__ inline void Reduce(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
+                              const LocalTensor<float>& x, int64_t n) {
   const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
   const int64_t repeats = n / kLanes;
-  AscendC::BlockReduceMax(reduced, x, repeats, kLanes, 1, 1, 8);
+  Reduction::OfBlocks(reduced, x, repeats, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  AscendC::BlockReduceMax(again, reduced, repeats / kBlock, kLanes, 1, 1, 8);
+  Reduction::OfBlocks(again, reduced, repeats / kBlock, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  AscendC::WholeReduceMax(out, again, repeats, 1, 1, 1, 8, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
-}
-__aicore__ inline void SumOf(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
-                             const LocalTensor<float>& x, int64_t n) {
-  const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
-  const int64_t repeats = n / kLanes;
-  AscendC::BlockReduceSum(reduced, x, repeats, kLanes, 1, 1, 8);
-  PipeBarrier<PIPE_V>();
-  AscendC::BlockReduceSum(again, reduced, repeats / kBlock, kLanes, 1, 1, 8);
-  PipeBarrier<PIPE_V>();
-  AscendC::WholeReduceSum(out, again, repeats, 1, 1, 1, 8);
+  Reduction::OfRepeats(out, again, 1, repeats, kBlock);
 }
 
 // Element `element` of a tensor in GM and what follows.
@@ -221,6 +244,17 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
   }
   up.loss = mean ? Quotient(up.loss, totals.GetValue(kKeptWeight)) : up.loss;
   return up;
+}
+
+// What a target is: ignored; a class of some shard; or neither, which makes its row NaN.
+__aicore__ inline bool IsIgnored(const XentArgs& args, int64_t target) {
+  return target == args.ignore_index;
+}
+__aicore__ inline bool IsKept(const XentArgs& args, int64_t target) {
+  return !IsIgnored(args, target) && target >= 0 && target < args.num_classes;
+}
+__aicore__ inline bool IsBad(const XentArgs& args, int64_t target) {
+  return !IsIgnored(args, target) && !IsKept(args, target);
 }
 
 // u a, u b and u s of row_math.h, on the scalar unit.

@@ -64,8 +64,6 @@ class ShortRows {
 
   // ---- the scalar unit: targets ----
 
-  __aicore__ inline bool IsIgnored(int64_t y) const { return y == args_.ignore_index; }
-  __aicore__ inline bool IsBad(int64_t y) const { return !IsIgnored(y) && (y < 0 || y >= args_.num_classes); }
   __aicore__ inline bool IgnoredAt(const Facts& f, int64_t r) const { return (f.ignored[r / 64] >> (r % 64)) % 2 != 0; }
   __aicore__ inline bool ReadAt(const Facts& f, int64_t r) const { return args_.read_ignored != 0 || !IgnoredAt(f, r); }
 
@@ -87,7 +85,7 @@ class ShortRows {
     const LocalTensor<float> column = SetLane(kColumnOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
       const int64_t y = target_.GetValue(r);
-      const bool ignored = IsIgnored(y), bad = IsBad(y);
+      const bool ignored = IsIgnored(args_, y), bad = IsBad(args_, y);
       f.any_bad = f.any_bad || bad;
       if (ignored) {
         f.any_ignored = true;
@@ -108,14 +106,14 @@ class ShortRows {
   __aicore__ inline void LookUpExceptions(const Facts& f) {
     const LocalTensor<float> bad = SetLane(kBadOf, f), read = SetLane(kReadOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
-      bad.SetValue(r, IsBad(target_.GetValue(r)) ? NaN() : 0.0f);
+      bad.SetValue(r, IsBad(args_, target_.GetValue(r)) ? NaN() : 0.0f);
       read.SetValue(r, ReadAt(f, r) ? 1.0f : 0.0f);
     }
   }
   __aicore__ inline void LookUpWeights(const Facts& f) {
     for (int64_t r = 0; r < f.rows; ++r) {
       const int64_t y = target_.GetValue(r);
-      if (!IsIgnored(y) && !IsBad(y)) {
+      if (IsKept(args_, y)) {
         CopyIn(target_weight_[r * kBlock], Gm<float>(gm_.weight, y), 1);
       }
     }
@@ -124,7 +122,7 @@ class ShortRows {
     const LocalTensor<float> weight = SetLane(kWeightOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
       const int64_t y = target_.GetValue(r);
-      weight.SetValue(r, IsIgnored(y) || IsBad(y) ? 0.0f : target_weight_.GetValue(r * kBlock));
+      weight.SetValue(r, IsKept(args_, y) ? target_weight_.GetValue(r * kBlock) : 0.0f);
     }
   }
 
@@ -247,7 +245,7 @@ class ShortRows {
       WaitFlag<HardEvent::MTE2_V>(loaded);
     }
     if (Smoothing()) {
-      SumRows(V(kScratch), weight_, 1);
+      ReduceTile<Total>(V(kScratch), weight_, 1);
     }
     SetFlag<HardEvent::V_S>(EVENT_ID4);  // from here the scalar unit writes its lanes
     WaitFlag<HardEvent::V_S>(EVENT_ID4);
@@ -256,65 +254,36 @@ class ShortRows {
     }
   }
 
-  // out[r] = max or sum over the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
+  // out[r] = the reduction of the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
   // over these makes 8 of them all, and one more block reduction one. What is left of less than 64 columns is reduced
   // by itself: in a block reduction it could leave blocks without any lane.
-  __aicore__ inline void MaxRows(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t rows) {
-    const AscendC::ReduceOrder order = AscendC::ReduceOrder::ORDER_ONLY_VALUE;
+  template <typename Reduction>
+  __aicore__ inline void ReduceTile(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t rows) {
     const int64_t blocks = args_.cols / kLanes, tail = args_.cols % kLanes;
     for (int64_t j = 0; j < blocks; ++j) {
-      AscendC::BlockReduceMax(Part(j, rows), x[j * kLanes], rows, kLanes, 1, 1, RowStride());
+      Reduction::OfBlocks(Part(j, rows), x[j * kLanes], rows, kLanes, RowStride());
     }
     if (tail != 0) {
-      AscendC::WholeReduceMax(blocks > 0 ? V(kTail) : out, x[blocks * kLanes], tail, rows, 1, 1, RowStride(), order);
+      Reduction::OfRepeats(blocks > 0 ? V(kTail) : out, x[blocks * kLanes], rows, tail, RowStride());
     }
     PipeBarrier<PIPE_V>();
     if (blocks == 0) {
       return;
     }
     for (int64_t parts = blocks; parts > 1; parts -= parts / 2) {
-      AscendC::Max(parts_, parts_, Part(parts - parts / 2, rows), parts / 2 * rows * kBlock);
+      Reduction::OfTwo(parts_, parts_, Part(parts - parts / 2, rows), parts / 2 * rows * kBlock);
       PipeBarrier<PIPE_V>();
     }
     const int64_t repeats = rows / kBlock, rest = rows % kBlock;
     if (repeats > 0) {
-      AscendC::BlockReduceMax(out, parts_, repeats, kLanes, 1, 1, 8);
+      Reduction::OfBlocks(out, parts_, repeats, kLanes, kBlock);
     }
     if (rest > 0) {
-      AscendC::BlockReduceMax(out[repeats * kBlock], parts_[repeats * kLanes], 1, rest * kBlock, 1, 1, 8);
+      Reduction::OfBlocks(out[repeats * kBlock], parts_[repeats * kLanes], 1, rest * kBlock, kBlock);
     }
     PipeBarrier<PIPE_V>();
     if (tail != 0) {
-      AscendC::Max(out, out, V(kTail), rows);
-      PipeBarrier<PIPE_V>();
-    }
-  }
-  __aicore__ inline void SumRows(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t rows) {
-    const int64_t blocks = args_.cols / kLanes, tail = args_.cols % kLanes;
-    for (int64_t j = 0; j < blocks; ++j) {
-      AscendC::BlockReduceSum(Part(j, rows), x[j * kLanes], rows, kLanes, 1, 1, RowStride());
-    }
-    if (tail != 0) {
-      AscendC::WholeReduceSum(blocks > 0 ? V(kTail) : out, x[blocks * kLanes], tail, rows, 1, 1, RowStride());
-    }
-    PipeBarrier<PIPE_V>();
-    if (blocks == 0) {
-      return;
-    }
-    for (int64_t parts = blocks; parts > 1; parts -= parts / 2) {
-      AscendC::Add(parts_, parts_, Part(parts - parts / 2, rows), parts / 2 * rows * kBlock);
-      PipeBarrier<PIPE_V>();
-    }
-    const int64_t repeats = rows / kBlock, rest = rows % kBlock;
-    if (repeats > 0) {
-      AscendC::BlockReduceSum(out, parts_, repeats, kLanes, 1, 1, 8);
-    }
-    if (rest > 0) {
-      AscendC::BlockReduceSum(out[repeats * kBlock], parts_[repeats * kLanes], 1, rest * kBlock, 1, 1, 8);
-    }
-    PipeBarrier<PIPE_V>();
-    if (tail != 0) {
-      AscendC::Add(out, out, V(kTail), rows);
+      Reduction::OfTwo(out, out, V(kTail), rows);
       PipeBarrier<PIPE_V>();
     }
   }
@@ -435,12 +404,12 @@ class ShortRows {
                       Width(j), f.rows, AscendC::BinaryRepeatParams(1, 1, 1, RowStride(), RowStride(), 0));
     }
     PipeBarrier<PIPE_V>();
-    SumRows(V(kPicked), exps_, f.rows);
+    ReduceTile<Total>(V(kPicked), exps_, f.rows);
   }
 
   __aicore__ inline void Statistics(const LocalTensor<float>& x, const Facts& f) {
     const int64_t n = f.rows;
-    MaxRows(V(kMax), x, n);
+    ReduceTile<Maximum>(V(kMax), x, n);
     // Between the finite bounds of fp32: rows of -inf have exponentials 0 then and not NaN, +inf an infinite sum.
     AscendC::Maxs(V(kMax), V(kMax), -kFloatMax, n);
     PipeBarrier<PIPE_V>();
@@ -452,7 +421,7 @@ class ShortRows {
     }
     AscendC::Exp(exps_, exps_, n * padded_);
     PipeBarrier<PIPE_V>();
-    SumRows(V(kSum), exps_, n);
+    ReduceTile<Total>(V(kSum), exps_, n);
     LogOfSum(n);
     if (Smoothing()) {
       // sum w (x - max) becomes sum w (x - lse)
@@ -480,7 +449,7 @@ class ShortRows {
   // kWsum = sum w (x - max), from x - max in exps_, which is made anew if the weights have been in it.
   __aicore__ inline void WeightedSum(const LocalTensor<float>& x, int64_t n) {
     if (gm_.weight == nullptr) {
-      SumRows(V(kWsum), exps_, n);
+      ReduceTile<Total>(V(kWsum), exps_, n);
       return;
     }
     for (int64_t j = 0; j < PaddedBlocks(); ++j) {
@@ -488,7 +457,7 @@ class ShortRows {
                    AscendC::BinaryRepeatParams(1, 1, 1, RowStride(), RowStride(), 0));
     }
     PipeBarrier<PIPE_V>();
-    SumRows(V(kWsum), exps_, n);
+    ReduceTile<Total>(V(kWsum), exps_, n);
     SubLanes(exps_, x, V(kMax), n);
   }
 
