@@ -27,6 +27,16 @@ WHOLE, PARTIAL_STATS, LOG_PROB_ONLY, JOIN_PARTS, BLOCK_TOTALS, JOIN_TOTALS, BLOC
 SHORT, RESIDENT, STREAMING, SPLIT = range(4)
 REDUCE_ROWS, REDUCE_WEIGHTS = 256, 4096  # kReduceRows and kReduceWeights
 
+# The tensors of each kernel, in the order of its parameters; a plan and arguments follow.
+STATS = ("lse", "lse_low", "picked", "wsum")
+PART_STATS = ("part_lse", "part_lse_low", "part_picked", "part_wsum", "part_weight")
+TENSORS = {
+    "row_stats": ("logits", "target", "weight", *STATS, "part_weight", "log_prob"),
+    "row_grad": ("logits", "target", "weight", *STATS[:2], "totals", "grad_loss", "grad_z_loss", "grad"),
+    "row_stats_grad": ("logits", "target", "weight", "totals", *STATS, "grad"),
+    "reduce_rows": ("target", "weight", *STATS, *PART_STATS, "totals", "loss", "z_loss", "sums"),
+}
+
 
 class Plan(ctypes.Structure):
     """XentPlan of csrc/tiling/row_plan.h."""
@@ -88,15 +98,18 @@ class Device:
         plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype])
         return Plan(**{name: self.forced.get(name, plan[name]) for name, _ in Plan._fields_})
 
-    def launch(self, kernel: str, work: int, *args: object) -> None:
-        """Launch on as many cores as have work."""
-        memory = [_memory(arg) if isinstance(arg, torch.Tensor) else arg for arg in args]
-        report = library().launch(f"npu_xent_{kernel}", max(1, min(self.cores, work)), *memory, config=self.config)
-        self.reports.append(report)
+    def launch(self, kernel: str, work: int, plan: Plan, args: Args, **tensors: object) -> None:
+        """Launch on as many cores as have work. Tensors by name; those left out are null."""
+        assert tensors.keys() <= set(TENSORS[kernel]), f"{kernel} has no {tensors.keys() - set(TENSORS[kernel])}"
+        values = [tensors.get(name) for name in TENSORS[kernel]]
+        memory = [_memory(value) if isinstance(value, torch.Tensor) else value for value in values]
+        cores = max(1, min(self.cores, work))
+        self.reports.append(library().launch(f"npu_xent_{kernel}", cores, *memory, plan, args, config=self.config))
 
     @staticmethod
-    def _out(tensor: torch.Tensor | None) -> object:
-        return None if tensor is None else cann_sim.Uninit(tensor)
+    def _outputs(**tensors: torch.Tensor | None) -> dict[str, object]:
+        """Tensors that a launch is to write; None for those that it is not asked for."""
+        return {name: None if tensor is None else cann_sim.Uninit(tensor) for name, tensor in tensors.items()}
 
     def _args(self, logits, **fields) -> Args:
         n, c = logits.shape
@@ -140,82 +153,43 @@ class Device:
             logit_scale=logit_scale,
             grad_scale=logit_scale,
         )
-        stats = [torch.empty(n) for _ in range(3)]
-        wsum = torch.empty(n) if need_wsum else None
+        rows = {"logits": logits, "target": target, "weight": weight}
+        stats = self._new_stats(n, need_wsum)
         log_prob = torch.empty(n, c, dtype=logits.dtype) if need_log_prob else None
-        if plan.mode == SPLIT:
-            self._split_stats(plan, args, logits, target, weight, stats, wsum)
+        if plan.mode != SPLIT:
+            outputs = self._outputs(**stats, log_prob=log_prob)
+            self.launch("row_stats", self._items(plan, n), plan, args, **rows, **outputs)
+        else:
+            self._split_stats(plan, args, rows, stats)
             if need_log_prob:
                 args.stage = LOG_PROB_ONLY
-                self.launch(
-                    "row_stats",
-                    n * plan.chunks,
-                    logits,
-                    target,
-                    weight,
-                    stats[0],
-                    stats[1],
-                    None,
-                    None,
-                    None,
-                    cann_sim.Uninit(log_prob),
-                    plan,
-                    args,
-                )
-        else:
-            self.launch(
-                "row_stats",
-                self._items(plan, n),
-                logits,
-                target,
-                weight,
-                *map(cann_sim.Uninit, stats),
-                self._out(wsum),
-                None,
-                self._out(log_prob),
-                plan,
-                args,
-            )
-        return (*stats, wsum, log_prob)
+                outputs = self._outputs(log_prob=log_prob)
+                known = {name: stats[name] for name in ("lse", "lse_low")}
+                self.launch("row_stats", n * plan.chunks, plan, args, **rows, **known, **outputs)
+        return (*stats.values(), log_prob)
+
+    @staticmethod
+    def _new_stats(n: int, need_wsum: bool) -> dict[str, torch.Tensor | None]:
+        return {name: torch.empty(n) if name != "wsum" or need_wsum else None for name in STATS}
 
     @staticmethod
     def _items(plan: Plan, n: int) -> int:
         return -(-n // plan.rows_per_tile) if plan.mode == SHORT else n * plan.parts
 
-    def _split_stats(self, plan, args, logits, target, weight, stats, wsum) -> None:
-        n = logits.shape[0]
+    def _split_stats(self, plan, args, rows, stats) -> None:
+        """Statistics of parts of rows, and then of rows."""
+        n = rows["target"].numel()
+        need_wsum = stats["wsum"] is not None
+        parts = {
+            name: torch.empty(n, plan.parts) if need_wsum or name not in ("part_wsum", "part_weight") else None
+            for name in PART_STATS
+        }
         args.stage = PARTIAL_STATS
-        parts = [torch.empty(n, plan.parts) for _ in range(5)]
-        need_wsum = wsum is not None
-        self.launch(
-            "row_stats",
-            n * plan.parts,
-            logits,
-            target,
-            weight,
-            *map(cann_sim.Uninit, parts[:3]),
-            *((self._out(p) if need_wsum else None) for p in parts[3:]),
-            None,
-            plan,
-            args,
-        )
+        of_parts = {name.removeprefix("part_") if name != "part_weight" else name: part for name, part in parts.items()}
+        self.launch("row_stats", n * plan.parts, plan, args, **rows, **self._outputs(**of_parts))
         args.stage = JOIN_PARTS
-        self.launch(
-            "reduce_rows",
-            n,
-            target,
-            weight,
-            *map(cann_sim.Uninit, stats),
-            self._out(wsum),
-            *parts[:3],
-            *((p if need_wsum else None) for p in parts[3:]),
-            None,
-            None,
-            None,
-            None,
-            plan,
-            args,
-        )
+        operands = {name: rows[name] for name in ("target", "weight")}
+        self.launch("reduce_rows", n, plan, args, **operands, **parts, **self._outputs(**stats))
 
     def _grad_args(self, logits, grad, reduction, label_smoothing, lse_square_scale, logit_scale, grad_scale, **fields):
         classes = fields["num_classes"]
@@ -272,20 +246,10 @@ class Device:
         )
         items = self._items(plan, n) if plan.mode == SHORT else n * plan.chunks
         self.launch(
-            "row_grad",
-            items,
-            logits,
-            target,
-            weight,
-            lse,
-            lse_low,
-            totals,
-            grad_loss,
-            grad_z_loss,
-            grad if in_place else cann_sim.Uninit(grad),
-            plan,
-            args,
-        )
+            "row_grad", items, plan, args, logits=logits, target=target, weight=weight, lse=lse, lse_low=lse_low,
+            totals=totals, grad_loss=grad_loss, grad_z_loss=grad_z_loss,
+            grad=grad if in_place else cann_sim.Uninit(grad),
+        )  # fmt: skip
         return grad
 
     def row_stats_grad(
@@ -308,8 +272,8 @@ class Device:
         n, c = logits.shape
         plan = self.plan(logits)
         grad = logits if in_place else torch.empty(n, c, dtype=logits.dtype)
-        stats = [torch.empty(n) for _ in range(3)]
-        wsum = torch.empty(n) if label_smoothing else None
+        rows = {"logits": logits, "target": target, "weight": weight}
+        stats = self._new_stats(n, label_smoothing != 0)
         args = self._grad_args(
             logits,
             grad,
@@ -324,27 +288,18 @@ class Device:
             unit_upstream=1,
         )
         if plan.mode == SPLIT:
-            self._split_stats(plan, args, logits, target, weight, stats, wsum)
+            self._split_stats(plan, args, rows, stats)
             grad = self.row_grad(
-                logits, target, weight, *stats[:2], totals, None, reduction=reduction, ignore_index=ignore_index,
-                label_smoothing=label_smoothing, lse_square_scale=lse_square_scale, logit_scale=logit_scale,
-                grad_scale=grad_scale, in_place=in_place, unit_upstream=True,
+                logits, target, weight, stats["lse"], stats["lse_low"], totals, None, reduction=reduction,
+                ignore_index=ignore_index, label_smoothing=label_smoothing, lse_square_scale=lse_square_scale,
+                logit_scale=logit_scale, grad_scale=grad_scale, in_place=in_place, unit_upstream=True,
             )  # fmt: skip
         else:
             self.launch(
-                "row_stats_grad",
-                self._items(plan, n),
-                logits,
-                target,
-                weight,
-                totals,
-                *map(cann_sim.Uninit, stats),
-                self._out(wsum),
-                grad if in_place else cann_sim.Uninit(grad),
-                plan,
-                args,
-            )
-        return (*stats, wsum, grad)
+                "row_stats_grad", self._items(plan, n), plan, args, **rows, totals=totals, **self._outputs(**stats),
+                grad=grad if in_place else cann_sim.Uninit(grad),
+            )  # fmt: skip
+        return (*stats.values(), grad)
 
     def reduce_rows(
         self,
@@ -374,81 +329,26 @@ class Device:
             class_share=label_smoothing / num_classes,
             lse_square_scale=lse_square_scale,
         )
+        rows = {"target": target, "weight": weight}
         blocks = -(-n // REDUCE_ROWS)
-        none = [None] * 5
+
+        def run(stage: int, tasks: int, **tensors: object) -> None:
+            args.stage = stage
+            self.launch("reduce_rows", tasks, Plan(), args, **rows, **tensors)
+
         if lse is None:
             tasks = blocks + (-(-num_classes // REDUCE_WEIGHTS) if weight is not None else 0)
             sums, totals = torch.empty(tasks, 8), torch.empty(3)
-            args.stage = BLOCK_TOTALS
-            self.launch(
-                "reduce_rows",
-                tasks,
-                target,
-                weight,
-                *none[:4],
-                *none,
-                None,
-                None,
-                None,
-                cann_sim.Uninit(sums),
-                Plan(),
-                args,
-            )
-            args.stage = JOIN_TOTALS
-            self.launch(
-                "reduce_rows",
-                1,
-                target,
-                weight,
-                *none[:4],
-                *none,
-                cann_sim.Uninit(totals),
-                None,
-                None,
-                sums,
-                Plan(),
-                args,
-            )
+            run(BLOCK_TOTALS, tasks, **self._outputs(sums=sums))
+            run(JOIN_TOTALS, 1, sums=sums, **self._outputs(totals=totals))
             return totals
-        shape = n if reduction == "none" else 1
-        loss = torch.empty(shape)
-        z_loss = torch.empty(shape) if lse_square_scale else None
-        sums = torch.empty(blocks, 8)
-        args.stage = BLOCK_LOSS
-        none_out = reduction == "none"
-        self.launch(
-            "reduce_rows",
-            blocks,
-            target,
-            weight,
-            lse,
-            lse_low,
-            picked,
-            wsum,
-            *none,
-            totals,
-            cann_sim.Uninit(loss) if none_out else None,
-            self._out(z_loss) if none_out else None,
-            None if none_out else cann_sim.Uninit(sums),
-            Plan(),
-            args,
-        )
-        if reduction != "none":
-            args.stage = JOIN_LOSS
-            self.launch(
-                "reduce_rows",
-                1,
-                target,
-                weight,
-                *none[:4],
-                *none,
-                totals,
-                cann_sim.Uninit(loss),
-                self._out(z_loss),
-                sums,
-                Plan(),
-                args,
-            )
-            loss = loss[0]
-            z_loss = None if z_loss is None else z_loss[0]
+        stats = {"lse": lse, "lse_low": lse_low, "picked": picked, "wsum": wsum, "totals": totals}
+        shape = n if reduction == "none" else ()
+        loss, z_loss = torch.empty(shape), torch.empty(shape) if lse_square_scale else None
+        if reduction == "none":
+            run(BLOCK_LOSS, blocks, **stats, **self._outputs(loss=loss, z_loss=z_loss))
+        else:
+            sums = torch.empty(blocks, 8)
+            run(BLOCK_LOSS, blocks, **stats, **self._outputs(sums=sums))
+            run(JOIN_LOSS, 1, totals=totals, sums=sums, **self._outputs(loss=loss, z_loss=z_loss))
         return loss, z_loss
