@@ -1,16 +1,25 @@
 """Builds the extension with CMake against the torch that is installed. Metadata is in pyproject.toml.
 
 Needs torch, cmake and ninja in the building environment: `pip install --no-build-isolation .`
+
+The part for NPUs is built as well where torch_npu is installed and ASCEND_HOME_PATH is set (by the toolkit's
+set_env.sh). SOC_VERSION says for which chips, one or several (`SOC_VERSION="ascend910b1;ascend910_9391"`); unset,
+npu-smi is asked. NPU_XENT_BUILD_NPU=0 leaves that part out, NPU_XENT_BUILD_NPU=1 makes its absence an error.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -20,6 +29,15 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "npu_xent"
+NPU_EXTENSION = f"{PACKAGE}._npu"
+
+
+def load_soc_names() -> ModuleType:
+    """npu_xent/_soc.py, without the package around it, which is not built yet."""
+    spec = importlib.util.spec_from_file_location("npu_xent_soc", ROOT / PACKAGE / "_soc.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def find_tool(name: str) -> str:
@@ -31,51 +49,159 @@ def find_tool(name: str) -> str:
     return found
 
 
-class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt; the library lands where setuptools expects the extension."""
+def release(version: str) -> str:
+    """The version without its local part and post-releases: torch_npu 2.13.0.post1 goes with torch 2.13.0+cpu."""
+    return re.match(r"[\d.]*\d", version)[0]
 
-    def build_extension(self, ext: Extension) -> None:
-        """Run CMake for the torch of this environment."""
+
+@dataclass(frozen=True)
+class NpuPart:
+    """What the part for NPUs is built with."""
+
+    torch_npu: Path
+    torch_npu_version: str
+    toolkit: Path
+    soc_versions: tuple[str, ...]
+
+    @property
+    def toolkit_version(self) -> str | None:
+        """As the toolkit's own files tell it."""
+        for name in ("version.cfg", "compiler/version.info", "opp/version.info"):
+            path = self.toolkit / name
+            found = (
+                re.search(r"version\s*=\s*\[?([^\s\]]+)", path.read_text(), re.IGNORECASE) if path.exists() else None
+            )
+            if found:
+                return found[1]
+        return None
+
+
+def find_npu_part(torch_version: str) -> NpuPart | None:
+    """What there is to build for NPUs; None, and a line that says why, if something is missing."""
+    wanted = os.environ.get("NPU_XENT_BUILD_NPU", "")
+    if wanted == "0":
+        return None
+    spec = importlib.util.find_spec("torch_npu")
+    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    missing = [
+        *(["torch_npu is not installed"] if spec is None else []),
+        *(["ASCEND_HOME_PATH is not set (source the toolkit's set_env.sh)"] if not home else []),
+    ]
+    if missing:
+        text = f"{PACKAGE}: the part for NPUs is left out: {' and '.join(missing)}"
+        if wanted == "1":
+            raise SystemExit(f"NPU_XENT_BUILD_NPU=1, but {text}")
+        print(text, flush=True)
+        return None
+    version = importlib.metadata.version("torch_npu")
+    if release(version) != release(torch_version):
+        raise SystemExit(
+            f"torch_npu {version} goes with torch {release(version)}, but torch {torch_version} is installed: install "
+            f"torch_npu=={release(torch_version)}, or set NPU_XENT_BUILD_NPU=0 to build without the part for NPUs"
+        )
+    soc = load_soc_names()
+    names = os.environ.get("SOC_VERSION") or soc.detect()
+    if not names:
+        raise SystemExit(
+            "SOC_VERSION is not set and npu-smi does not tell which chip this is: set it (for instance "
+            "SOC_VERSION=ascend910b1, or several: SOC_VERSION='ascend910b1;ascend910_9391'), or set "
+            "NPU_XENT_BUILD_NPU=0 to build without the part for NPUs"
+        )
+    try:
+        soc_versions = soc.parse_list(names)
+    except ValueError as error:
+        raise SystemExit(f"SOC_VERSION: {error}") from None
+    return NpuPart(Path(spec.origin).parent, version, Path(home).resolve(), soc_versions)
+
+
+class CMakeBuild(build_ext):
+    """Configures and builds CMakeLists.txt; libraries land where setuptools expects the extensions."""
+
+    npu: NpuPart | None = None
+
+    def finalize_options(self) -> None:
+        """Look what there is to build."""
         try:
             import torch
-            from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
             raise SystemExit(
                 f"{PACKAGE} is built against the torch it will run with, and torch cannot be imported ({error}). "
                 "Install torch first, then: pip install --no-build-isolation ."
             ) from error
+        self.npu = find_npu_part(torch.__version__)
+        extensions = self.distribution.ext_modules
+        if self.npu is not None and all(ext.name != NPU_EXTENSION for ext in extensions):
+            extensions.append(Extension(NPU_EXTENSION, sources=[]))
+        super().finalize_options()
 
-        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+    def build_extensions(self) -> None:
+        """Run CMake, once for all extensions, for the torch of this environment."""
+        import torch
+        from torch.utils.cpp_extension import include_paths, library_paths
+
+        output = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).resolve().parent
         # One build folder for each torch and Python, so that going back and forth stays incremental.
         tag = f"torch{torch.__version__}-{sys.implementation.cache_tag}"
-        build = ROOT / "build" / tag
-        build.mkdir(parents=True, exist_ok=True)
         output.mkdir(parents=True, exist_ok=True)
-        configure = [
-            find_tool("cmake"),
-            *("-S", str(ROOT), "-B", str(build), "-G", "Ninja"),
-            f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}",
+        if self.npu is not None:
+            self.build_kernels(self.npu, output / "kernels")
+        self.run_cmake(
+            ROOT,
+            ROOT / "build" / tag,
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
             f"-DEXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DNPU_XENT_OUTPUT_DIR={output}",
+            f"-DTORCH_NPU_DIR={self.npu.torch_npu if self.npu else ''}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
-        ]
-        subprocess.run(configure, check=True)
+        )
+        self.write_record(output / "_build.py", torch.__version__)
+
+    def build_kernels(self, npu: NpuPart, output: Path) -> None:
+        """The device kernels, a library for each chip. A project of its own: the toolkit sets up its own compilers."""
+        shutil.rmtree(output, ignore_errors=True)
+        for soc in npu.soc_versions:
+            build = ROOT / "build" / f"kernels-{soc}-{npu.toolkit_version or 'toolkit'}"
+            self.run_cmake(
+                ROOT / "csrc" / "ascendc", build, f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}"
+            )
+            library = "libnpu_xent_kernels.so"
+            built = max(build.rglob(library), key=lambda path: path.stat().st_mtime, default=None)
+            if built is None:
+                raise SystemExit(f"the toolkit at {npu.toolkit} has built no {library} under {build}")
+            (output / soc).mkdir(parents=True)
+            shutil.copy(built, output / soc / library)
+
+    def run_cmake(self, source: Path, build: Path, *definitions: str) -> None:
+        """Configure and build."""
+        build.mkdir(parents=True, exist_ok=True)
+        tools = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}")
+        subprocess.run([find_tool("cmake"), "-S", source, "-B", build, *tools, *definitions], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([find_tool("cmake"), "--build", str(build), "--parallel", jobs], check=True)
-        # Read before the library is loaded: against another torch, loading it would fail with a missing symbol.
-        (output / "_build.py").write_text(
-            '"""Written by the build: this version, and the torch that the extension was compiled against."""\n\n'
+        subprocess.run([find_tool("cmake"), "--build", build, "--parallel", jobs], check=True)
+
+    def write_record(self, path: Path, torch_version: str) -> None:
+        """What was built against what. It is read before a library is loaded, which could fail without a word."""
+        npu = self.npu
+        path.write_text(
+            '"""Written by the build: this version, and what the extension was compiled against."""\n\n'
             f'VERSION = "{self.distribution.get_version()}"\n'
-            f'TORCH_VERSION = "{torch.__version__}"\n'
+            f'TORCH_VERSION = "{torch_version}"\n'
+            "# None: built without the part for NPUs.\n"
+            f"TORCH_NPU_VERSION = {(npu.torch_npu_version if npu else None)!r}\n"
+            f"CANN_VERSION = {(npu.toolkit_version if npu else None)!r}\n"
+            f"SOC_VERSIONS = {(npu.soc_versions if npu else ())!r}\n"
         )
 
     def copy_extensions_to_source(self) -> None:
-        """In place and editable builds: the build record goes where the library goes."""
+        """In place and editable builds: the record and the kernels go where the libraries go."""
         super().copy_extensions_to_source()
-        shutil.copy(Path(self.build_lib) / PACKAGE / "_build.py", ROOT / PACKAGE / "_build.py")
+        built, source = Path(self.build_lib) / PACKAGE, ROOT / PACKAGE
+        shutil.copy(built / "_build.py", source / "_build.py")
+        shutil.rmtree(source / "kernels", ignore_errors=True)
+        if self.npu is not None:
+            shutil.copytree(built / "kernels", source / "kernels")
 
 
 setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -25,7 +25,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 WHOLE, PARTIAL_STATS, LOG_PROB_ONLY, JOIN_PARTS, BLOCK_TOTALS, JOIN_TOTALS, BLOCK_LOSS, JOIN_LOSS = range(8)
 SHORT, RESIDENT, STREAMING, SPLIT = range(4)
-REDUCE_ROWS, REDUCE_WEIGHTS = 256, 4096  # kReduceRows and kReduceWeights
+REDUCE_ROWS, REDUCE_WEIGHTS, SCALE_CHUNK = 256, 4096, 8192  # kReduceRows and so on
 
 # The tensors of each kernel, in the order of its parameters; a plan and arguments follow.
 STATS = ("lse", "lse_low", "picked", "wsum")
@@ -35,6 +35,7 @@ TENSORS = {
     "row_grad": ("logits", "target", "weight", *STATS[:2], "totals", "grad_loss", "grad_z_loss", "grad"),
     "row_stats_grad": ("logits", "target", "weight", "totals", *STATS, "grad"),
     "reduce_rows": ("target", "weight", *STATS, *PART_STATS, "totals", "loss", "z_loss", "sums"),
+    "scale": ("x", "factor"),
 }
 
 
@@ -54,7 +55,7 @@ class Args(ctypes.Structure):
         (name, ctypes.c_int64)
         for name in (
             *("stage", "dtype", "rows", "cols", "logits_stride", "output_stride", "class_start", "num_classes"),
-            *("ignore_index", "reduction", "read_ignored", "unit_upstream"),
+            *("ignore_index", "reduction", "read_ignored", "unit_upstream", "factor_dtype"),
         )
     ] + [
         (name, ctypes.c_float)
@@ -98,13 +99,14 @@ class Device:
         plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype])
         return Plan(**{name: self.forced.get(name, plan[name]) for name, _ in Plan._fields_})
 
-    def launch(self, kernel: str, work: int, plan: Plan, args: Args, **tensors: object) -> None:
+    def launch(self, kernel: str, work: int, plan: Plan | None, args: Args, **tensors: object) -> None:
         """Launch on as many cores as have work. Tensors by name; those left out are null."""
         assert tensors.keys() <= set(TENSORS[kernel]), f"{kernel} has no {tensors.keys() - set(TENSORS[kernel])}"
         values = [tensors.get(name) for name in TENSORS[kernel]]
         memory = [_memory(value) if isinstance(value, torch.Tensor) else value for value in values]
         cores = max(1, min(self.cores, work))
-        self.reports.append(library().launch(f"npu_xent_{kernel}", cores, *memory, plan, args, config=self.config))
+        structs = (args,) if plan is None else (plan, args)
+        self.reports.append(library().launch(f"npu_xent_{kernel}", cores, *memory, *structs, config=self.config))
 
     @staticmethod
     def _outputs(**tensors: torch.Tensor | None) -> dict[str, object]:
@@ -352,3 +354,8 @@ class Device:
             run(BLOCK_LOSS, blocks, **stats, **self._outputs(sums=sums))
             run(JOIN_LOSS, 1, totals=totals, sums=sums, **self._outputs(loss=loss, z_loss=z_loss))
         return loss, z_loss
+
+    def scale_(self, x: torch.Tensor, factor: torch.Tensor) -> None:
+        """Multiply x, in place."""
+        args = Args(dtype=DTYPES[x.dtype], cols=x.numel(), factor_dtype=DTYPES[factor.dtype])
+        self.launch("scale", -(-x.numel() // SCALE_CHUNK), None, args, x=x, factor=factor)

@@ -17,6 +17,7 @@ struct XentArgs {
   int64_t reduction;      // Reduction of row_math.h
   int64_t read_ignored;   // statistics of ignored rows too
   int64_t unit_upstream;  // the gradient of the loss is 1 and no tensor
+  int64_t factor_dtype;   // LogitsType: of the factor of scale
   float logit_scale;      // t
   float grad_scale;       // u
   float target_share;     // 1 - e, e the label smoothing

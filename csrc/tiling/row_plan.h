@@ -61,6 +61,7 @@ constexpr int64_t kFactRows = 64;                            // rows whose targe
 constexpr int64_t kZeroBytes = 4096;                         // zeros, for the gradient of ignored rows
 constexpr int64_t kReduceRows = 256;                         // rows that one task of reduce_rows sums
 constexpr int64_t kReduceWeights = 4096;                     // class weights that one task of reduce_rows sums
+constexpr int64_t kScaleChunk = 8192;                        // numbers that scale takes at a time
 
 XENT_SHARED int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;

@@ -1,0 +1,33 @@
+// scale_ on an NPU: the kernel looks at the factor, so that the host need not wait for it.
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "npu/common.h"
+
+namespace npu_xent::npu {
+namespace {
+
+void scale_npu(const Tensor& self, const Tensor& factor) {
+  check_scale(self, factor);
+  check_overwritable(self);
+  XentArgs args{};
+  args.dtype = static_cast<int64_t>(logits_type(self.scalar_type(), "the dtype of self"));
+  args.factor_dtype = static_cast<int64_t>(logits_type(factor.scalar_type(), "the dtype of factor"));
+  TORCH_CHECK_VALUE(factor.device() == self.device(), "npu_xent: factor must be on the device of self, ", self.device(),
+                    ", but is on ", factor.device(), ".");
+  if (self.numel() == 0) {
+    return;
+  }
+  const c10::DeviceGuard guard(self.device());
+  args.cols = self.numel();
+  launch(ScaleKernel{.x = self, .factor = factor}, self.device(), div_up(args.cols, kScaleChunk), args);
+  self.unsafeGetTensorImpl()->bump_version();  // nobody else sees writes through a pointer
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+  m.impl("scale_", scale_npu);
+}
+
+}  // namespace npu_xent::npu

@@ -1,0 +1,76 @@
+"""Names of Ascend SoCs: as users and tools write them, as the toolkit writes them, and which kernels run on which.
+
+Used by the build as well, so it imports nothing of the package.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+# Atlas A2 is Ascend910B1 to Ascend910B4 (and variants such as Ascend910B2C), Atlas A3 Ascend910_9362 to Ascend910_9392.
+# They share one instruction set, dav-2201, and kernels take the number of cores at run time: a binary for one of them
+# runs on all.
+_SUPPORTED = re.compile(r"910(B[1-4]([A-Z]|-\d)?|_93\d\d)")
+
+
+def canonical(name: str) -> str:
+    """The toolkit's way to write a SoC: Ascend910B1 for ascend910b1, 910b1 or ASCEND910B1.
+
+    Raises:
+        ValueError: not one that the kernels are written for.
+    """
+    digits = name.strip().upper().removeprefix("ASCEND")
+    if not _SUPPORTED.fullmatch(digits):
+        raise ValueError(
+            f"SoC {name.strip()!r} is not one that npu_xent has kernels for: Ascend910B1 to Ascend910B4 (Atlas A2), "
+            "Ascend910_9362 to Ascend910_9392 (Atlas A3)"
+        )
+    return f"Ascend{digits}"
+
+
+def parse_list(text: str) -> tuple[str, ...]:
+    """Canonical names out of a list separated by commas, semicolons or spaces, each once.
+
+    Raises:
+        ValueError: a name that is not supported, or none at all.
+    """
+    names = tuple(dict.fromkeys(canonical(part) for part in re.split(r"[;,\s]+", text) if part))
+    if not names:
+        raise ValueError(f"no SoC in {text!r}")
+    return names
+
+
+def choose(running: str, built: tuple[str, ...]) -> str | None:
+    """Which of the SoCs that kernels were built for serves the running one; None if none does."""
+    try:
+        wanted = canonical(running)
+    except ValueError:
+        return None
+    return wanted if wanted in built else next(iter(built), None)
+
+
+def detect() -> str | None:
+    """The SoC of the first NPU that npu-smi reports, or None."""
+    for line in (_npu_smi("info", "-m") or "").splitlines():
+        ids = re.match(r"\s*(\d+)\s+(\d+)\s+\d+\s", line)  # NPU, chip and logic id: controllers have no logic id
+        if ids:
+            return from_board(_npu_smi("info", "-t", "board", "-i", ids[1], "-c", ids[2]) or "")
+    return None
+
+
+def from_board(report: str) -> str | None:
+    """The SoC that `npu-smi info -t board` describes: "Chip Type" + "Chip Name" on A2, with "NPU Name" on A3."""
+    fields = dict(re.findall(r"^\s*(Chip Type|Chip Name|NPU Name)\s*:\s*(\S+)\s*$", report, flags=re.MULTILINE))
+    chip, npu = fields.get("Chip Name", ""), fields.get("NPU Name")
+    try:
+        return canonical(f"{chip}_{npu}" if npu else chip)
+    except ValueError:
+        return None
+
+
+def _npu_smi(*arguments: str) -> str | None:
+    try:
+        return subprocess.run(["npu-smi", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
