@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import RESIDENT, SHORT, SPLIT, STREAMING, Device
+from kernels import RESIDENT, SCALE_CHUNK, SHORT, SPLIT, STREAMING, Device
 from reference import INF, NAN, assert_near, assert_same_bits, make_logits, make_target, make_weight, truth
 from torch import Tensor
 
@@ -433,6 +433,33 @@ def test_many_rows_are_counted_exactly() -> None:
         kept_rows = y != -100
         exact = (weights[kept] * (lse.double() - picked.double())[kept_rows]).sum() / weights[kept].sum()
         assert_near(loss, exact, exact.abs(), name="loss")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 63, SCALE_CHUNK, 5 * SCALE_CHUNK + 17])
+def test_scale(n: int, factor_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """One product in fp32, one rounding; NaN and infinities as in any product."""
+    generator = torch.Generator().manual_seed(n)
+    for factor in (0.3, -65536.0, 0.0, float("inf"), float("nan")):
+        x = torch.randn(n, generator=generator).to(dtype)
+        value = torch.tensor(factor).to(factor_dtype)
+        scaled = x.clone()
+        Device(cores=3).scale_(scaled, value)
+        torch.testing.assert_close(scaled, (x.float() * value.float()).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("factor_dtype", DTYPES, ids=str)
+def test_scale_by_one_costs_nothing(factor_dtype: torch.dtype) -> None:
+    x = torch.randn(3 * SCALE_CHUNK)
+    device = Device()
+    device.scale_(x, torch.ones((), dtype=factor_dtype))
+    device.scale_(x, torch.full((), 2, dtype=factor_dtype))
+    by_one, by_two = device.reports
+    assert by_one.written_bytes == 0
+    assert by_one.read_bytes == factor_dtype.itemsize * by_one.blocks
+    assert by_two.written_bytes == 4 * x.numel()
+    assert by_one.time_ns < 1000
 
 
 def test_two_streams_at_once() -> None:

@@ -57,6 +57,8 @@ LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, 
     "loss": ("loss", 700, 50, FP32, {}, {"weight": True}),
     "losses": ("loss", 700, 50, FP32, {}, {"reduction": "none", "lse_square_scale": 0.1, "label_smoothing": 0.1}),
     "split": ("row_stats", 5, 9000, BF16, {}, {"need_wsum": True, "weight": True}),
+    "scale": ("scale_", 16, 5000, BF16, {}, {}),
+    "scale fp32": ("scale_", 16, 5000, FP32, {}, {}),
 }
 
 # Where: (file, function, line), and why it is there though no launch needs its ordering.
@@ -108,6 +110,8 @@ def launcher(name: str) -> Callable[[cann_sim.Config], list[cann_sim.Report]]:
             device.row_stats_grad(x, y, w, totals, **options)
         elif primitive == "row_grad":
             device.row_grad(x.clone(), y, w, lse, lse * 1e-8, totals, upstream, upstream, **options)
+        elif primitive == "scale_":
+            device.scale_(x.clone(), torch.tensor(3.0))
         elif primitive == "totals":
             device.reduce_rows(y, w, num_classes=cols)
         else:
@@ -140,7 +144,7 @@ def test_every_synchronisation_is_needed(capsys: pytest.CaptureFixture[str]) -> 
     tried = {(Path(file).name, line) for file, line, _ in needed}
     missed = [
         f"{path.name}:{number}"
-        for path in sorted(KERNELS.glob("*.h"))
+        for path in sorted(KERNELS.glob("*.[hc]*"))
         for number, text in enumerate(path.read_text().splitlines(), 1)
         if SITE.search(text.split("//")[0]) and (path.name, number) not in tried
     ]
