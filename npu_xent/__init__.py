@@ -5,7 +5,8 @@
     npu_xent.npu_cross_entropy_loss     in the place of torch_npu.npu_cross_entropy_loss
     npu_xent.compat                     in the place of the losses of nnsight, unit_scaling and mindformers
 
-Importing this package never imports torch_npu.
+On an NPU: npu_xent.patch_torch_npu replaces the vendor's function where others call it, and npu_xent.load_npu loads the
+kernels before the first npu tensor does. Importing this package never imports torch_npu.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from . import _loading
 
 _loading.load_operators()
 
-from . import compat  # noqa: E402
+from . import compat, integrations  # noqa: E402
 from ._build import VERSION  # noqa: E402
 from ._constraints import ConstraintError  # noqa: E402
+from ._loading import load_npu  # noqa: E402
 from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
+from .integrations.torch_npu import patch_torch_npu  # noqa: E402
 from .modules import CrossEntropyLoss  # noqa: E402
 
 __version__ = VERSION
@@ -28,5 +31,8 @@ __all__ = [
     "CrossEntropyOutput",
     "compat",
     "cross_entropy",
+    "integrations",
+    "load_npu",
     "npu_cross_entropy_loss",
+    "patch_torch_npu",
 ]

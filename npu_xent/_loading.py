@@ -1,10 +1,28 @@
-"""Loads the compiled operators, or says in words why it cannot."""
+"""Loads the compiled operators and the NPU kernels, or says in words why it cannot."""
 
 from __future__ import annotations
 
-import torch
+import contextlib
+import ctypes
+import importlib
+import sys
+import threading
+import warnings
+from pathlib import Path
 
-_REBUILD = "Rebuild it: in a checkout of npu_xent, pip install --no-build-isolation --no-deps --force-reinstall ."
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+_INSTALL = "in a checkout of npu_xent, pip install --no-build-isolation --no-deps --force-reinstall ."
+_REBUILD = f"Rebuild it: {_INSTALL}"
+
+_DEVICE = "npu"
+_FOLDER = Path(__file__).resolve().parent
+
+_lock = threading.Lock()
+_loaded = False
+_settled = False  # loaded, or the reason why not was said: either way there is nothing left to do
 
 
 def _release(version: str) -> str:
@@ -22,7 +40,7 @@ def check_torch(built: str, running: str) -> None:
 
 
 def load_operators() -> None:
-    """Register torch.ops.npu_xent.
+    """Register torch.ops.npu_xent, and the NPU kernels if torch_npu is already at work.
 
     Raises:
         ImportError: the extension was never built here, or was built against another torch.
@@ -36,3 +54,113 @@ def load_operators() -> None:
         ) from error
     check_torch(_build.TORCH_VERSION, torch.__version__)
     from . import _C  # noqa: F401
+
+    _load_if_npu_is_at_work()
+
+
+def load_npu() -> None:
+    """Load the NPU kernels now, or raise for the reason why they cannot be loaded.
+
+    The functions and modules of npu_xent do it by themselves when they first see an npu tensor, and warn instead of
+    raising. Call it where nothing of that kind comes first, such as an exported program that is run in a new process,
+    or where training without the kernels should not even start. torch_npu must have been imported; its device is
+    initialised. A second call does nothing.
+
+    Raises:
+        RuntimeError: npu_xent was built without its NPU part, for another torch_npu or another kind of NPU; torch_npu
+            is not imported, or sees no NPU; or a library cannot be loaded. The message says what to do.
+    """
+    global _loaded, _settled
+    with _lock:
+        if not _loaded:
+            _load_kernels()
+            _loaded = _settled = True
+
+
+def prepare(tensor: Tensor) -> None:
+    """Load the NPU kernels, or warn that they are missing, when `tensor` is the first on an npu."""
+    if not tensor.is_cpu and tensor.device.type == _DEVICE:  # is_cpu is the cheap one
+        if isinstance(tensor, FakeTensor):
+            _load_if_npu_is_at_work()  # nothing runs: no reason to initialise a device, or to complain
+        else:
+            _load_or_warn()
+
+
+def _load_or_warn() -> None:
+    """load_npu at the first call, with a warning in the place of its error."""
+    global _settled
+    if _settled:
+        return
+    try:
+        load_npu()
+    except RuntimeError as error:
+        with _lock:
+            first, _settled = not _settled, True
+        if first:
+            warnings.warn(
+                f"{error} Until then npu tensors are served by PyTorch operations: the same results up to rounding, "
+                "but more time and memory.",
+                stacklevel=4,  # whoever called the public function
+            )
+
+
+# What torch.compiler.assume_constant_result sets, and importing torch._dynamo only for that would take a second: called
+# while compiling, instead of being traced. The compiled code then calls the operators with their kernels in place.
+_load_or_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_if_npu_is_at_work() -> None:
+    """load_npu, unless that would initialise the device, whose choice is the program's; failing is not said yet."""
+    torch_npu = sys.modules.get("torch_npu")
+    if torch_npu is not None and hasattr(torch_npu, "npu") and torch_npu.npu.is_initialized():
+        with contextlib.suppress(RuntimeError):  # said when an npu tensor comes
+            load_npu()
+
+
+_load_if_npu_is_at_work._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load_kernels() -> None:
+    """Raise RuntimeError in words, or register the kernels that run on this NPU."""
+    from . import _build, _soc
+
+    built_with = getattr(_build, "TORCH_NPU_VERSION", None)
+    cann = getattr(_build, "CANN_VERSION", None)
+    socs = tuple(getattr(_build, "SOC_VERSIONS", ()))
+    if built_with is None or not socs:
+        raise _missing(
+            "it was built without its NPU part. With torch_npu installed, source CANN's set_env.sh, which sets "
+            f"ASCEND_HOME_PATH, and rebuild it: {_INSTALL.replace('pip', 'NPU_XENT_BUILD_NPU=1 pip', 1)}"
+        )
+    torch_npu = sys.modules.get("torch_npu")
+    if torch_npu is None:
+        raise _missing("torch_npu, whose device they run on, is not imported. Import torch_npu first.")
+    if _release(built_with) != _release(torch_npu.__version__):
+        raise _missing(
+            f"it was built against torch_npu {built_with}, but torch_npu {torch_npu.__version__} is running. "
+            f"{_REBUILD} (or install torch_npu=={_release(built_with)})."
+        )
+    if torch_npu.npu.device_count() == 0:
+        raise _missing("torch_npu sees no NPU. Look at what npu-smi info and ASCEND_RT_VISIBLE_DEVICES say.")
+    running = torch_npu.npu.get_device_name()
+    soc = _soc.choose(running, socs)
+    if soc is None:
+        raise _missing(
+            f"they were built for {', '.join(socs)}, but this device is {running}. They are written for Atlas A2 and "
+            "A3 alone: Ascend910B1 to Ascend910B4, Ascend910_9362 to Ascend910_9392."
+        )
+    path = _FOLDER / "kernels" / soc / "libnpu_xent_kernels.so"
+    # In this order: once _npu is imported, its kernels stand in the composite's place, whether they can run or not.
+    try:
+        ctypes.CDLL(str(path))
+        module = importlib.import_module(f"{__package__}._npu")
+        module.load_kernels(str(path))
+    except (ImportError, OSError, RuntimeError) as error:
+        raise _missing(
+            f"a library of theirs cannot be loaded ({error}). Source CANN's set_env.sh before starting Python; they "
+            f"were built with CANN {cann or 'of an unknown version'}, and {_INSTALL} builds them for another."
+        ) from error
+
+
+def _missing(reason: str) -> RuntimeError:
+    return RuntimeError(f"npu_xent's NPU kernels are not in use: {reason}")

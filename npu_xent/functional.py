@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from ._constraints import check_documented_constraints
+from ._loading import prepare
 
 # What a target may be besides int64, which the operators take.
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
@@ -112,6 +113,7 @@ def cross_entropy(
             return_lse,
             return_z_loss,
         )
+    prepare(input)
     shape = target.shape
     input, target = _as_rows(input, target, consume_logits)
     op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
@@ -154,7 +156,8 @@ def npu_cross_entropy_loss(
     Args:
         input: logits, [N, C], float16, float32 or bfloat16, C > 0; (strict) 0 < N <= 200000. float64 without strict.
         target: classes in [0, C) or ignore_index, [N], int64; any integer dtype without strict.
-        weight: a weight for each class, [C], float32, (strict) values in (0, 1]. Values are looked at on the CPU only.
+        weight: a weight for each class, [C], float32, (strict) values in (0, 1]. Values are looked at on the CPU only;
+            on an NPU too if the environment variable NPU_XENT_DEBUG is 1, which waits for the device.
         reduction: "mean", "sum" or "none".
         ignore_index: rows with this target take no part; (strict) less than C.
         label_smoothing: in [0, 1]; (strict) in [0, 1).
@@ -179,6 +182,7 @@ def npu_cross_entropy_loss(
         check_documented_constraints(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
         )
+    prepare(input)
     loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
         input,
         index_target(target),

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._loading import prepare
+
 IGNORE_INDEX = -100
 EPSILON = 1e-8
 
@@ -100,6 +102,7 @@ class CrossEntropyLoss(nn.Module):
         # An ignored row must not be confused with a label that happens to be IGNORE_INDEX under the mask: that one is
         # moved to another value that is no class either, so that it is refused like any label out of range.
         target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
+        prepare(logits)
         loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
             logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype
         )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._loading import prepare
+
 IGNORE_INDEX = -100
 
 
@@ -53,6 +55,7 @@ def cross_entropy_loss(
     if shift and length:
         nothing = target.new_full((batch, 1), IGNORE_INDEX)
         target = torch.cat([target[:, 1:], nothing], dim=1)
+    prepare(logits)
     loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
         logits.reshape(-1, classes),
         target.reshape(-1),

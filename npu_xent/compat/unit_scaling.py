@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
+from .._loading import prepare
 from ..functional import index_target
 
 
@@ -101,6 +102,7 @@ def cross_entropy(
         scaled = scaled if mult == 1.0 else _ScaleForward.apply(scaled, mult)
         loss = torch_cross_entropy(scaled, target.to(dtype), ignore_index=ignore_index, reduction="sum")
     else:
+        prepare(input)
         target = index_target(target)
         loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
             input.reshape(rows, classes),
