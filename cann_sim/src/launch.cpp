@@ -1,6 +1,7 @@
 // Launching: configuration, the threads that run the cores, and the C interface of launch.h.
 #include "cann_sim/launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <mutex>
@@ -16,7 +17,7 @@ namespace {
 thread_local Config thread_config;
 thread_local bool thread_quiet = false;
 thread_local std::string last_report = "{}", last_error;
-std::atomic<void (*)(void*, void (*)(void*), void*)> executor{nullptr};
+std::atomic<cann_sim_submit> executor{nullptr};
 
 double scale_from_environment(const char* name) {
   const char* text = std::getenv(name);
@@ -68,39 +69,6 @@ CorePool& core_pool() {
   return *pool;
 }
 
-// A launch with its own copy of the arguments.
-struct Request {
-  std::string kernel;
-  std::vector<uint64_t> args;  // in words, for their alignment
-  Launch launch;
-  bool quiet;
-};
-
-uint32_t execute(Request& request) {
-  Launch& launch = request.launch;
-  run_cores(launch);
-  check_across_cores(launch);
-  record_writes(launch);
-  last_report = report_json(launch);
-  last_error.clear();
-  if (!launch.error) {
-    return 0;
-  }
-  const std::string at =
-      launch.error.file.empty() ? "" : format(", %s:%d", launch.error.file.c_str(), launch.error.line);
-  last_error = format("kernel %s, core %d%s: %s: %s", launch.kernel, launch.error_core, at.c_str(),
-                      launch.error.kind.c_str(), launch.error.message.c_str());
-  if (!request.quiet && std::getenv("CANN_SIM_QUIET") == nullptr) {
-    std::fprintf(stderr, "cann_sim: %s\n", last_error.c_str());
-  }
-  return 1;
-}
-
-void execute_and_delete(void* closure) {
-  const std::unique_ptr<Request> request(static_cast<Request*>(closure));
-  execute(*request);
-}
-
 }  // namespace
 
 void run_cores(Launch& launch) {
@@ -134,21 +102,58 @@ void run_cores(Launch& launch) {
 
 }  // namespace cann_sim
 
+// A launch with its own copy of the arguments.
+struct cann_sim_task {
+  std::string kernel;
+  std::vector<uint64_t> args;  // in words, for their alignment
+  cann_sim::Launch launch;
+  bool quiet;
+  std::string error;
+  std::vector<cann_sim_range> ranges;  // handed out last
+};
+
+namespace {
+
+using cann_sim::GmUse;
+
+// Device memory that any core read, or wrote, as disjoint ranges.
+void add_used(const cann_sim::Launch& launch, bool written, std::vector<cann_sim_range>& ranges) {
+  std::vector<cann_sim_range> uses;
+  for (const cann_sim::CoreResult& core : launch.results) {
+    for (const GmUse& use : core.uses) {
+      if (use.kind == (written ? GmUse::Kind::write : GmUse::Kind::read)) {
+        uses.push_back({use.start, use.end, written});
+      }
+    }
+  }
+  std::sort(uses.begin(), uses.end(), [](const auto& a, const auto& b) { return a.start < b.start; });
+  const size_t first = ranges.size();
+  for (const cann_sim_range& use : uses) {
+    if (ranges.size() > first && use.start <= ranges.back().end) {
+      ranges.back().end = std::max(ranges.back().end, use.end);
+    } else {
+      ranges.push_back(use);
+    }
+  }
+}
+
+}  // namespace
+
 uint32_t cann_sim_launch(const char* kernel, uint32_t blocks, void* stream, void (*run)(void* args), const void* args,
                          size_t args_bytes, void* const* pointers, size_t pointer_count) {
   using namespace cann_sim;
-  auto request = std::make_unique<Request>();
-  request->kernel = kernel;
-  request->args.resize((args_bytes + 7) / 8);
+  auto task = std::make_unique<cann_sim_task>();
+  task->kernel = kernel;
+  task->args.resize((args_bytes + 7) / 8);
   if (args_bytes != 0) {
-    std::memcpy(request->args.data(), args, args_bytes);
+    std::memcpy(task->args.data(), args, args_bytes);
   }
-  request->quiet = thread_quiet;
-  Launch& launch = request->launch;
-  launch.kernel = request->kernel.c_str();
+  task->quiet = thread_quiet || std::getenv("CANN_SIM_QUIET") != nullptr;
+  Launch& launch = task->launch;
+  launch.kernel = task->kernel.c_str();
   launch.blocks = blocks;
   launch.run = run;
-  launch.args = request->args.data();
+  launch.args = task->args.data();
   launch.config = current_config();
   launch.buffers = snapshot_buffers(pointers, pointer_count);
   if (blocks == 0 || blocks > 65535) {
@@ -157,10 +162,63 @@ uint32_t cann_sim_launch(const char* kernel, uint32_t blocks, void* stream, void
     return 1;
   }
   if (const auto submit = executor.load(); submit != nullptr && stream != nullptr) {
-    submit(stream, execute_and_delete, request.release());
-    return 0;
+    const uint32_t refused = submit(stream, task.get());
+    if (refused == 0) {
+      static_cast<void>(task.release());  // the executor's from here on
+    }
+    return refused;
   }
-  return execute(*request);
+  return cann_sim_task_run(task.get());
+}
+
+uint32_t cann_sim_task_run(struct cann_sim_task* task) {
+  using namespace cann_sim;
+  Launch& launch = task->launch;
+  load_written(launch);
+  run_cores(launch);
+  check_across_cores(launch);
+  record_writes(launch);
+  last_report = report_json(launch);
+  if (launch.error) {
+    const std::string at =
+        launch.error.file.empty() ? "" : format(", %s:%d", launch.error.file.c_str(), launch.error.line);
+    task->error = format("kernel %s, core %d%s: %s: %s", launch.kernel, launch.error_core, at.c_str(),
+                         launch.error.kind.c_str(), launch.error.message.c_str());
+    if (!task->quiet) {
+      std::fprintf(stderr, "cann_sim: %s\n", task->error.c_str());
+    }
+  }
+  last_error = task->error;
+  return launch.error ? 1 : 0;
+}
+
+const char* cann_sim_task_kernel(const struct cann_sim_task* task) {
+  return task->kernel.c_str();
+}
+
+const char* cann_sim_task_error(const struct cann_sim_task* task) {
+  return task->error.c_str();
+}
+
+size_t cann_sim_task_buffers(struct cann_sim_task* task, const struct cann_sim_range** ranges) {
+  task->ranges.clear();
+  for (const cann_sim::Buffer& buffer : task->launch.buffers) {
+    task->ranges.push_back({buffer.start, buffer.end, 0});
+  }
+  *ranges = task->ranges.data();
+  return task->ranges.size();
+}
+
+size_t cann_sim_task_uses(struct cann_sim_task* task, const struct cann_sim_range** ranges) {
+  task->ranges.clear();
+  add_used(task->launch, false, task->ranges);
+  add_used(task->launch, true, task->ranges);
+  *ranges = task->ranges.data();
+  return task->ranges.size();
+}
+
+void cann_sim_task_free(struct cann_sim_task* task) {
+  delete task;
 }
 
 void cann_sim_configure(const cann_sim_config* config) {
@@ -182,7 +240,7 @@ void cann_sim_configure(const cann_sim_config* config) {
   thread_quiet = config->quiet != 0;
 }
 
-void cann_sim_set_executor(void (*submit)(void* stream, void (*task)(void* closure), void* closure)) {
+void cann_sim_set_executor(cann_sim_submit submit) {
   cann_sim::executor = submit;
 }
 

@@ -23,14 +23,16 @@ struct Allocation {
   uint64_t start, bytes;
   bool all_written;
   ByteSet written;
+  bool part = false;                  // cut out of another allocation
+  std::shared_ptr<Allocation> whole;  // which one, if any
 };
 
-// An allocation as a launch sees it.
+// An allocation as a launch sees it: found when it is enqueued, with what has been written to it when it runs.
 struct Buffer {
   uint64_t start, end;
-  bool all_written;
-  ByteSet written;
   std::shared_ptr<Allocation> allocation;
+  bool all_written = false;
+  ByteSet written;
 };
 
 struct Error {

@@ -5,10 +5,12 @@
 
 namespace cann_sim {
 
-// The allocations that the pointers fall into, as they are now.
+// The allocations that the pointers fall into now: those cut out of another one in the place of that one.
 std::vector<Buffer> snapshot_buffers(void* const* pointers, size_t count);
 
-// After a launch: what its cores wrote counts as written from now on.
+// Before a launch runs: what has been written to its buffers by now.
+void load_written(Launch& launch);
+// After it: what its cores wrote counts as written from now on.
 void record_writes(const Launch& launch);
 
 }  // namespace cann_sim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -167,10 +166,16 @@ def test_an_exception_in_the_kernel(library: cann_sim.KernelLibrary) -> None:
 
 def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibrary) -> None:
     """Those on the null stream run at once, as before; its own it may run when it likes."""
-    task_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-    submit_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p, task_type, ctypes.c_void_p)
-    taken: list[tuple[int, Callable[[int], None], int]] = []
-    submit = submit_type(lambda *call: taken.append(call))
+    submit_type = ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p)
+    taken: list[tuple[int, int]] = []
+
+    @submit_type
+    def submit(stream: int, task: int) -> int:
+        if stream == 0xBAD:
+            return 99
+        taken.append((stream, task))
+        return 0
+
     launch = ctypes.CDLL(str(library.path)).aclrtlaunch_move
     data, out = np.full(32, 7, np.uint8), np.zeros(32, np.uint8)
     places = [array.ctypes.data for array in (data, out)]
@@ -181,10 +186,12 @@ def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibra
             out[:] = 0
             assert launch(1, ctypes.c_void_p(stream), *map(ctypes.c_void_p, places), 32) == 0
             assert (out == (0 if stream else 7)).all()
-        ((stream, task, closure),) = taken
+        assert launch(1, ctypes.c_void_p(0xBAD), *map(ctypes.c_void_p, places), 32) == 99
+        ((stream, task),) = taken
         assert stream == 0x5EA
-        task(closure)
+        assert runtime().cann_sim_task_run(ctypes.c_void_p(task)) == 0
         assert (out == 7).all()
+        runtime().cann_sim_task_free(ctypes.c_void_p(task))
     finally:
         runtime().cann_sim_set_executor(submit_type())
         for handle in handles:

@@ -16,7 +16,16 @@ uint32_t cann_sim_launch(const char* kernel, uint32_t blocks, void* stream, void
 
 // Device memory. `written` says that its contents count as written; otherwise reading before writing is an error.
 uint64_t cann_sim_register(const void* start, uint64_t bytes, int written);
+// A piece cut out of registered memory, as a caching allocator does: pointers into it are bounded by it, and nothing in
+// it counts as written.
+uint64_t cann_sim_register_part(const void* start, uint64_t bytes);
 void cann_sim_unregister(uint64_t id);
+// Writes that no kernel does. The allocations that an address falls into now, so that what is written there later
+// counts for them and for no allocation that takes their place; to be given back to cann_sim_forget.
+struct cann_sim_place;
+struct cann_sim_place* cann_sim_find(const void* address);
+void cann_sim_written(struct cann_sim_place* place, const void* start, uint64_t bytes);
+void cann_sim_forget(struct cann_sim_place* place);
 
 // How this thread's launches run; null goes back to the defaults. The environment has its say on top: CANN_SIM_CHECK=0,
 // CANN_SIM_THREADS, CANN_SIM_BANDWIDTH_SCALE, CANN_SIM_VECTOR_SCALE, CANN_SIM_SCALAR_SCALE, CANN_SIM_QUIET.
@@ -33,9 +42,24 @@ struct cann_sim_config {
 };
 void cann_sim_configure(const struct cann_sim_config* config);
 
-// The hook for asynchronous streams: when set, a launch on a non-null stream is passed to it as task(closure), to be
-// called exactly once, and returns 0 at once. Without it every launch has finished when it returns.
-void cann_sim_set_executor(void (*submit)(void* stream, void (*task)(void* closure), void* closure));
+// The hook for asynchronous streams: when set, a launch on a non-null stream is passed to it as a task, and the launch
+// returns at once what it returns. Non-zero refuses the task; else it is the hook's, to be run at most once and freed.
+// Without a hook every launch has finished when it returns.
+struct cann_sim_task;
+typedef uint32_t (*cann_sim_submit)(void* stream, struct cann_sim_task* task);
+void cann_sim_set_executor(cann_sim_submit submit);
+uint32_t cann_sim_task_run(struct cann_sim_task* task);  // what a launch without a hook returns
+void cann_sim_task_free(struct cann_sim_task* task);
+const char* cann_sim_task_kernel(const struct cann_sim_task* task);
+const char* cann_sim_task_error(const struct cann_sim_task* task);  // after it has run; "" if it broke no rule
+// Device memory, valid until the next call for this task: the allocations that its pointers fell into when it was
+// launched, and what its cores read (written 0) and wrote (1), known after it has run and unless checks are off.
+struct cann_sim_range {
+  uint64_t start, end;
+  int32_t written;
+};
+size_t cann_sim_task_buffers(struct cann_sim_task* task, const struct cann_sim_range** ranges);
+size_t cann_sim_task_uses(struct cann_sim_task* task, const struct cann_sim_range** ranges);
 
 // Of this thread's last launch: a JSON text with counts, times and the error if any; the error as one line, or "".
 const char* cann_sim_last_report(void);

@@ -1,0 +1,190 @@
+// For tests: streams held back, calls that fail or are slow, and the state of everything as JSON.
+#include <cstdio>
+#include <cstdlib>
+
+#include <unistd.h>
+
+#include "calls.h"
+#include "cann_sim/acl_control.h"
+#include "memory.h"
+#include "runtime.h"
+
+using namespace cann_sim::acl;
+
+namespace cann_sim::acl {
+
+namespace {
+
+void set_held(void* handle, bool held) {
+  const Lock lock(runtime().mutex);
+  if (handle == nullptr) {
+    runtime().hold_all = held;
+  }
+  const auto set = [&](const StreamPtr& stream) {
+    if (handle == nullptr || stream.get() == handle) {
+      stream->held = held;
+      stream->wake.notify_all();
+    }
+  };
+  for (const auto& [key, stream] : runtime().streams) {
+    set(stream);
+  }
+  for (const auto& [device, stream] : runtime().default_streams) {
+    set(stream);
+  }
+  runtime().changed.notify_all();
+}
+
+std::string quoted(const std::string& words) {
+  std::string out = "\"";
+  for (const char c : words) {
+    if (c == '"' || c == '\\') {
+      out += '\\';
+    }
+    out += static_cast<unsigned char>(c) < ' ' ? ' ' : c;
+  }
+  return out + '"';
+}
+
+unsigned long long wide(uint64_t value) {
+  return value;
+}
+
+// "[item,item]"
+template <typename List, typename Write>
+std::string array(const List& list, Write write) {
+  std::string out;
+  for (const auto& item : list) {
+    out += (out.empty() ? "" : ",") + write(item);
+  }
+  return "[" + out + "]";
+}
+
+std::string block_json(const std::shared_ptr<Block>& block) {
+  return text("{\"number\":%llu,\"address\":%llu,\"bytes\":%zu}", wide(block->number), wide(block->start()),
+              block->bytes);
+}
+
+std::string device_json(int32_t device) {
+  const DeviceMemory memory = memory_of(device);
+  const auto tensor = [](const DeviceMemory::Tensor& it) {
+    return text("{\"address\":%llu,\"bytes\":%llu}", wide(it.start), wide(it.bytes));
+  };
+  return text("{\"device\":%d,\"memory_bytes\":%llu,\"peak_bytes\":%llu,\"capacity_bytes\":%llu,", device,
+              wide(memory.used), wide(memory.peak), wide(memory.capacity)) +
+         "\"blocks\":" + array(memory.blocks, block_json) + ",\"tensors\":" + array(memory.tensors, tensor) + "}";
+}
+
+std::string stream_json(const StreamPtr& stream) {
+  return text("{\"id\":%d,\"device\":%d,\"handle\":%llu,\"enqueued\":%llu,\"done\":%llu,\"held\":%s,\"fault\":%d}",
+              stream->id, stream->device, wide(reinterpret_cast<uint64_t>(stream.get())), wide(stream->enqueued),
+              wide(stream->done), stream->held ? "true" : "false", stream->fault.code);
+}
+
+std::string status() {
+  check_canaries();
+  std::vector<int32_t> devices;
+  for (int32_t device = 0; device < device_count(); ++device) {
+    devices.push_back(device);
+  }
+  std::vector<StreamPtr> streams;
+  size_t events = 0;
+  {
+    const Lock lock(runtime().mutex);
+    for (const auto& [handle, stream] : runtime().streams) {
+      streams.push_back(stream);
+    }
+    events = runtime().events.size();
+    return "{\"devices\":" + array(devices, device_json) + ",\"host_blocks\":" + array(host_blocks(), block_json) +
+           ",\"streams\":" + array(streams, stream_json) + text(",\"events\":%zu,\"errors\":", events) +
+           array(errors(),
+                 [](const Error& error) {
+                   return text("{\"kind\":%s,\"count\":%llu,\"message\":", quoted(error.kind).c_str(),
+                               wide(error.count)) +
+                          quoted(error.message) + "}";
+                 }) +
+           ",\"calls\":{" +
+           [] {
+             std::string out;
+             for (const auto& [name, calls] : all_calls()) {
+               out += text("%s%s:%llu", out.empty() ? "" : ",", quoted(name).c_str(), wide(calls));
+             }
+             return out;
+           }() +
+           "}}";
+  }
+}
+
+// CANN_SIM_LEAKS=1: what a process leaves behind.
+void print_leaks() {
+  check_canaries();
+  for (int32_t device = 0; device < device_count(); ++device) {
+    const DeviceMemory memory = memory_of(device);
+    for (const auto& block : memory.blocks) {
+      std::fprintf(stderr, "cann_sim: leak: device %d: block %llu of %zu bytes was never freed\n", device,
+                   wide(block->number), block->bytes);
+    }
+    for (const auto& tensor : memory.tensors) {
+      std::fprintf(stderr, "cann_sim: leak: device %d: a tensor of %llu bytes at %#llx is alive\n", device,
+                   wide(tensor.bytes), wide(tensor.start));
+    }
+  }
+  for (const auto& block : host_blocks()) {
+    std::fprintf(stderr, "cann_sim: leak: host block %llu of %zu bytes was never freed\n", wide(block->number),
+                 block->bytes);
+  }
+  const Lock lock(runtime().mutex);
+  for (const auto& [handle, stream] : runtime().streams) {
+    std::fprintf(stderr, "cann_sim: leak: %s was never destroyed\n", stream->name().c_str());
+  }
+  if (!runtime().events.empty()) {
+    std::fprintf(stderr, "cann_sim: leak: %zu events were never destroyed\n", runtime().events.size());
+  }
+}
+
+[[maybe_unused]] const bool leaks_wanted = [] {
+  if (from_environment("CANN_SIM_LEAKS", 0) == 0) {
+    return false;
+  }
+  static const pid_t owner = getpid();
+  std::atexit([] {
+    if (getpid() == owner) {  // not a child that was forked
+      print_leaks();
+    }
+  });
+  return true;
+}();
+
+}  // namespace
+
+}  // namespace cann_sim::acl
+
+void cann_sim_acl_hold(void* stream) {
+  set_held(stream, true);
+}
+
+void cann_sim_acl_release(void* stream) {
+  set_held(stream, false);
+}
+
+void cann_sim_acl_fail(const char* name, int64_t skip, int64_t count, int32_t code) {
+  api(name).fail(skip, count, code);
+}
+
+void cann_sim_acl_delay(const char* name, double milliseconds) {
+  api(name).delay(milliseconds);
+}
+
+uint64_t cann_sim_acl_calls(const char* name) {
+  return api(name).calls();
+}
+
+const char* cann_sim_acl_status() {
+  thread_local std::string json;
+  json = status();
+  return json.c_str();
+}
+
+void cann_sim_acl_clear_errors() {
+  clear_errors();
+}

@@ -1,0 +1,265 @@
+// Streams: creating, destroying, synchronising, asking, and functions of the host that run in their turn.
+#include <vector>
+
+#include "calls.h"
+#include "runtime.h"
+
+using namespace cann_sim::acl;
+
+namespace cann_sim::acl {
+
+namespace {
+
+StreamPtr make_stream(int32_t device) {
+  auto stream = std::make_shared<Stream>();
+  stream->device = device;
+  stream->id = runtime().next_stream++;
+  stream->slot = runtime().next_slot++;
+  stream->held = runtime().hold_all;
+  return stream;
+}
+
+aclError create(aclrtStream* handle, uint32_t priority, uint32_t flags) {
+  if (handle == nullptr) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "a stream is to be created into a null pointer");
+  }
+  if (current_context() == nullptr) {
+    return fail(ACL_ERROR_RT_CONTEXT_NULL, "a stream is to be created, but this thread has set no device");
+  }
+  const Lock lock(runtime().mutex);
+  const StreamPtr stream = make_stream(current_context()->device);
+  stream->priority = priority;
+  stream->flags = flags;
+  runtime().streams[stream.get()] = stream;
+  *handle = stream.get();
+  return ACL_SUCCESS;
+}
+
+// What was enqueued up to now, of each stream, has to be done; then the host comes after it.
+aclError synchronize(const std::vector<StreamPtr>& streams, int32_t timeout_ms, Lock& lock) {
+  std::vector<uint64_t> targets;
+  std::vector<Clock> clocks;
+  for (const StreamPtr& stream : streams) {
+    targets.push_back(stream->enqueued);
+    clocks.push_back(stream->clock);
+  }
+  const auto done = [&] {
+    for (size_t i = 0; i < streams.size(); ++i) {
+      if (streams[i]->done < targets[i]) {
+        return false;
+      }
+    }
+    return true;
+  };
+  if (!wait_until(lock, timeout_ms, done)) {
+    return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, text("not done within %d ms", timeout_ms));
+  }
+  aclError code = ACL_SUCCESS;
+  for (size_t i = 0; i < streams.size(); ++i) {
+    runtime().host.join(clocks[i]);
+    if (code == ACL_SUCCESS) {
+      code = take_fault(*streams[i]);
+    }
+  }
+  return code;
+}
+
+aclError synchronize_stream(aclrtStream handle, int32_t timeout_ms) {
+  Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  return stream == nullptr ? code : synchronize({stream}, timeout_ms, lock);
+}
+
+aclError synchronize_device(int32_t timeout_ms) {
+  if (current_context() == nullptr) {
+    return fail(ACL_ERROR_RT_CONTEXT_NULL, "a device is to be synchronised, but this thread has set none");
+  }
+  const int32_t device = current_context()->device;
+  Lock lock(runtime().mutex);
+  std::vector<StreamPtr> streams;
+  for (const auto& [handle, stream] : runtime().streams) {
+    if (stream->device == device) {
+      streams.push_back(stream);
+    }
+  }
+  if (const auto found = runtime().default_streams.find(device); found != runtime().default_streams.end()) {
+    streams.push_back(found->second);
+  }
+  return synchronize(streams, timeout_ms, lock);
+}
+
+aclError destroy(aclrtStream handle, bool force) {
+  Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = handle == nullptr ? nullptr : find_stream(handle, code);
+  if (stream == nullptr) {
+    return handle == nullptr ? fail(ACL_ERROR_RT_PARAM_INVALID, "the default stream cannot be destroyed") : code;
+  }
+  if (!force && stream->held) {
+    return fail(ACL_ERROR_RT_STREAM_NOT_COMPLETE,
+                stream->name() + " is held and cannot be destroyed: release it first");
+  }
+  const auto drop = [&] {
+    while (!stream->queue.empty()) {
+      const Task task = std::move(stream->queue.front());
+      stream->queue.pop_front();
+      finish(*stream, task);
+    }
+  };
+  if (force) {
+    drop();
+  }
+  wait_until(lock, -1, [&] { return stream->done == stream->enqueued; });
+  runtime().streams.erase(handle);
+  stream->stop = true;
+  stream->wake.notify_all();
+  return ACL_SUCCESS;
+}
+
+}  // namespace
+
+StreamPtr find_stream(aclrtStream handle, aclError& code) {
+  if (handle == nullptr) {
+    if (current_context() == nullptr) {
+      code = fail(ACL_ERROR_RT_CONTEXT_NULL, "the default stream is wanted, but this thread has set no device");
+      return nullptr;
+    }
+    StreamPtr& stream = runtime().default_streams[current_context()->device];
+    if (stream == nullptr) {
+      stream = make_stream(current_context()->device);
+    }
+    return stream;
+  }
+  const auto found = runtime().streams.find(handle);
+  if (found == runtime().streams.end()) {
+    code = fail(ACL_ERROR_RT_INVALID_HANDLE, text("%p is no stream, or one that was destroyed", handle));
+    return nullptr;
+  }
+  return found->second;
+}
+
+}  // namespace cann_sim::acl
+
+extern "C" {
+
+aclError aclrtCreateStream(aclrtStream* stream) {
+  CANN_SIM_API();
+  return create(stream, 0, 0);
+}
+
+aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t priority, uint32_t flag) {
+  CANN_SIM_API();
+  return create(stream, priority, flag);
+}
+
+aclError aclrtDestroyStream(aclrtStream stream) {
+  CANN_SIM_API();
+  return destroy(stream, false);
+}
+
+aclError aclrtDestroyStreamForce(aclrtStream stream) {
+  CANN_SIM_API();
+  return destroy(stream, true);
+}
+
+aclError aclrtSynchronizeStream(aclrtStream stream) {
+  CANN_SIM_API();
+  return synchronize_stream(stream, -1);
+}
+
+aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) {
+  CANN_SIM_API();
+  return synchronize_stream(stream, timeout);
+}
+
+aclError aclrtSynchronizeDevice() {
+  CANN_SIM_API();
+  return synchronize_device(-1);
+}
+
+aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
+  CANN_SIM_API();
+  return synchronize_device(timeout);
+}
+
+aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  if (stream == nullptr) {
+    return code;
+  }
+  const bool done = stream->done == stream->enqueued;
+  if (done) {
+    runtime().host.join(stream->clock);
+  }
+  *status = done ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+  return ACL_SUCCESS;
+}
+
+aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  *id = stream == nullptr ? -1 : stream->id;
+  return code;
+}
+
+aclError aclrtStreamGetPriority(aclrtStream handle, uint32_t* priority) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  *priority = stream == nullptr ? 0 : stream->priority;
+  return code;
+}
+
+aclError aclrtStreamGetFlags(aclrtStream handle, uint32_t* flags) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  *flags = stream == nullptr ? 0 : stream->flags;
+  return code;
+}
+
+// Streams go on after a task has failed, which is mode 0; the mode is accepted.
+aclError aclrtSetStreamFailureMode(aclrtStream handle, uint64_t /*mode*/) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  find_stream(handle, code);
+  return code;
+}
+
+aclError aclrtSetStreamOverflowSwitch(aclrtStream handle, uint32_t flag) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  if (const StreamPtr stream = find_stream(handle, code)) {
+    stream->overflow = flag;
+  }
+  return code;
+}
+
+aclError aclrtGetStreamOverflowSwitch(aclrtStream handle, uint32_t* flag) {
+  CANN_SIM_API();
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  *flag = stream == nullptr ? 0 : stream->overflow;
+  return code;
+}
+
+aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* args) {
+  CANN_SIM_API();
+  if (function == nullptr) {
+    return fail(ACL_ERROR_RT_PARAM_INVALID, "aclrtLaunchHostFunc of a null pointer");
+  }
+  return enqueue_work(stream, "a host function", [=](const StepPtr&, Stream&) { function(args); });
+}
+
+}  // extern "C"

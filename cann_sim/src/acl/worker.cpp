@@ -1,0 +1,207 @@
+// The threads behind the streams: tasks in order, each stream on its own, and the errors they leave (runtime.h).
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+
+#include "calls.h"
+#include "runtime.h"
+
+namespace cann_sim::acl {
+
+namespace {
+
+uint64_t now_ns() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+          .count());
+}
+
+void work(const StreamPtr& stream) {
+  Lock lock(runtime().mutex);
+  for (;;) {
+    stream->wake.wait(lock, [&] { return stream->stop || stream->ready(); });
+    if (stream->stop) {
+      return;
+    }
+    const Task task = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    stream->running = true;
+    if (task.run) {
+      lock.unlock();
+      task.run();
+      lock.lock();
+    }
+    finish(*stream, task);
+  }
+}
+
+// At exit streams stop: what still runs is waited for, for a while, since it uses memory that is about to go.
+void end_workers() {
+  Lock lock(runtime().mutex);
+  runtime().ending = true;
+  const auto idle = [] {
+    return std::none_of(runtime().streams.begin(), runtime().streams.end(),
+                        [](const auto& entry) { return entry.second->running; });
+  };
+  wait_until(lock, 5000, idle);
+}
+
+struct Errors {
+  std::mutex mutex;
+  std::vector<Error> list;
+};
+
+Errors& all_errors() {
+  static auto* all = new Errors;  // outlives static destructors
+  return *all;
+}
+
+}  // namespace
+
+Runtime& runtime() {
+  static auto* all = [] {  // outlives static destructors
+    std::atexit(end_workers);
+    return new Runtime;
+  }();
+  return *all;
+}
+
+bool Stream::ready() const {
+  if (held || running || runtime().ending || queue.empty()) {
+    return false;
+  }
+  const Task& task = queue.front();
+  return task.kind == Task::Kind::work || (task.kind == Task::Kind::wait && task.recording->done);
+}
+
+std::string Stream::name() const {
+  return text("stream %d of device %d", id, device);
+}
+
+StepPtr next_step(Stream& stream, const std::string& name) {
+  auto step = std::make_shared<Step>();
+  stream.clock.join(runtime().host);
+  stream.clock.set(stream.slot, ++stream.enqueued);
+  step->slot = stream.slot;
+  step->number = stream.enqueued;
+  step->name = name;
+  step->stream = stream.name();
+  step->clock = stream.clock;
+  return step;
+}
+
+void enqueue(Stream& stream, Task task) {
+  if (!stream.started) {
+    stream.started = true;
+    std::thread(work, stream.shared_from_this()).detach();
+  }
+  if (task.kind == Task::Kind::wait && !task.recording->done) {
+    task.recording->waiting.push_back(stream.weak_from_this());
+  }
+  stream.queue.push_back(std::move(task));
+  stream.wake.notify_all();
+}
+
+aclError enqueue_work(aclrtStream handle, const std::string& name, std::function<void(const StepPtr&, Stream&)> run,
+                      bool wait_for_it) {
+  Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  const StreamPtr stream = find_stream(handle, code);
+  if (stream == nullptr) {
+    return code;
+  }
+  const StepPtr step = next_step(*stream, name);
+  Stream* const target = stream.get();  // which its worker keeps alive
+  enqueue(*stream, {Task::Kind::work, step, [run = std::move(run), step, target] { run(step, *target); }, nullptr});
+  if (wait_for_it) {
+    wait_until(lock, -1, [&] { return stream->done >= step->number; });
+  }
+  return ACL_SUCCESS;
+}
+
+void finish(Stream& stream, const Task& task) {
+  stream.running = false;
+  ++stream.done;
+  if (task.kind != Task::Kind::wait && task.recording != nullptr) {
+    task.recording->done = true;
+    task.recording->time_ns = now_ns();
+    for (const auto& waiting : task.recording->waiting) {
+      if (const StreamPtr other = waiting.lock()) {
+        other->wake.notify_all();
+      }
+    }
+  }
+  stream.wake.notify_all();
+  runtime().changed.notify_all();
+}
+
+bool wait_until(Lock& lock, int32_t timeout_ms, const std::function<bool()>& done) {
+  if (timeout_ms < 0) {
+    runtime().changed.wait(lock, done);
+    return true;
+  }
+  return runtime().changed.wait_for(lock, std::chrono::milliseconds(timeout_ms), done);
+}
+
+aclError take_fault(Stream& stream) {
+  if (stream.fault.code == ACL_SUCCESS) {
+    return ACL_SUCCESS;
+  }
+  const Fault fault = std::move(stream.fault);
+  stream.fault = {};
+  return fail(fault.code, fault.message);
+}
+
+void report_error(const std::string& kind, const std::string& message, bool print) {
+  const std::lock_guard<std::mutex> lock(all_errors().mutex);
+  for (Error& error : all_errors().list) {
+    if (error.kind == kind && error.message == message) {
+      ++error.count;
+      return;
+    }
+  }
+  all_errors().list.push_back({kind, message, 1});
+  if (print && std::getenv("CANN_SIM_QUIET") == nullptr) {
+    std::fprintf(stderr, "cann_sim: %s: %s\n", kind.c_str(), message.c_str());
+  }
+}
+
+void report_error(Stream& stream, aclError code, const std::string& kind, const std::string& message, bool print) {
+  report_error(kind, message, print);
+  const Lock lock(runtime().mutex);
+  if (stream.fault.code == ACL_SUCCESS) {
+    stream.fault = {code, kind + ": " + message};
+  }
+}
+
+std::vector<Error> errors() {
+  const std::lock_guard<std::mutex> lock(all_errors().mutex);
+  return all_errors().list;
+}
+
+void clear_errors() {
+  {
+    const std::lock_guard<std::mutex> lock(all_errors().mutex);
+    all_errors().list.clear();
+  }
+  const Lock lock(runtime().mutex);
+  for (const auto& [handle, stream] : runtime().streams) {
+    stream->fault = {};
+  }
+  for (const auto& [device, stream] : runtime().default_streams) {
+    stream->fault = {};
+  }
+}
+
+aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint64_t end, bool writes) {
+  const std::string wrong = access(step, start, end, writes);
+  if (wrong.empty()) {
+    return ACL_SUCCESS;
+  }
+  report_error(stream, ACL_ERROR_RT_INTERNAL_ERROR, "stream-race", wrong);
+  return ACL_ERROR_RT_INTERNAL_ERROR;
+}
+
+}  // namespace cann_sim::acl
