@@ -1,14 +1,15 @@
 # From a bare Linux machine with Python 3.10 or newer, g++ and make:
 #
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
-#   make test     runs the tests, and those of cann_sim       (TEST_ARGS="-k contract": some, without cann_sim's)
+#   make test     runs the tests: on the CPU, on a simulated NPU, and those of cann_sim
+#                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
 #
 # Each sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the interpreter;
-# TORCH the torch to build against. pip's own variables (PIP_INDEX_URL, ...) apply: where the index offers only CUDA
-# builds of torch, point it at one with CPU builds, which are much smaller.
+# TORCH the torch to build against, and with it the torch_npu to test with. pip's own variables (PIP_INDEX_URL, ...)
+# apply: where the index offers only CUDA builds of torch, point it at one with CPU builds, which are much smaller.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -18,24 +19,37 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
 export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
+# The release of torch_npu that goes with this torch.
+TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
+DEVICE := cpu
+
 SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml
-SIM_SOURCES := $(shell find cann_sim/src -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
+KERNEL_SOURCES := $(shell find csrc/ascendc -type f)
+SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
 CXX_FILES = $(shell find csrc cann_sim benchmarks \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
 .PHONY: help train test build check format clean
 
 help:
-	@sed -n '3,8s/^# \{0,1\}//p' Makefile
+	@sed -n '3,9s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
-test: $(VENV)/.test $(VENV)/.build $(VENV)/.cann_sim
-	@echo "== Testing: pytest $(TEST_ARGS)"
-	@$(PY) -m pytest $(TEST_ARGS)
-ifeq ($(TEST_ARGS),)
+# On the simulated NPU kernels are not checked once more: tests/device has done it, on the same shapes and options.
+ON_NPU := CANN_SIM_CHECK=0 $(PY) -m cann_sim -m pytest --device npu
+
+test: $(VENV)/.test $(VENV)/.npu
+ifneq ($(TEST_ARGS),)
+	@echo "== Testing on the $(DEVICE): pytest $(TEST_ARGS)"
+	@$(if $(filter npu,$(DEVICE)),$(ON_NPU),$(PY) -m pytest) $(TEST_ARGS)
+else
+	@echo "== Testing on the CPU"
+	@$(PY) -m pytest
+	@echo "== Testing on a simulated NPU"
+	@$(ON_NPU) tests
 	@echo "== Testing cann_sim"
 	@cd cann_sim && ../$(PY) -m pytest
 endif
@@ -77,6 +91,21 @@ $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"
 	@$(PIP) install --no-build-isolation --no-deps --editable . || \
 	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
+	@rm -f $(VENV)/.npu
+	@touch $@
+
+# The part for NPUs, built by cann_sim's toolkit. It comes with the rest: building the rest alone would take it away.
+$(VENV)/.npu: $(VENV)/.cann_sim $(VENV)/.torch_npu $(SOURCES) $(KERNEL_SOURCES)
+	@echo "== Building the extension with the part for NPUs (three to four minutes the first time)"
+	@ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3 \
+	  NPU_XENT_BUILD_NPU=1 $(PIP) install --no-build-isolation --no-deps --editable . || \
+	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
+	@touch $(VENV)/.build $@
+
+# --no-deps: its own requirement of torch would bring another build of it.
+$(VENV)/.torch_npu: $(TORCH_STAMP)
+	@echo "== Installing $(TORCH_NPU)"
+	@$(PIP) install --no-deps "$(TORCH_NPU)" && $(PIP) install pyyaml
 	@touch $@
 
 $(VENV)/.cann_sim: $(TORCH_STAMP) $(SIM_SOURCES)
