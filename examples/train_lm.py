@@ -8,6 +8,7 @@ with matplotlib if that is there, downloads nothing, and takes about three minut
     python examples/train_lm.py --data texts/ --out runs/mine     # on your own text; Ctrl-C saves and stops
     python examples/train_lm.py --out runs/mine --resume          # goes on to the very same losses
     torchrun --nproc_per_node 8 examples/train_lm.py --device npu --dtype bf16
+    python -m cann_sim examples/train_lm.py --device npu          # an NPU simulated on the host: slow, and checked
 """
 
 from __future__ import annotations
@@ -154,7 +155,12 @@ def build_parser() -> argparse.ArgumentParser:
         default="npu_xent",
         help="npu_xent.cross_entropy, npu_xent.npu_cross_entropy_loss or F.cross_entropy",
     )
-    add("--device", default="cpu", help="cpu, npu or cuda")
+    add(
+        "--device",
+        default="cpu",
+        help="cpu, npu or cuda, or one of several: npu:1; an NPU is simulated on the host by "
+        "python -m cann_sim examples/train_lm.py --device npu",
+    )
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs under autocast")
     add("--steps", type=count, default=300, help="optimizer steps in all, the schedule's horizon")
     add("--batch", type=count, default=16, help="windows a step, on each rank")

@@ -1,7 +1,8 @@
 """examples/train_lm.py as a user runs it: losses learn, interruption changes no bit, two ranks are one run.
 
 Each run is a subprocess with a tiny model, for signals, exit codes and process groups are what is tested.
-Most of the time goes into importing torch, so runs that do not need each other go side by side.
+Most of the time goes into importing torch, so runs that do not need each other go side by side. With --device npu, the
+runs on the device are held against the CPU's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
@@ -85,6 +87,7 @@ def runs(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return {loss: (folder / loss, processes[loss].returncode, outputs[loss]) for loss in LOSSES}
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_run_learns_and_leaves_its_files(runs: Runs, loss: str) -> None:
     out, code, output = runs[loss]
@@ -102,6 +105,7 @@ def test_a_run_learns_and_leaves_its_files(runs: Runs, loss: str) -> None:
     assert (out / "checkpoint.pt").is_file()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_the_losses_are_those_of_torch(runs: Runs, loss: str) -> None:
     """At first: each step multiplies what rounding makes of the gradients."""
@@ -127,6 +131,7 @@ def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals) -> i
     return steps
 
 
+@pytest.mark.cpu
 def test_interrupted_and_resumed_is_bitwise_uninterrupted(start: Start, runs: Runs, tmp_path: Path) -> None:
     whole, parts, ended = runs["npu_xent"][0], tmp_path / "parts", tmp_path / "ended"
     steps = stop(start(parts, "--loss", "npu_xent", "--steps", str(STEPS)), parts, signal.SIGINT)
@@ -140,6 +145,7 @@ def test_interrupted_and_resumed_is_bitwise_uninterrupted(start: Start, runs: Ru
     assert ends[0] == ends[1]
 
 
+@pytest.mark.cpu
 def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     output = finish(start(tmp_path, "--loss", "torch", "--steps", "12", launcher=launcher))
@@ -152,6 +158,7 @@ def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path:
     assert losses[0] != losses_of(runs["torch"][0])[0]  # rank 1 brings windows of its own
 
 
+@pytest.mark.cpu
 def test_errors_name_the_flag_the_value_and_the_way_out(start: Start, tmp_path: Path) -> None:
     missing = tmp_path / "no-such-folder"
     out = tmp_path / "out"
@@ -160,3 +167,27 @@ def test_errors_name_the_flag_the_value_and_the_way_out(start: Start, tmp_path: 
     assert f"error: --data {missing}: no such file or folder; name one" in data
     assert f"error: --resume: there is no {out / 'checkpoint.pt'}; name the run's folder" in resume
     assert "Traceback" not in data + resume
+
+
+# Under `python -m cann_sim` the runs are simulated too.
+SIMULATED = ("-m", "cann_sim") if "cann_sim._torch_runtime" in sys.modules else ()
+
+
+@pytest.mark.parametrize("loss", LOSSES[1:])
+def test_the_losses_on_the_device_are_the_cpus(loss: str, device: torch.device, start: Start, tmp_path: Path) -> None:
+    """Both draw weights and data on the CPU. Resuming what has ended validates what was saved."""
+    if device.type == "cpu":
+        pytest.skip("needs --device npu")
+    here, there, flags = tmp_path / "cpu", tmp_path / "device", ("--loss", loss, "--steps", "30")
+    finish(start(here, *flags))
+    output = finish(start(there, *flags, "--device", str(device), launcher=SIMULATED))
+    assert f"on {device.type}:{device.index or 0} in fp32" in output
+    assert "kernels are not in use" not in output
+    expected, actual = ([float(value) for value in losses_of(out)] for out in (here, there))
+    assert len(actual) == 30
+    assert actual == pytest.approx(expected, abs=1e-3, rel=0)
+    summary = (there / "summary.json").read_text()
+    assert "after 30 of 30 steps" in finish(start(there, "--resume", launcher=SIMULATED))
+    ends = [json.loads(text)["validation_loss"] for text in (summary, (there / "summary.json").read_text())]
+    assert ends[0] == ends[1]
+    assert ends[0] == pytest.approx(json.loads((here / "summary.json").read_text())["validation_loss"], abs=1e-3)
