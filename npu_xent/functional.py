@@ -89,7 +89,8 @@ def cross_entropy(
             for a leaf, for memory that is not contiguous, with class probabilities, or where no gradient is needed.
         TypeError: a dtype that is not listed; size_average or reduce.
         IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
-            of bounds either, but looking would mean waiting: the row's loss and gradient are NaN.
+            of bounds either, but looking would mean waiting: the row's loss and gradient are NaN. (On an NPU, the
+            environment variable NPU_XENT_DEBUG=1 asks for looking.)
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a second or a
             forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
