@@ -1,0 +1,210 @@
+"""What `python -m cann_sim` puts under PyTorch: the simulated AscendCL and the operators of npu tensors on the host.
+
+Both are compiled against the installed torch and torch_npu, so at first use and not when cann_sim is installed. They
+are kept in `CANN_SIM_CACHE` (default ~/.cache/cann_sim), by a key of all they depend on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ._compile import _cache_folder
+from ._runtime import PROJECT, TOOLKIT, runtime, toolkit_path
+
+FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
+BUILD_LOG = 40  # lines of a failed build that are shown
+
+
+class SetupError(Exception):
+    """PyTorch cannot be run on the simulator in this environment. The message says what to install."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """The torch and torch_npu of this environment, found without importing them."""
+
+    torch: Path
+    torch_version: str
+    torch_npu: Path
+    torch_npu_version: str
+
+
+def installed() -> Installed:
+    """Finds torch and torch_npu, and checks that they belong together and can be imported."""
+    torch, torch_npu = _package("torch"), _package("torch_npu")
+    if torch is None:
+        raise SetupError("torch is not installed: pip install torch torch_npu pyyaml numpy, of one version each")
+    version = importlib.metadata.version("torch")
+    wanted = _release(version)
+    remedy = f"pip install torch_npu=={wanted} --no-deps && pip install pyyaml numpy"
+    if torch_npu is None:
+        raise SetupError(f"torch_npu is not installed, and torch is {version}: {remedy}")
+    npu_version = importlib.metadata.version("torch_npu")
+    if _release(npu_version) != wanted:
+        raise SetupError(
+            f"torch_npu {npu_version} is for torch {_release(npu_version)}, and torch is {version}: {remedy}"
+        )
+    missing = [name for name, module in (("pyyaml", "yaml"), ("numpy", "numpy")) if _package(module) is None]
+    if missing:
+        raise SetupError(f"torch_npu needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+    return Installed(torch, version, torch_npu, npu_version)
+
+
+def build_ascendcl() -> Path:
+    """The folder with libascendcl.so and the libraries that torch_npu wants beside it; built if it is not there."""
+    found = installed()
+    runtime()  # libcann_sim.so itself, from sources where the package is used from them
+    options = {
+        "TORCH_NPU_DIR": found.torch_npu,
+        "TORCH_LIB_DIR": found.torch / "lib",
+        "CANN_SIM_TOOLKIT": TOOLKIT,
+        "Python3_EXECUTABLE": sys.executable,
+    }
+    return _built("acl", found, options, "the simulated AscendCL")
+
+
+def build_host_operators() -> Path:
+    """The folder with cann_sim_torch.so; built if it is not there."""
+    found = installed()
+    options = {"TORCH_DIR": found.torch, "TORCH_NPU_DIR": found.torch_npu}
+    return _built("torch", found, options, "the operators on the host")
+
+
+def prepare() -> Callable[[], None]:
+    """Makes this process and its children able to import torch_npu. Returns what installs the operators after that.
+
+    torch must not have been imported yet.
+    """
+    if "torch_npu" in sys.modules:
+        raise SetupError("torch_npu was imported before the simulator: start the program with python -m cann_sim")
+    libraries, operators = build_ascendcl(), build_host_operators() / "cann_sim_torch.so"
+    for path in sorted(libraries.glob("*.so"), key=lambda path: path.name != FIRST_LIBRARY):
+        ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    os.environ.setdefault("ASCEND_HOME_PATH", toolkit_path())
+    os.environ.setdefault("ASCEND_OPP_PATH", str(TOOLKIT / "opp"))  # torch_npu wants it where the other is set
+    # Importing torch imports no torch_npu of itself: here the hook of __main__ does, and in child processes, which
+    # DataLoader starts by the dozen, only who asks for it. There the path finds the libraries.
+    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    before = os.environ.get("LD_LIBRARY_PATH")
+    os.environ["LD_LIBRARY_PATH"] = f"{libraries}:{before}" if before else str(libraries)
+
+    def install() -> None:
+        import torch
+
+        torch.ops.load_library(str(operators))
+        torch.ops.cann_sim.install()
+
+    return install
+
+
+def _package(name: str) -> Path | None:
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _release(version: str) -> str:
+    match = re.match(r"\d+(\.\d+)*", version)
+    return match.group() if match else version
+
+
+def _sources(part: str) -> Path:
+    """The C++ sources of a part: in the toolkit of an installed package, in src of a source tree."""
+    for folder in (TOOLKIT / "src" / part, PROJECT / "src" / part):
+        if (folder / "CMakeLists.txt").is_file():
+            return folder
+    raise SetupError(
+        f"{TOOLKIT / 'src' / part} is missing: this installation of cann_sim is incomplete; install it again"
+    )
+
+
+def _built(part: str, found: Installed, options: dict[str, Any], what: str) -> Path:
+    """Builds a part in a folder of the cache, once: other processes wait, and see all of it or nothing."""
+    sources, cache = _sources(part), _cache_folder()
+    compiler = _compiler()
+    key = _key(part, sources, found, options, compiler)
+    folder = cache / f"{part}-{key}"
+    if folder.is_dir():
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = os.open(cache / f"{part}-{key}.lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise SetupError(f"{cache} cannot be written ({error}): name another folder in CANN_SIM_CACHE") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            versions = f"torch {found.torch_version} and torch_npu {found.torch_npu_version}"
+            _say(f"building {what} for {versions}, once; this takes about a minute ...")
+            start = time.monotonic()
+            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{part}-building-") as temporary:
+                output = Path(temporary) / "out"
+                output.mkdir()
+                _compile(sources, Path(temporary) / "build", {**options, "OUTPUT_DIR": output}, compiler, what)
+                output.rename(folder)
+            _say(f"built in {time.monotonic() - start:.0f} s, kept in {folder}")
+    finally:
+        os.close(lock)
+    return folder
+
+
+def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], compiler: str) -> str:
+    headers = TOOLKIT / "include" / "cann_sim"
+    files = sorted(path for folder in (sources, headers) for path in folder.rglob("*") if path.is_file())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    digest = hashlib.sha256()
+    for text in (part, found, options, sysconfig.get_config_var("SOABI"), compiler, version):
+        digest.update(f"{text}\0".encode())
+    for path in files:
+        if path.suffix not in (".pyc",):
+            digest.update(f"{path.name}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:20]
+
+
+def _compiler() -> str:
+    name = os.environ.get("CXX", "g++")
+    if shutil.which(name) is None:
+        raise SetupError(
+            f"{name} is not there to build the simulated runtime: install g++ 12 or newer, or name a compiler in CXX"
+        )
+    return name
+
+
+def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: str, what: str) -> None:
+    cmake = _tool("cmake")
+    if cmake is None:
+        raise SetupError(f"cmake is not there to build {what}: pip install cmake")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if _tool("ninja") else []
+    given = [f"-D{name}={value}" for name, value in options.items()]
+    configure = [cmake, "-S", sources, "-B", build, *generator, f"-DCMAKE_CXX_COMPILER={compiler}", *given]
+    for command in (configure, [cmake, "--build", build, "--parallel", str(os.cpu_count() or 1)]):
+        result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+        if result.returncode != 0:
+            lines = (result.stdout + result.stderr).splitlines()
+            errors = [line for line in lines if "error" in line.lower()][:BUILD_LOG]
+            raise SetupError(f"building {what} failed:\n" + "\n".join(errors or lines[-BUILD_LOG:]))
+
+
+def _tool(name: str) -> str | None:
+    """A program of this environment, or one on the path."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
+def _say(message: str) -> None:
+    print(f"cann_sim: {message}", file=sys.stderr, flush=True)

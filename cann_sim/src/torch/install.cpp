@@ -1,0 +1,150 @@
+// Puts the kernels into the dispatcher, over those of torch_npu that would call CANN.
+#include <memory>
+#include <set>
+#include <string>
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "control.h"
+#include "operators.h"
+
+namespace cann_sim_torch {
+namespace {
+
+using c10::DispatchKey;
+
+// Metadata, and what ends in calls of the runtime that the simulator has.
+const std::set<std::string>& kept() {
+  static const std::set<std::string> names = {"aten::_copy_from_and_resize",
+                                              "aten::_fused_sdp_choice",
+                                              "aten::_lazy_clone",
+                                              "aten::_local_scalar_dense",
+                                              "aten::_pin_memory",
+                                              "aten::_to_copy",
+                                              "aten::as_strided_",
+                                              "aten::contiguous",
+                                              "aten::copy_",
+                                              "aten::is_pinned",
+                                              "aten::is_set_to",
+                                              "aten::record_stream",
+                                              "aten::set_"};
+  return names;
+}
+
+// What allocates: torch_npu's kernel, and then the runtime hears of the tensor.
+const std::set<std::string>& allocating() {
+  static const std::set<std::string> names = {"aten::empty",   "aten::empty_like", "aten::empty_strided",
+                                              "aten::resize_", "aten::resize_as_", "aten::new_empty_strided"};
+  return names;
+}
+
+bool is_view(const c10::FunctionSchema& schema) {
+  for (const c10::Argument& result : schema.returns()) {
+    if (result.alias_info() && !result.alias_info()->isWrite()) {
+      return true;
+    }
+  }
+  return false;
+}
+
+bool runs_on_cpu(const c10::OperatorHandle& op) {
+  for (DispatchKey key :
+       {DispatchKey::CPU, DispatchKey::CompositeExplicitAutograd, DispatchKey::CompositeExplicitAutogradNonFunctional,
+        DispatchKey::CompositeImplicitAutograd}) {
+    if (op.hasKernelForDispatchKey(key)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// A kernel of the dispatcher, called in the place of another one with the keys of the call.
+class Calling : public c10::OperatorKernel {
+ public:
+  Calling(c10::SafeKernelFunction kernel, bool allocates) : kernel_(std::move(kernel)), allocates_(allocates) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
+    if (allocates_) {
+      allocating_kernel(kernel_, op, keys, stack);
+    } else {
+      kernel_.callBoxed(op, keys, stack);
+    }
+  }
+
+ private:
+  c10::SafeKernelFunction kernel_;
+  bool allocates_;
+};
+
+torch::CppFunction calling(c10::SafeKernelFunction kernel, bool allocates) {
+  return torch::CppFunction::makeFromBoxedFunctor<Calling>(std::make_unique<Calling>(std::move(kernel), allocates));
+}
+
+std::string full_name(const c10::OperatorName& name) {
+  return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
+}
+
+// Operators for which torch_npu has derivatives of its own, of backward operators that only CANN has, or which core
+// composes of others and torch_npu does not: as on the CPU.
+void install_derivatives(torch::Library& library) {
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::AutogradPrivateUse1)) {
+    auto op = dispatcher.findSchema(name);
+    if (name.name.rfind("aten::", 0) == 0 && op && runs_on_cpu(*op)) {
+      library.impl(full_name(name).c_str(),
+                   calling(op->getComputedKernelForDispatchKey(DispatchKey::AutogradCPU), false));
+    }
+  }
+  library.impl("_thnn_fused_lstm_cell", &lstm_cell);
+  library.impl("_thnn_fused_gru_cell", &gru_cell);
+}
+
+void install_kernels(torch::Library& library) {
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  auto torch_npu_kernel = [](const c10::OperatorHandle& op) {
+    return op.getComputedKernelForDispatchKey(DispatchKey::PrivateUse1);
+  };
+  keep_copy(torch_npu_kernel(dispatcher.findSchemaOrThrow("aten::copy_", "")));
+  for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
+    auto op = dispatcher.findSchema(name);
+    if (name.name.rfind("aten::", 0) != 0 || !op || kept().count(name.name) || is_view(op->schema())) {
+      continue;
+    }
+    const std::string full = full_name(name);
+    if (allocating().count(name.name)) {
+      library.impl(full.c_str(), calling(torch_npu_kernel(*op), true));
+    } else if (runs_on_cpu(*op)) {
+      library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&host_kernel>());
+    } else {
+      library.impl(full.c_str(), torch::CppFunction::makeFromBoxedFunction<&missing_kernel>());
+    }
+  }
+  library.impl("copy_", torch::CppFunction::makeFromBoxedFunction<&copy_kernel>());
+  library.impl("contiguous", &contiguous_kernel);
+  library.impl("_thnn_fused_lstm_cell", &lstm_cell);  // in inference mode
+  library.impl("_thnn_fused_gru_cell", &gru_cell);
+}
+
+void install() {
+  static bool installed = false;
+  if (std::exchange(installed, true)) {
+    return;
+  }
+  find_control();
+  // Libraries take their registrations back when they are destroyed: these stay.
+  auto* kernels = new torch::Library(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  auto* derivatives =
+      new torch::Library(torch::Library::IMPL, "aten", DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
+  install_derivatives(*derivatives);
+  install_kernels(*kernels);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(cann_sim, library) {
+  library.def("install() -> ()", &install);
+  library.def("settle() -> ()", &settle_tensors);
+}
+
+}  // namespace cann_sim_torch

@@ -1,0 +1,46 @@
+// Kernels for the dispatcher: an operator of npu tensors on the host, and what else takes its place.
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <ATen/core/boxing/KernelFunction.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/stack.h>
+
+namespace cann_sim_torch {
+
+using Stack = std::vector<c10::IValue>;
+
+// Runs the operator's CPU kernel on aliases of its npu tensors, as a task of the current stream.
+void host_kernel(const c10::OperatorHandle& op, Stack* stack);
+// Raises: the simulator has no implementation of this operator.
+void missing_kernel(const c10::OperatorHandle& op, Stack* stack);
+
+// copies.cpp
+void keep_copy(c10::SafeKernelFunction torch_npu_copy);
+void copy_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);
+at::Tensor contiguous_kernel(const at::Tensor& self, at::MemoryFormat format);
+
+// recurrent.cpp
+std::tuple<at::Tensor, at::Tensor, at::Tensor> lstm_cell(const at::Tensor& input_gates, const at::Tensor& hidden_gates,
+                                                         const at::Tensor& cell,
+                                                         const std::optional<at::Tensor>& input_bias,
+                                                         const std::optional<at::Tensor>& hidden_bias);
+std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input_gates, const at::Tensor& hidden_gates,
+                                            const at::Tensor& hidden, const std::optional<at::Tensor>& input_bias,
+                                            const std::optional<at::Tensor>& hidden_bias);
+
+// tensors.cpp
+void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                       Stack* stack);  // calls torch_npu's kernel, which allocates
+void settle_tensors();  // tells the runtime of them now, not in the order of the task queue, which must be empty
+
+// While alive, this thread tells the runtime of its tensors at once.
+struct SettlingGuard {
+  SettlingGuard();
+  ~SettlingGuard();
+};
+
+}  // namespace cann_sim_torch
