@@ -240,8 +240,8 @@ void cann_sim_configure(const cann_sim_config* config) {
   thread_quiet = config->quiet != 0;
 }
 
-void cann_sim_set_executor(cann_sim_submit submit) {
-  cann_sim::executor = submit;
+cann_sim_submit cann_sim_set_executor(cann_sim_submit submit) {
+  return cann_sim::executor.exchange(submit);
 }
 
 const char* cann_sim_last_report() {

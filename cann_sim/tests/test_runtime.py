@@ -180,7 +180,9 @@ def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibra
     data, out = np.full(32, 7, np.uint8), np.zeros(32, np.uint8)
     places = [array.ctypes.data for array in (data, out)]
     handles = [runtime().cann_sim_register(place, 32, 1) for place in places]
-    runtime().cann_sim_set_executor(submit)
+    set_executor = runtime().cann_sim_set_executor
+    set_executor.restype = ctypes.c_void_p
+    before = set_executor(submit)
     try:
         for stream in (None, 0x5EA):
             out[:] = 0
@@ -193,7 +195,7 @@ def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibra
         assert (out == 7).all()
         runtime().cann_sim_task_free(ctypes.c_void_p(task))
     finally:
-        runtime().cann_sim_set_executor(submit_type())
+        set_executor(ctypes.c_void_p(before))
         for handle in handles:
             runtime().cann_sim_unregister(handle)
 

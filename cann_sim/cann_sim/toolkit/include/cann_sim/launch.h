@@ -44,10 +44,10 @@ void cann_sim_configure(const struct cann_sim_config* config);
 
 // The hook for asynchronous streams: when set, a launch on a non-null stream is passed to it as a task, and the launch
 // returns at once what it returns. Non-zero refuses the task; else it is the hook's, to be run at most once and freed.
-// Without a hook every launch has finished when it returns.
+// Without a hook every launch has finished when it returns. Setting it returns the one before.
 struct cann_sim_task;
 typedef uint32_t (*cann_sim_submit)(void* stream, struct cann_sim_task* task);
-void cann_sim_set_executor(cann_sim_submit submit);
+cann_sim_submit cann_sim_set_executor(cann_sim_submit submit);
 uint32_t cann_sim_task_run(struct cann_sim_task* task);  // what a launch without a hook returns
 void cann_sim_task_free(struct cann_sim_task* task);
 const char* cann_sim_task_kernel(const struct cann_sim_task* task);
