@@ -302,3 +302,22 @@ def test_launches_without_checks_are_left_out(streams: list[int], monkeypatch: p
     kernel_writes(memory, streams[0])
     kernel_reads(memory, streams[1])
     assert synchronize(*streams[:2]) == [0, 0]
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_either_stream_of_a_race_tells_it(streams: list[int], asked: int) -> None:
+    """Once both have run; the other one does not tell it again, nor does the device."""
+    memory = Memory()
+    kernel_writes(memory, streams[0])
+    kernel_reads(memory, streams[1])
+    status = ctypes.c_int(1)
+    for stream in streams[:2]:
+        while True:
+            ok("aclrtStreamQuery", stream, ctypes.byref(status))
+            if status.value == 0:
+                break
+    faults = {stream.handle: stream.fault for stream in acl.status().streams}
+    assert [faults[stream] for stream in streams] == [RACE, RACE, 0]
+    assert synchronize(streams[asked]) == [RACE]
+    assert synchronize(streams[1 - asked]) == [0]
+    assert code("aclrtSynchronizeDevice") == 0

@@ -78,7 +78,8 @@ std::string device_json(int32_t device) {
 std::string stream_json(const StreamPtr& stream) {
   return text("{\"id\":%d,\"device\":%d,\"handle\":%llu,\"enqueued\":%llu,\"done\":%llu,\"held\":%s,\"fault\":%d}",
               stream->id, stream->device, wide(reinterpret_cast<uint64_t>(stream.get())), wide(stream->enqueued),
-              wide(stream->done), stream->held ? "true" : "false", stream->fault.code);
+              wide(stream->done), stream->held ? "true" : "false",
+              stream->fault == nullptr || stream->fault->told ? 0 : stream->fault->code);
 }
 
 std::string status() {

@@ -75,12 +75,12 @@ aclError touch_by_host(const StepPtr& step, const Side& side, bool writes) {
   if (writes) {
     cann_sim_written(side.place.get(), side.data(), side.bytes);
   }
-  const std::string wrong = access(step, side.start, side.start + side.bytes, writes);
-  if (wrong.empty()) {
+  const Race race = access(step, side.start, side.start + side.bytes, writes);
+  if (!race) {
     return ACL_SUCCESS;
   }
-  report_error("stream-race", wrong);
-  return fail(ACL_ERROR_RT_INTERNAL_ERROR, "stream-race: " + wrong);
+  report_error("stream-race", race.message);
+  return fail(ACL_ERROR_RT_INTERNAL_ERROR, "stream-race: " + race.message);
 }
 
 StepPtr host_step(const char* name) {

@@ -25,7 +25,7 @@ Blocks blocks_of(cann_sim_task* task) {
   return blocks;
 }
 
-// Returns the code of what is wrong with the device that memory is on.
+// A kernel uses the memory of its own device only.
 void check_devices(const StepPtr& step, Stream& stream, const Blocks& blocks) {
   for (const auto& block : blocks) {
     if (block->device != stream.device) {

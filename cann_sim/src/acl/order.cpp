@@ -122,11 +122,11 @@ void Clock::join(const Clock& other) {
   }
 }
 
-std::string access(const StepPtr& step, uint64_t start, uint64_t end, bool writes) {
+Race access(const StepPtr& step, uint64_t start, uint64_t end, bool writes) {
+  Race race;
   if (start >= end) {
-    return "";
+    return race;
   }
-  std::string wrong;
   const std::lock_guard<std::mutex> lock(history().mutex);
   std::map<uint64_t, Range>& ranges = history().ranges;
   split(ranges, start);
@@ -138,9 +138,9 @@ std::string access(const StepPtr& step, uint64_t start, uint64_t end, bool write
       range = ranges.emplace_hint(range, at, Range{until, {}});
     }
     Record& record = range->second.record;
-    if (wrong.empty()) {
+    if (!race) {
       if (const Step* other = unordered(record, *step, writes)) {
-        wrong = conflict(*step, writes, *other, other == record.write.get(), at, range->second.end);
+        race = {conflict(*step, writes, *other, other == record.write.get(), at, range->second.end), other->slot};
       }
     }
     note(record, step, writes);
@@ -148,7 +148,7 @@ std::string access(const StepPtr& step, uint64_t start, uint64_t end, bool write
     ++range;
   }
   merge(ranges, start, end);
-  return wrong;
+  return race;
 }
 
 void forget_accesses(uint64_t start, uint64_t end) {

@@ -35,9 +35,15 @@ struct Step {
 };
 using StepPtr = std::shared_ptr<const Step>;
 
-// Notes an access to device memory. Returns "" or, when an earlier access that conflicts is not ordered before it, what
-// is wrong.
-std::string access(const StepPtr& step, uint64_t start, uint64_t end, bool writes);
+// Two accesses that nothing orders: what to say, and whose the earlier one was.
+struct Race {
+  std::string message;
+  uint32_t other_slot = kHostSlot;
+  explicit operator bool() const { return !message.empty(); }
+};
+
+// Notes an access to device memory, and compares it with the earlier ones.
+Race access(const StepPtr& step, uint64_t start, uint64_t end, bool writes);
 // The memory is given back: nobody has touched what comes there next.
 void forget_accesses(uint64_t start, uint64_t end);
 

@@ -44,9 +44,11 @@ struct Task {
   std::shared_ptr<Recording> recording;  // what a wait waits for, or what completes when the task has run
 };
 
+// An error that a synchronisation has yet to tell; a race is shared by both streams, and told once.
 struct Fault {
-  aclError code = ACL_SUCCESS;
+  aclError code;
   std::string message;
+  bool told = false;
 };
 
 // All under runtime().mutex.
@@ -57,7 +59,7 @@ struct Stream : std::enable_shared_from_this<Stream> {
   std::deque<Task> queue;
   uint64_t enqueued = 0, done = 0;
   Clock clock;
-  Fault fault;  // until a synchronisation has told
+  std::shared_ptr<Fault> fault;
   std::condition_variable wake;
 
   bool ready() const;

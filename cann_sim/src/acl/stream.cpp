@@ -60,6 +60,7 @@ aclError synchronize(const std::vector<StreamPtr>& streams, int32_t timeout_ms, 
     if (code == ACL_SUCCESS) {
       code = take_fault(*streams[i]);
     }
+    streams[i]->fault = nullptr;  // the first is told, and all are over
   }
   return code;
 }

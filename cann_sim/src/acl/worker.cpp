@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <thread>
 
+#include <unistd.h>
+
 #include "calls.h"
 #include "runtime.h"
 
@@ -37,8 +39,13 @@ void work(const StreamPtr& stream) {
   }
 }
 
+const pid_t owner = getpid();
+
 // At exit streams stop: what still runs is waited for, for a while, since it uses memory that is about to go.
 void end_workers() {
+  if (getpid() != owner) {  // a child that was forked has no workers
+    return;
+  }
   Lock lock(runtime().mutex);
   runtime().ending = true;
   const auto idle = [] {
@@ -46,6 +53,13 @@ void end_workers() {
                         [](const auto& entry) { return entry.second->running; });
   };
   wait_until(lock, 5000, idle);
+}
+
+// The first error is the one to tell.
+void set_fault(Stream& stream, const std::shared_ptr<Fault>& fault) {
+  if (stream.fault == nullptr || stream.fault->told) {
+    stream.fault = fault;
+  }
 }
 
 struct Errors {
@@ -146,12 +160,13 @@ bool wait_until(Lock& lock, int32_t timeout_ms, const std::function<bool()>& don
 }
 
 aclError take_fault(Stream& stream) {
-  if (stream.fault.code == ACL_SUCCESS) {
+  const std::shared_ptr<Fault> fault = std::move(stream.fault);
+  stream.fault = nullptr;
+  if (fault == nullptr || fault->told) {
     return ACL_SUCCESS;
   }
-  const Fault fault = std::move(stream.fault);
-  stream.fault = {};
-  return fail(fault.code, fault.message);
+  fault->told = true;
+  return fail(fault->code, fault->message);
 }
 
 void report_error(const std::string& kind, const std::string& message, bool print) {
@@ -171,9 +186,7 @@ void report_error(const std::string& kind, const std::string& message, bool prin
 void report_error(Stream& stream, aclError code, const std::string& kind, const std::string& message, bool print) {
   report_error(kind, message, print);
   const Lock lock(runtime().mutex);
-  if (stream.fault.code == ACL_SUCCESS) {
-    stream.fault = {code, kind + ": " + message};
-  }
+  set_fault(stream, std::make_shared<Fault>(Fault{code, kind + ": " + message}));
 }
 
 std::vector<Error> errors() {
@@ -188,19 +201,27 @@ void clear_errors() {
   }
   const Lock lock(runtime().mutex);
   for (const auto& [handle, stream] : runtime().streams) {
-    stream->fault = {};
+    stream->fault = nullptr;
   }
   for (const auto& [device, stream] : runtime().default_streams) {
-    stream->fault = {};
+    stream->fault = nullptr;
   }
 }
 
 aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint64_t end, bool writes) {
-  const std::string wrong = access(step, start, end, writes);
-  if (wrong.empty()) {
+  const Race race = access(step, start, end, writes);
+  if (!race) {
     return ACL_SUCCESS;
   }
-  report_error(stream, ACL_ERROR_RT_INTERNAL_ERROR, "stream-race", wrong);
+  report_error("stream-race", race.message);
+  const Lock lock(runtime().mutex);
+  const auto fault = std::make_shared<Fault>(Fault{ACL_ERROR_RT_INTERNAL_ERROR, "stream-race: " + race.message});
+  set_fault(stream, fault);
+  for (const auto& [handle, other] : runtime().streams) {
+    if (other->slot == race.other_slot) {
+      set_fault(*other, fault);
+    }
+  }
   return ACL_ERROR_RT_INTERNAL_ERROR;
 }
 
