@@ -169,8 +169,8 @@ def test_errors_name_the_flag_the_value_and_the_way_out(start: Start, tmp_path: 
     assert "Traceback" not in data + resume
 
 
-# Under `python -m cann_sim` the runs are simulated too.
-SIMULATED = ("-m", "cann_sim") if "cann_sim._torch_runtime" in sys.modules else ()
+# Under `python -m cann_sim` the runs are simulated too, and fail for device memory that they leave in use.
+SIMULATED = ("-m", "cann_sim", "--leaks") if "cann_sim._torch_runtime" in sys.modules else ()
 
 
 @pytest.mark.parametrize("loss", LOSSES[1:])

@@ -41,9 +41,8 @@ class PatchHandle:
         with _lock:
             if self not in _active:
                 return
-            decided = self is _active[-1]
             _active.remove(self)
-            if decided and getattr(self._module, _NAME, None) is self._replacement:
+            if getattr(self._module, _NAME, None) is self._replacement:
                 setattr(self._module, _NAME, _active[-1]._replacement if _active else _vendors)
 
     def __enter__(self) -> PatchHandle:
