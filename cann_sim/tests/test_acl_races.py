@@ -161,7 +161,23 @@ def only_the_second_synchronised(first: int, second: int, third: int) -> None:
     ok("aclrtSynchronizeStream", second)
 
 
-NO_ORDERS = (no_order, event_of_the_wrong_stream, event_recorded_too_late, only_the_second_synchronised)
+def seen_incomplete(first: int, second: int, third: int) -> None:
+    status = ctypes.c_int()
+    with acl.hold(first):
+        seen = record(first)
+        ok("aclrtQueryEventStatus", seen, ctypes.byref(status))
+        assert status.value == 0
+        ok("aclrtStreamQuery", first, ctypes.byref(status))
+        assert status.value == 1
+
+
+NO_ORDERS = (
+    no_order,
+    event_of_the_wrong_stream,
+    event_recorded_too_late,
+    only_the_second_synchronised,
+    seen_incomplete,
+)
 
 
 @pytest.mark.parametrize(("first", "second"), CONFLICTS, ids=name)

@@ -254,6 +254,31 @@ def test_a_thread_has_no_device_until_it_sets_one(streams: list[int]) -> None:
     assert "CANN_SIM_DEVICES" in message()
 
 
+def test_contexts_carry_a_device_from_thread_to_thread(streams: list[int]) -> None:
+    own, number = ctypes.c_void_p(), ctypes.c_int(-1)
+    ok("aclrtGetCurrentContext", ctypes.byref(own))
+    other = made("aclrtCreateContext", 1)  # which makes it the thread's
+    ok("aclrtGetDevice", ctypes.byref(number))
+    assert number.value == 1
+    ok("aclrtSetCurrentContext", own.value)
+    ok("aclrtGetDevice", ctypes.byref(number))
+    assert number.value == 0
+    found: list[int] = []
+
+    def work() -> None:
+        found.append(code("aclrtSetCurrentContext", other))
+        ok("aclrtGetDevice", ctypes.byref(number))
+        found.append(number.value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [0, 1]
+    ok("aclrtDestroyContext", other)
+    assert code("aclrtSetCurrentContext", other) == CONTEXT_NULL
+    assert code("aclrtDestroyContext", other) == CONTEXT_NULL
+
+
 def test_copies_from_ordinary_memory_are_taken_at_once(streams: list[int]) -> None:
     """It may be gone when the stream comes to it; page-locked memory has to stay, and is read then."""
     a = Array(COUNT, value=0)

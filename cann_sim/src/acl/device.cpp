@@ -19,7 +19,8 @@ namespace {
 struct Contexts {
   std::mutex mutex;
   std::map<int32_t, Context> primary;
-  std::map<const void*, std::unique_ptr<Context>> created;
+  std::deque<Context> created;  // stays, as other threads may have it as theirs
+  std::set<const void*> alive;  // handles
 };
 
 Contexts& contexts() {
@@ -71,6 +72,7 @@ Context* primary(int32_t device) {
   const std::lock_guard<std::mutex> lock(contexts().mutex);
   Context& context = contexts().primary[device];
   context.device = device;
+  contexts().alive.insert(&context);
   return &context;
 }
 
@@ -280,12 +282,10 @@ aclError aclrtCreateContext(aclrtContext* out, int32_t device) {
   if (const aclError code = valid_device(__func__, device); code != ACL_SUCCESS) {
     return code;
   }
-  auto context = std::make_unique<Context>();
-  context->device = device;
-  thread_context = context.get();
-  *out = context.get();
   const std::lock_guard<std::mutex> lock(contexts().mutex);
-  contexts().created[*out] = std::move(context);
+  thread_context = &contexts().created.emplace_back(Context{device});
+  contexts().alive.insert(thread_context);
+  *out = thread_context;
   return ACL_SUCCESS;
 }
 
@@ -295,9 +295,9 @@ aclError aclrtDestroyContext(aclrtContext context) {
     thread_context = nullptr;
   }
   const std::lock_guard<std::mutex> lock(contexts().mutex);
-  return contexts().created.erase(context) != 0
+  return contexts().alive.erase(context) != 0
              ? ACL_SUCCESS
-             : fail(ACL_ERROR_RT_CONTEXT_NULL, "a context is to be destroyed that aclrtCreateContext did not make");
+             : fail(ACL_ERROR_RT_CONTEXT_NULL, text("%p is no context, or one that was destroyed", context));
 }
 
 aclError aclrtGetCurrentContext(aclrtContext* context) {
@@ -311,8 +311,9 @@ aclError aclrtGetCurrentContext(aclrtContext* context) {
 
 aclError aclrtSetCurrentContext(aclrtContext context) {
   CANN_SIM_API();
-  if (context == nullptr) {
-    return fail(ACL_ERROR_RT_CONTEXT_NULL, "aclrtSetCurrentContext of a null pointer");
+  const std::lock_guard<std::mutex> lock(contexts().mutex);
+  if (contexts().alive.count(context) == 0) {
+    return fail(ACL_ERROR_RT_CONTEXT_NULL, text("%p is no context, or one that was destroyed", context));
   }
   thread_context = static_cast<Context*>(context);
   return ACL_SUCCESS;
