@@ -103,6 +103,13 @@ def synchronize(*streams: int) -> list[int]:
     return [code("aclrtSynchronizeStream", stream) for stream in streams]
 
 
+def until_done(stream: int) -> None:
+    """By asking, which tells no error as synchronising does."""
+    status = ctypes.c_int(1)
+    while status.value != 0:
+        ok("aclrtStreamQuery", stream, ctypes.byref(status))
+
+
 def record(stream: int) -> int:
     """A new event, recorded on a stream."""
     event = made("aclrtCreateEventExWithFlag", 0)

@@ -21,6 +21,7 @@ from acl_case import (
     ok,
     record,
     synchronize,
+    until_done,
     wait,
 )
 
@@ -130,9 +131,7 @@ def event_seen_complete(first: int, second: int, third: int) -> None:
 
 
 def stream_seen_complete(first: int, second: int, third: int) -> None:
-    status = ctypes.c_int(1)
-    while status.value != 0:
-        ok("aclrtStreamQuery", first, ctypes.byref(status))
+    until_done(first)
 
 
 ORDERS = (
@@ -326,12 +325,8 @@ def test_either_stream_of_a_race_tells_it(streams: list[int], asked: int) -> Non
     memory = Memory()
     kernel_writes(memory, streams[0])
     kernel_reads(memory, streams[1])
-    status = ctypes.c_int(1)
-    for stream in streams[:2]:
-        while True:
-            ok("aclrtStreamQuery", stream, ctypes.byref(status))
-            if status.value == 0:
-                break
+    until_done(streams[0])
+    until_done(streams[1])
     faults = {stream.handle: stream.fault for stream in acl.status().streams}
     assert [faults[stream] for stream in streams] == [RACE, RACE, 0]
     assert synchronize(streams[asked]) == [RACE]

@@ -105,9 +105,9 @@ def test_a_device_waits_for_all_its_streams(streams: list[int]) -> None:
     for stream, (a, b) in zip(launch_on, zip(arrays[::2], arrays[1::2], strict=True), strict=True):
         ok("aclrtMemcpyAsync", b.address, b.bytes, a.address, a.bytes, 3, stream)
         ok("aclrtMemsetAsync", b.address, b.bytes, 0, b.bytes, stream)
+    assert code("aclrtSynchronizeDeviceWithTimeout", 1) == STREAM_TIMEOUT
     timer = threading.Timer(0.05, acl.release_streams)
     timer.start()
-    assert code("aclrtSynchronizeDeviceWithTimeout", 1) == STREAM_TIMEOUT
     ok("aclrtSynchronizeDevice")
     assert all((b.raw() == 0).all() for b in arrays[1::2])
     timer.join()
