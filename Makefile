@@ -3,6 +3,8 @@
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
 #   make test     runs the tests: on the CPU, on a simulated NPU, and those of cann_sim
 #                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
+#   make test-aarch64
+#                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
@@ -21,18 +23,20 @@ export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 # The release of torch_npu that goes with this torch.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
+# The stamp carries the version asked for, so that another TORCH is installed and built against.
+TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 DEVICE := cpu
 
 SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml
 KERNEL_SOURCES := $(shell find csrc/ascendc -type f)
 SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
-CXX_FILES = $(shell find csrc cann_sim benchmarks \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
+CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test build check format clean
+.PHONY: help train test test-aarch64 build check format clean
 
 help:
-	@sed -n '3,9s/^# \{0,1\}//p' Makefile
+	@sed -n '3,11s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
@@ -52,6 +56,34 @@ else
 	@$(ON_NPU) tests
 	@echo "== Testing cann_sim"
 	@cd cann_sim && ../$(PY) -m pytest
+endif
+
+# Builds tests/aarch64 in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
+# answers, and the one for Arm compares.
+JOBS = $${MAX_JOBS:-$$(nproc)}
+cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
+  $(VENV)/bin/cmake -S tests/aarch64 -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+    -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
+    -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
+  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
+  $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure
+
+test-aarch64: $(TORCH_STAMP)
+ifneq ($(shell uname -m),aarch64)
+	@if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then \
+	  install="apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user"; \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "aarch64-linux-gnu-g++ and qemu-aarch64 are needed; on Debian and Ubuntu: $$install"; exit 1; \
+	  fi; \
+	  echo "== Installing the cross-compiler and qemu"; \
+	  { apt-get update && $$install; } >/dev/null; \
+	fi
+endif
+	@echo "== Building for this machine, and testing"
+	@$(call cxx_tests,build/tests_host)
+ifneq ($(shell uname -m),aarch64)
+	@echo "== Building for aarch64, and testing under qemu"
+	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/aarch64/toolchain.cmake))
 endif
 
 build: $(VENV)/.build
@@ -78,9 +110,6 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 	@touch $@
-
-# The stamp carries the version asked for, so that another TORCH is installed and built against.
-TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 
 $(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH) and the build tools"

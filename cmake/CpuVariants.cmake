@@ -23,7 +23,7 @@ message(STATUS "CPU variants: ${NPU_XENT_VARIANTS}")
 
 # An interface library `name` that brings the objects of every variant and the table of them.
 function(npu_xent_add_cpu_variants name)
-  set(kernels csrc/cpu/kernels)
+  set(kernels "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/kernels")
   add_library(${name} INTERFACE)
   set(list "")
   foreach(variant ${NPU_XENT_VARIANTS})

@@ -1,0 +1,329 @@
+// The device kernels on cann_sim, against double: row_stats, row_grad, row_stats_grad, reduce_rows and scale for a
+// small shape of each row mode, by the launches that an operation is made of. Every launch is also checked by cann_sim.
+#include <aclrtlaunch_npu_xent_reduce_rows.h>
+#include <aclrtlaunch_npu_xent_row_grad.h>
+#include <aclrtlaunch_npu_xent_row_stats.h>
+#include <aclrtlaunch_npu_xent_row_stats_grad.h>
+#include <aclrtlaunch_npu_xent_scale.h>
+
+#include <cann_sim/launch.h>
+
+#include <algorithm>
+
+#include "check.h"
+#include "reference.h"
+#include "tiling/row_args.h"
+#include "tiling/row_plan.h"
+
+namespace {
+
+using namespace test;
+using npu_xent::div_up;
+using npu_xent::LogitsType;
+using npu_xent::RowMode;
+using npu_xent::Stage;
+
+// Global memory: elements that a launch may touch, and none beside them. Those of an output count as unwritten.
+template <typename T>
+class Gm {
+ public:
+  explicit Gm(const std::vector<T>& values) : values_(values), id_(add(1)) {}
+  explicit Gm(int64_t n) : values_(n), id_(add(0)) {}
+  Gm(const Gm&) = delete;
+  Gm& operator=(const Gm&) = delete;
+  ~Gm() {
+    if (id_ != 0) {
+      cann_sim_unregister(id_);
+    }
+  }
+  // Null without elements: a tensor that a launch does not have.
+  void* address() { return values_.empty() ? nullptr : values_.data(); }
+  const std::vector<T>& values() const { return values_; }
+
+ private:
+  uint64_t add(int written) {
+    return values_.empty() ? 0 : cann_sim_register(values_.data(), values_.size() * sizeof(T), written);
+  }
+
+  std::vector<T> values_;
+  uint64_t id_;
+};
+
+using Floats = Gm<float>;
+
+void launched(const char* kernel, uint32_t code) {
+  check(code == 0, "%s: %s", kernel, cann_sim_last_error());
+}
+
+template <typename T>
+constexpr LogitsType logits_type() {
+  return std::is_same_v<T, float> ? LogitsType::fp32 : std::is_same_v<T, f16> ? LogitsType::fp16 : LogitsType::bf16;
+}
+
+// The statistics of rows or of their parts.
+struct StatsGm {
+  Floats lse, lse_low, picked, wsum, weight;  // weight: of parts
+  StatsGm(int64_t n, bool need_wsum, bool parts = false)
+      : lse(n), lse_low(n), picked(n), wsum(need_wsum ? n : 0), weight(need_wsum && parts ? n : 0) {}
+};
+
+template <typename T>
+class Operation {
+ public:
+  Operation(const Problem& p, const XentPlan& plan, int64_t cores)
+      : p_(p),
+        plan_(plan),
+        cores_(cores),
+        need_wsum_(p.options.label_smoothing != 0),
+        logits_(stored<T>(p.logits)),
+        target_(p.target),
+        weight_(stored<float>(p.weight)) {
+    const RowOptions& o = p.options;
+    args_.dtype = static_cast<int64_t>(logits_type<T>());
+    args_.rows = p.rows;
+    args_.cols = args_.logits_stride = args_.output_stride = args_.num_classes = p.cols;
+    args_.ignore_index = kIgnore;
+    args_.reduction = static_cast<int64_t>(o.reduction);
+    args_.read_ignored = p.read_ignored;
+    args_.logit_scale = static_cast<float>(p.logit_scale);
+    args_.grad_scale = static_cast<float>(p.grad_scale);
+    args_.target_share = static_cast<float>(1 - o.label_smoothing);
+    args_.class_share = static_cast<float>(o.label_smoothing / static_cast<double>(p.cols));
+    args_.lse_square_scale = static_cast<float>(o.lse_square_scale);
+  }
+
+  void check_all() {
+    const Truth t = truth_of(p_);
+    Floats totals(3);
+    sum_totals(totals);
+    for (int64_t i = 0; i < 3; ++i) {
+      check_near<float, float>("totals", i, totals.values()[i], t.totals[i], t.totals[i]);
+    }
+
+    StatsGm stats(p_.rows, need_wsum_);
+    Gm<T> log_prob(p_.rows * p_.cols);
+    const bool is_split = plan_.mode == static_cast<int64_t>(RowMode::split);
+    row_stats(stats, is_split ? nullptr : log_prob.address());
+    if (is_split) {
+      XentArgs args = of_stage(Stage::log_prob_only);
+      launched("row_stats",
+               aclrtlaunch_npu_xent_row_stats(cores(chunk_items()), nullptr, logits_.address(), target_.address(),
+                                              weight_.address(), stats.lse.address(), stats.lse_low.address(), nullptr,
+                                              nullptr, nullptr, log_prob.address(), &plan_, &args));
+    }
+    check_stats(t, stats);
+
+    const bool none = p_.options.reduction == Reduction::none;
+    Floats loss(none ? p_.rows : 1), z_loss(p_.options.lse_square_scale == 0 ? 0 : none ? p_.rows : 1);
+    sum_losses(stats, totals, loss, z_loss);
+    for (size_t i = 0; i < loss.values().size(); ++i) {
+      check_near<float, float>("loss", i, loss.values()[i], t.loss[i], 2 * t.loss_terms[i], 2);
+    }
+    for (size_t i = 0; i < z_loss.values().size(); ++i) {
+      check_near<float, float>("z_loss", i, z_loss.values()[i], t.z_loss[i], 2 * t.z_loss[i], 2);
+    }
+
+    Floats from_loss(stored<float>(p_.grad_loss)), from_z(stored<float>(p_.grad_z_loss));
+    Gm<T> grad(p_.rows * p_.cols), swept(p_.rows * p_.cols);
+    row_grad(stats, totals, &from_loss, &from_z, grad);
+    StatsGm again(p_.rows, need_wsum_);
+    row_stats_grad(again, totals, swept);
+    check_stats(t, again);
+    Problem unit = p_;  // what row_stats_grad computes
+    unit.grad_loss = {1};
+    unit.grad_z_loss = {0};
+    const Truth of_unit = truth_of(unit);
+    for (int64_t i = 0; i < p_.rows * p_.cols; ++i) {
+      const double size = std::fabs(p_.logits[i] * p_.logit_scale) + std::fabs(t.lse[i / p_.cols]) + 1;
+      if (p_.target[i / p_.cols] != kIgnore || p_.read_ignored) {
+        check_near<T, float>("log_prob", i, log_prob.values()[i], t.log_prob[i], 2 * size, 2);
+      }
+      check_near<T, float>("grad", i, grad.values()[i], t.grad[i], 2 * t.grad_terms[i], 2);
+      if (p_.options.reduction != Reduction::none) {
+        check_near<T, float>("grad of row_stats_grad", i, swept.values()[i], of_unit.grad[i], 2 * of_unit.grad_terms[i],
+                             2);
+      }
+    }
+  }
+
+ private:
+  uint32_t cores(int64_t tasks) const { return static_cast<uint32_t>(std::max<int64_t>(1, std::min(cores_, tasks))); }
+  int64_t work_items() const { return npu_xent::work_items(plan_, p_.rows); }
+  int64_t chunk_items() const { return npu_xent::chunk_items(plan_, p_.rows); }
+  XentArgs of_stage(Stage stage) const {
+    XentArgs args = args_;
+    args.stage = static_cast<int64_t>(stage);
+    return args;
+  }
+
+  void row_stats(StatsGm& out, void* log_prob) {
+    if (plan_.mode == static_cast<int64_t>(RowMode::split)) {
+      split_stats(out);
+      return;
+    }
+    XentArgs args = args_;
+    launched("row_stats", aclrtlaunch_npu_xent_row_stats(cores(work_items()), nullptr, logits_.address(),
+                                                         target_.address(), weight_.address(), out.lse.address(),
+                                                         out.lse_low.address(), out.picked.address(),
+                                                         out.wsum.address(), nullptr, log_prob, &plan_, &args));
+  }
+
+  void split_stats(StatsGm& out) {
+    StatsGm parts(p_.rows * plan_.parts, need_wsum_, true);
+    XentArgs args = of_stage(Stage::partial_stats);
+    launched("row_stats", aclrtlaunch_npu_xent_row_stats(
+                              cores(work_items()), nullptr, logits_.address(), target_.address(), weight_.address(),
+                              parts.lse.address(), parts.lse_low.address(), parts.picked.address(),
+                              parts.wsum.address(), parts.weight.address(), nullptr, &plan_, &args));
+    args = of_stage(Stage::join_parts);
+    launched("reduce_rows", aclrtlaunch_npu_xent_reduce_rows(
+                                cores(p_.rows), nullptr, target_.address(), weight_.address(), out.lse.address(),
+                                out.lse_low.address(), out.picked.address(), out.wsum.address(), parts.lse.address(),
+                                parts.lse_low.address(), parts.picked.address(), parts.wsum.address(),
+                                parts.weight.address(), nullptr, nullptr, nullptr, nullptr, &plan_, &args));
+  }
+
+  // Without upstream gradients: that of the loss is 1.
+  void row_grad(StatsGm& stats, Floats& totals, Floats* from_loss, Floats* from_z, Gm<T>& grad) {
+    XentArgs args = args_;
+    args.unit_upstream = from_loss == nullptr;
+    launched("row_grad", aclrtlaunch_npu_xent_row_grad(
+                             cores(chunk_items()), nullptr, logits_.address(), target_.address(), weight_.address(),
+                             stats.lse.address(), stats.lse_low.address(), totals.address(),
+                             from_loss == nullptr ? nullptr : from_loss->address(),
+                             from_z == nullptr ? nullptr : from_z->address(), grad.address(), &plan_, &args));
+  }
+
+  void row_stats_grad(StatsGm& out, Floats& totals, Gm<T>& grad) {
+    if (plan_.mode == static_cast<int64_t>(RowMode::split)) {
+      split_stats(out);
+      if (p_.options.reduction != Reduction::none) {
+        row_grad(out, totals, nullptr, nullptr, grad);
+      }
+      return;
+    }
+    XentArgs args = args_;
+    args.unit_upstream = 1;
+    launched("row_stats_grad", aclrtlaunch_npu_xent_row_stats_grad(
+                                   cores(work_items()), nullptr, logits_.address(), target_.address(),
+                                   weight_.address(), totals.address(), out.lse.address(), out.lse_low.address(),
+                                   out.picked.address(), out.wsum.address(), grad.address(), &plan_, &args));
+  }
+
+  void reduce(Stage stage, int64_t tasks, StatsGm* stats, Floats* totals, Floats* loss, Floats* z_loss, Floats* sums) {
+    const auto of = [](Floats* x) { return x == nullptr ? nullptr : x->address(); };
+    XentPlan plan{};
+    XentArgs args = of_stage(stage);
+    launched("reduce_rows",
+             aclrtlaunch_npu_xent_reduce_rows(cores(tasks), nullptr, target_.address(), weight_.address(),
+                                              of(stats ? &stats->lse : nullptr), of(stats ? &stats->lse_low : nullptr),
+                                              of(stats ? &stats->picked : nullptr), of(stats ? &stats->wsum : nullptr),
+                                              nullptr, nullptr, nullptr, nullptr, nullptr, of(totals), of(loss),
+                                              of(z_loss), of(sums), &plan, &args));
+  }
+
+  void sum_totals(Floats& totals) {
+    const int64_t weights = p_.weight.empty() ? 0 : div_up(p_.cols, npu_xent::kReduceWeights);
+    const int64_t tasks = div_up(p_.rows, npu_xent::kReduceRows) + weights;
+    Floats sums(8 * tasks);
+    reduce(Stage::block_totals, tasks, nullptr, nullptr, nullptr, nullptr, &sums);
+    reduce(Stage::join_totals, 1, nullptr, &totals, nullptr, nullptr, &sums);
+  }
+
+  void sum_losses(StatsGm& stats, Floats& totals, Floats& loss, Floats& z_loss) {
+    const int64_t blocks = div_up(p_.rows, npu_xent::kReduceRows);
+    if (p_.options.reduction == Reduction::none) {
+      reduce(Stage::block_loss, blocks, &stats, &totals, &loss, &z_loss, nullptr);
+      return;
+    }
+    Floats sums(8 * blocks);
+    reduce(Stage::block_loss, blocks, &stats, &totals, nullptr, nullptr, &sums);
+    reduce(Stage::join_loss, 1, nullptr, &totals, &loss, &z_loss, &sums);
+  }
+
+  void check_stats(const Truth& t, const StatsGm& stats) {
+    for (int64_t n = 0; n < p_.rows; ++n) {
+      const bool unread = p_.target[n] == kIgnore && !p_.read_ignored;
+      const double lse = unread ? 0 : t.lse[n];
+      const float high = stats.lse.values()[n];
+      check_near<float, float>("lse", n, high, lse, 2 * std::fabs(lse) + 2);
+      check_near<double, float>("lse + lse_low", n, double{high} + double{stats.lse_low.values()[n]}, lse, 1, 1, 32);
+      check_near<float, float>("picked", n, stats.picked.values()[n], t.picked[n], 0);
+      if (need_wsum_) {
+        check_near<float, float>("wsum", n, stats.wsum.values()[n], unread ? 0 : t.wsum[n], 2 * t.wsum_terms[n]);
+      }
+    }
+  }
+
+  const Problem& p_;
+  XentPlan plan_;
+  int64_t cores_;
+  bool need_wsum_;
+  Gm<T> logits_;
+  Gm<int64_t> target_;
+  Floats weight_;
+  XentArgs args_{};
+};
+
+struct Shape {
+  const char* name;
+  int64_t rows, cols;
+  RowMode mode;
+};
+// The planner would have the streaming rows split or resident: so short a row of that mode is made by hand.
+constexpr Shape kShapes[] = {{"short", 50, 97, RowMode::short_rows},
+                             {"resident", 26, 1031, RowMode::resident},
+                             {"streaming", 3, 5003, RowMode::streaming},
+                             {"split", 2, 4501, RowMode::split}};
+
+template <typename T>
+void test_modes(int64_t cores) {
+  size_t turn = sizeof(T);
+  for (const Shape& shape : kShapes) {
+    XentPlan plan = npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(logits_type<T>()));
+    if (shape.mode == RowMode::streaming) {
+      plan.mode = static_cast<int64_t>(RowMode::streaming);
+      plan.parts = 1;
+      plan.chunks_per_part = plan.chunks;
+      plan.slots = npu_xent::kStreamSlots;
+    }
+    for (int i = 0; i < 2; ++i) {
+      const Case& c = kCases[turn++ % std::size(kCases)];
+      context = std::string(Format<T>::name) + ", " + shape.name + " rows, " + c.name;
+      check(plan.mode == static_cast<int64_t>(shape.mode), "planned as mode %lld", static_cast<long long>(plan.mode));
+      const Problem p = make_problem<T>(shape.rows, shape.cols, c);
+      Operation<T>(p, plan, cores).check_all();
+    }
+  }
+}
+
+// Chunks, a tail, and a factor that leaves everything as it is.
+template <typename T>
+void test_scale() {
+  context = std::string(Format<T>::name) + ", scale";
+  const Problem p = make_problem<T>(1, npu_xent::kScaleChunk + 77, kCases[0]);
+  for (const float factor : {-0.3f, 1.0f}) {
+    Gm<T> x(stored<T>(p.logits));
+    Floats factors(std::vector<float>{factor});
+    XentArgs args{};
+    args.dtype = static_cast<int64_t>(logits_type<T>());
+    args.cols = p.cols;
+    args.factor_dtype = static_cast<int64_t>(LogitsType::fp32);
+    launched("scale", aclrtlaunch_npu_xent_scale(2, nullptr, x.address(), factors.address(), &args));
+    for (int64_t i = 0; i < p.cols; ++i) {
+      check_near<T, float>("x", i, x.values()[i], factor * p.logits[i], 0, 2);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_modes<float>(48);
+  test_modes<f16>(20);
+  test_modes<bf16>(40);
+  test_scale<float>();
+  test_scale<f16>();
+  test_scale<bf16>();
+  return finish("device_kernels");
+}
