@@ -132,13 +132,12 @@ def test_errors_say_what_is_missing(torch_npu: types.ModuleType, monkeypatch: py
             npu_xent.patch_torch_npu()
 
 
+@pytest.mark.npu
 class TestTheRealOne:
-    """With --device npu: the module that the vendor ships."""
+    """The module that the vendor ships."""
 
     @pytest.fixture
-    def real(self, device: torch.device) -> types.ModuleType:
-        if device.type != "npu":
-            pytest.skip("needs --device npu")
+    def real(self) -> types.ModuleType:
         return importlib.import_module("torch_npu")
 
     def test_the_signature_is_the_vendors(self, real: types.ModuleType) -> None:

@@ -173,11 +173,10 @@ def test_errors_name_the_flag_the_value_and_the_way_out(start: Start, tmp_path: 
 SIMULATED = ("-m", "cann_sim", "--leaks") if "cann_sim._torch_runtime" in sys.modules else ()
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_the_losses_on_the_device_are_the_cpus(loss: str, device: torch.device, start: Start, tmp_path: Path) -> None:
     """Both draw weights and data on the CPU. Resuming what has ended validates what was saved."""
-    if device.type == "cpu":
-        pytest.skip("needs --device npu")
     here, there, flags = tmp_path / "cpu", tmp_path / "device", ("--loss", loss, "--steps", "30")
     finish(start(here, *flags))
     output = finish(start(there, *flags, "--device", str(device), launcher=SIMULATED))
