@@ -72,6 +72,14 @@ inline void check_weight_dtype(const OptionalTensor& weight, at::ScalarType logi
                    weight->scalar_type(), ".");
 }
 
+// An NPU's vector unit has no float64.
+inline void check_npu_dtype(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble || !tensor.is_privateuseone(), "npu_xent: ", name,
+                   " must be float32, bfloat16 or float16 on ", tensor.device(),
+                   ", which has no float64 arithmetic, but is ", tensor.scalar_type(), "; convert it with ", name,
+                   ".float(), or compute on the CPU.");
+}
+
 // The arguments that every sweep has. Returns the number of classes of all shards.
 inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                               const c10::SymInt& class_start, const std::optional<c10::SymInt>& num_classes) {
@@ -80,6 +88,7 @@ inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const 
   const auto dtype = logits.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", dtype, ".");
+  check_npu_dtype(logits, "logits");
   const auto columns = logits.sym_size(1);
   CHECK_SYM_VALUE(columns.sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
@@ -170,6 +179,7 @@ inline void check_scale(const Tensor& self, const Tensor& factor) {
   const auto dtype = self.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "npu_xent: scale_ takes float32, bfloat16, float16 or float64, but self is ", dtype, ".");
+  check_npu_dtype(self, "self");
   check_dense(self);
   CHECK_SYM_VALUE(factor.sym_numel().sym_eq(1), "npu_xent: factor must have one value, but has ", factor.sym_numel(),
                   ".");
@@ -194,6 +204,7 @@ inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight
   const auto dtype = lse->scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "npu_xent: lse must be float32 or float64, but is ",
                    dtype, ".");
+  check_npu_dtype(*lse, "lse");
   const auto n = target.sym_size(0);
   check_stats(*lse, "lse", n, dtype, target.device());
   if (lse_low) {

@@ -1,12 +1,12 @@
 """The device that the operators are tested on, and fixtures that several files use.
 
 `--device npu` runs the same tests on an NPU, or on a simulated one. What a device lacks is left out here and nowhere
-else: float64 where there is none, and what is about the CPU implementation as such.
+else: float64 where there is none, and what is about the implementation for another device.
 """
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -24,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cpu: about the CPU implementation; left out for another --device")
+    config.addinivalue_line("markers", "npu: about NPUs; left out for another --device")
+    config.addinivalue_line("markers", "simulated: needs the NPU to be one that cann_sim simulates")
     config.addinivalue_line("markers", "float64: needs float64 on the device (so does any test with that parameter)")
     config.addinivalue_line("markers", "isa: run again for each instruction set, see test_isa_and_threads.py")
     # Each parallel region waits for its last thread, which on a busy machine waits for a core: one thread is faster for
@@ -47,12 +49,22 @@ def device_of(config: pytest.Config) -> torch.device:
 
 def provided(device: str) -> set[str]:
     """What a device has of the things that a test may need."""
-    return ({"cpu"} if device == "cpu" else set()) | (set() if device in DEVICES_WITHOUT_FLOAT64 else {"float64"})
+    has = {device} & {"cpu", "npu"}
+    if device not in DEVICES_WITHOUT_FLOAT64:
+        has.add("float64")
+    if device == "npu" and is_simulated():
+        has.add("simulated")
+    return has
+
+
+def is_simulated() -> bool:
+    """Whether this process runs under `python -m cann_sim`."""
+    return importlib.util.find_spec("cann_sim") is not None and importlib.import_module("cann_sim.acl").is_loaded()
 
 
 def needs(item: pytest.Item) -> set[str]:
     """Markers, and float64 wherever it occurs in the parameters."""
-    marked = {name for name in ("cpu", "float64") if item.get_closest_marker(name)}
+    marked = {name for name in ("cpu", "npu", "simulated", "float64") if item.get_closest_marker(name)}
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     values = [v for p in parameters for v in (p.values() if isinstance(p, dict) else (p,))]
     return marked | ({"float64"} if any(v is torch.float64 for v in values) else set())

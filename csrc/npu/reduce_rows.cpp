@@ -61,8 +61,6 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_npu(const Tensor& target, const O
   check_loss_dtype(loss_dtype);
   check_reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, label_smoothing, lse_square_scale, num_classes);
   const c10::DeviceGuard guard(target.device());
-  const auto stats = lse ? lse->scalar_type() : stats_dtype(loss_dtype);
-  logits_type(stats, "the dtype of statistics and totals");
   Reduce reduce{
       .args = reduction_args(parse_reduction(reduction), ignore_index, label_smoothing, lse_square_scale, num_classes),
       .values = target.options().dtype(at::kFloat)};
@@ -71,9 +69,9 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_npu(const Tensor& target, const O
   reduce.kernel.target = as_targets(target);
   reduce.kernel.weight = as_values(weight);
   check_target_range(reduce.kernel.target, num_classes, ignore_index);
-  const auto nothing = at::empty({0}, target.options().dtype(loss_dtype));
+  const auto nothing = [&] { return at::empty({0}, target.options().dtype(loss_dtype)); };
   if (!lse) {
-    return {nothing, nothing.clone(), reduce.totals()};
+    return {nothing(), nothing(), reduce.totals().to(stats_dtype(loss_dtype))};
   }
   reduce.kernel.lse = as_values(lse);
   reduce.kernel.lse_low = as_values(lse_low);
@@ -81,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_npu(const Tensor& target, const O
   reduce.kernel.wsum = label_smoothing != 0 ? as_values(wsum) : Tensor();
   reduce.kernel.totals = as_values(totals);
   const auto [loss, z_loss] = reduce.loss();
-  return {loss.to(loss_dtype), z_loss.defined() ? z_loss.to(loss_dtype) : nothing, reduce.new_values({0})};
+  return {loss.to(loss_dtype), z_loss.defined() ? z_loss.to(loss_dtype) : nothing(), reduce.new_values({0})};
 }
 
 }  // namespace
