@@ -1,8 +1,9 @@
 """The simulated AscendCL that this process has loaded: hold its streams, make its calls fail, ask what it saw.
 
-    with acl.hold():                 # streams run nothing; what is launched waits
+    with acl.hold():  # streams run nothing; what is launched waits
         ...
-    acl.fail("aclrtMallocAlign32", acl.OUT_OF_MEMORY)
+    with acl.fail("aclrtMallocAlign32", acl.OUT_OF_MEMORY):  # the next call
+        ...
     assert not acl.status().errors
 
 Streams are given as handles (`torch.npu.Stream.npu_stream`), as such objects, or as None for all of them.

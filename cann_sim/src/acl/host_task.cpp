@@ -82,8 +82,10 @@ void cann_sim_acl_touch(uint64_t id, const void* start, size_t bytes, int write)
   const auto address = reinterpret_cast<uint64_t>(start);
   const aclError code = check_access(step, *stream, address, address + bytes, write != 0);
   const std::lock_guard<std::mutex> lock(host_tasks().mutex);
-  HostTask& task = host_tasks().running[id];
-  task.code = task.code == ACL_SUCCESS ? code : task.code;
+  const auto found = host_tasks().running.find(id);
+  if (found != host_tasks().running.end() && found->second.code == ACL_SUCCESS) {
+    found->second.code = code;
+  }
 }
 
 int cann_sim_acl_end(uint64_t id) {
