@@ -1,7 +1,11 @@
-"""Builds the runtime library with CMake and puts it into the package's toolkit."""
+"""Builds the runtime library with CMake and puts it into the package's toolkit.
+
+Beside it go the sources of what `python -m cann_sim` builds at first use, for the torch and torch_npu it finds then.
+"""
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +14,7 @@ from setuptools import Distribution, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+BUILT_AT_FIRST_USE = ("acl", "torch")
 
 
 class BuildRuntime(build_py):
@@ -23,6 +28,9 @@ class BuildRuntime(build_py):
         configure = ["-S", ROOT, "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DCANN_SIM_TOOLKIT={package / 'toolkit'}"]
         subprocess.run([*cmake(), *configure], check=True)
         subprocess.run([*cmake(), "--build", build], check=True)
+        if not self.editable_mode:  # there they are found in src
+            for part in BUILT_AT_FIRST_USE:
+                shutil.copytree(ROOT / "src" / part, package / "toolkit" / "src" / part, dirs_exist_ok=True)
 
 
 class BinaryDistribution(Distribution):

@@ -211,7 +211,7 @@ def _report_leaks(torch: Any, status: acl.Status) -> int:
         return 0
     known: dict[int, str] = {}
     for candidate in gc.get_objects():
-        if isinstance(candidate, torch.Tensor) and candidate.device.type == "npu":
+        if issubclass(type(candidate), torch.Tensor) and candidate.device.type == "npu":
             known[candidate.untyped_storage().data_ptr()] = f", {tuple(candidate.shape)} of {candidate.dtype}"
     _say(f"{sum(tensor.bytes for _, tensor in left)} bytes of device memory are leaked, in {len(left)} tensors:")
     for device, tensor in sorted(left, key=lambda item: -item[1].bytes)[:LONGEST_LIST]:

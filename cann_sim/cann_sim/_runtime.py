@@ -88,7 +88,7 @@ def _build_in_source_tree() -> None:
 
 
 def _is_current() -> bool:
-    inputs = [PROJECT / "CMakeLists.txt", *SOURCES.rglob("*"), *(TOOLKIT / "include").rglob("*")]
+    inputs = [PROJECT / "CMakeLists.txt", *SOURCES.glob("*.[ch]*"), *(TOOLKIT / "include").rglob("*")]
     return LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
 
 

@@ -109,8 +109,21 @@ def prepare() -> Callable[[], None]:
 
         torch.ops.load_library(str(operators))
         torch.ops.cann_sim.install()
+        _let_go_of_frames()
 
     return install
+
+
+def _let_go_of_frames() -> None:
+    """torch_npu keeps the errors of optional parts that it could not import; their tracebacks, and so the frame of the
+    program that imported it, would live on with all the program's tensors."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "torch_npu":
+            for value in list(vars(module).values()):
+                error = value
+                while isinstance(error, BaseException):
+                    error.__traceback__ = None
+                    error = error.__cause__ or error.__context__
 
 
 def _package(name: str) -> Path | None:

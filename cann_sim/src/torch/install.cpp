@@ -4,6 +4,8 @@
 #include <string>
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/to_ops.h>
+#include <c10/util/Exception.h>
 #include <torch/library.h>
 
 #include "control.h"
@@ -81,6 +83,18 @@ torch::CppFunction calling(c10::SafeKernelFunction kernel, bool allocates) {
   return torch::CppFunction::makeFromBoxedFunctor<Calling>(std::make_unique<Calling>(std::move(kernel), allocates));
 }
 
+at::Tensor cast_kernel(const at::Tensor& self, int64_t dtype, std::optional<int64_t> own_dtype) {
+  constexpr int64_t kOfTorchNpu = 256;  // from here on, types that torch does not have
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype < kOfTorchNpu && !own_dtype, "cann_sim: npu::npu_dtype_cast to the type ", dtype,
+                              " is not simulated: the CPU has no kernels for it");
+  return at::_ops::to_dtype::call(self, static_cast<at::ScalarType>(dtype), false, false, std::nullopt);
+}
+
+at::Tensor cast_backward_kernel(const at::Tensor& grad, at::ScalarType dtype, std::optional<int64_t>,
+                                std::optional<int64_t>) {
+  return at::_ops::to_dtype::call(grad, dtype, false, false, std::nullopt);
+}
+
 std::string full_name(const c10::OperatorName& name) {
   return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
 }
@@ -126,6 +140,26 @@ void install_kernels(torch::Library& library) {
   library.impl("_thnn_fused_gru_cell", &gru_cell);
 }
 
+// Operators of torch_npu's own: those of metadata and formats stay, all others would call CANN.
+void install_own_operators(torch::Library& library) {
+  // Metadata, formats, and moves of memory that torch_npu composes its copies of.
+  static const std::set<std::string> names = {
+      "npu::_npu_format_cast", "npu::copy_memory_",     "npu::get_npu_format",
+      "npu::get_storage_size", "npu::npu_broadcast",    "npu::npu_change_data_ptr",
+      "npu::npu_format_cast",  "npu::npu_format_cast_", "npu::npu_prefetch",
+      "npu::npu_reshape",      "npu::npu_slice",        "npu::npu_stride_copy",
+      "npu::npu_transpose",    "npu::npu_view_copy",    "npu::one_",
+      "npu::set_op_timeout_ms"};
+  c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
+  for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
+    if (name.name.rfind("npu::", 0) == 0 && !names.count(name.name) && dispatcher.findSchema(name)) {
+      library.impl(full_name(name).c_str(), torch::CppFunction::makeFromBoxedFunction<&missing_kernel>());
+    }
+  }
+  library.impl("npu_dtype_cast", &cast_kernel);
+  library.impl("npu_dtype_cast_backward", &cast_backward_kernel);
+}
+
 void install() {
   static bool installed = false;
   if (std::exchange(installed, true)) {
@@ -134,10 +168,12 @@ void install() {
   find_control();
   // Libraries take their registrations back when they are destroyed: these stay.
   auto* kernels = new torch::Library(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__, __LINE__);
+  auto* own = new torch::Library(torch::Library::IMPL, "npu", DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto* derivatives =
       new torch::Library(torch::Library::IMPL, "aten", DispatchKey::AutogradPrivateUse1, __FILE__, __LINE__);
   install_derivatives(*derivatives);
   install_kernels(*kernels);
+  install_own_operators(*own);
 }
 
 }  // namespace
