@@ -294,8 +294,12 @@ def test_copies_from_ordinary_memory_are_taken_at_once(streams: list[int]) -> No
         synchronize(streams[0])
         assert (a.raw() == expected).all()
     floats[:] = [0] * COUNT
+    acl.hold_streams(streams[0])
+    timer = threading.Timer(0.1, acl.release_streams)
+    timer.start()
     ok("aclrtMemcpyAsync", ctypes.addressof(ordinary), a.bytes, a.address, a.bytes, TO_HOST, streams[0])
     assert list(ordinary) == [6] * COUNT  # without a synchronisation: the call has waited
+    timer.join()
     with acl.hold(streams[0]):
         ok("aclrtMemcpyAsync", locked, a.bytes, a.address, a.bytes, TO_HOST, streams[0])
         assert list(floats) == [0] * COUNT
