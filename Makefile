@@ -42,8 +42,7 @@ train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
-# On the simulated NPU kernels are not checked once more: tests/device has done it, on the same shapes and options.
-ON_NPU := CANN_SIM_CHECK=0 $(PY) -m cann_sim -m pytest --device npu
+ON_NPU := $(PY) -m cann_sim -m pytest --device npu
 
 test: $(VENV)/.test $(VENV)/.npu
 ifneq ($(TEST_ARGS),)

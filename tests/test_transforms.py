@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 import npu_xent
 from npu_xent.compat import mindformers, nnsight, unit_scaling
 
-pytestmark = [pytest.mark.cpu, pytest.mark.filterwarnings("ignore")]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Inductor generates code for the CPU here; for an NPU it wants a compiler that comes with the device's toolkit.
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.cpu)]
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": npu_xent.cross_entropy,
@@ -25,7 +28,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "consumed": lambda x, y: npu_xent.cross_entropy(x * 1.0, y, consume_logits=True),
     "K-dim": lambda x, y: npu_xent.cross_entropy(x.t().unsqueeze(0), y.unsqueeze(0), label_smoothing=0.1),
     "probabilities": lambda x, y: npu_xent.cross_entropy(x, F.one_hot(y.clamp(min=0), x.shape[1]).to(x.dtype)),
-    "contract": lambda x, y: npu_xent.npu_cross_entropy_loss(x, y)[0].sum(),
+    "contract": lambda x, y: npu_xent.npu_cross_entropy_loss(x, y)[0].squeeze(),
     "nnsight": lambda x, y: nnsight.cross_entropy_loss(x, y, shift=True),
     "unit_scaling": lambda x, y: unit_scaling.cross_entropy(x, y, mult=0.5),
     "mindformers": lambda x, y: mindformers.CrossEntropyLoss()(x, y.clamp(min=0), (y >= 0).float()).sum(),
@@ -40,7 +43,7 @@ def loss_and_grad(function: Callable[..., Tensor], logits: Tensor, target: Tenso
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_compiles_in_one_graph(name: str, backend: str, device: torch.device) -> None:
     torch._dynamo.reset()

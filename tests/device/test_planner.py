@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from npu_xent import _C
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).resolve().parents[2]
 SHORT, RESIDENT, STREAMING, SPLIT = range(4)
 MODES = {"short": SHORT, "resident": RESIDENT, "streaming": STREAMING, "split": SPLIT}

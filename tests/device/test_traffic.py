@@ -12,6 +12,8 @@ import traffic
 
 import cann_sim
 
+pytestmark = pytest.mark.cpu
+
 FAST = cann_sim.Config(check=False)
 # Shapes of each row mode, of so many columns that what comes once a row does not count.
 ROWS = {
