@@ -122,7 +122,9 @@ def _run(rest: list[str]) -> int:
         _show_traceback()
         return 1
     finally:
-        sys.modules["__main__"] = own
+        for name in ("__main__", "__mp_main__"):  # the second one is multiprocessing's
+            if name in sys.modules:
+                sys.modules[name] = own
 
 
 def _run_script(rest: list[str]) -> None:

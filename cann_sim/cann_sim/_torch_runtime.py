@@ -209,8 +209,8 @@ def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: str,
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if result.returncode != 0:
             lines = (result.stdout + result.stderr).splitlines()
-            errors = [line for line in lines if "error" in line.lower()][:BUILD_LOG]
-            raise SetupError(f"building {what} failed:\n" + "\n".join(errors or lines[-BUILD_LOG:]))
+            first = next((number for number, line in enumerate(lines) if "error" in line.lower()), -BUILD_LOG)
+            raise SetupError(f"building {what} failed:\n" + "\n".join(lines[first:][:BUILD_LOG]))
 
 
 def _tool(name: str) -> str | None:

@@ -1,0 +1,30 @@
+"""Runs programs as `python -m cann_sim` does; without torch and torch_npu the tests are skipped."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cann_sim import _torch_runtime
+
+PROJECT = Path(__file__).parent.parent
+
+
+def npu(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    try:
+        _torch_runtime.installed()
+    except _torch_runtime.SetupError as error:
+        pytest.skip(str(error))
+    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, "-m", "cann_sim", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
