@@ -293,7 +293,7 @@ def test_copies_from_ordinary_memory_are_taken_at_once(streams: list[int]) -> No
             values[:] = [6] * COUNT
         synchronize(streams[0])
         assert (a.raw() == expected).all()
-    floats[:] = [0] * COUNT
+    ordinary[:] = floats[:] = [0] * COUNT
     acl.hold_streams(streams[0])
     timer = threading.Timer(0.1, acl.release_streams)
     timer.start()
