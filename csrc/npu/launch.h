@@ -77,17 +77,15 @@ void launch(const Kernel& kernel, c10::Device device, int64_t work, const Struct
   constexpr size_t n = std::tuple_size_v<std::decay_t<decltype(tensors)>>;
   const auto blocks = static_cast<uint32_t>(std::clamp<int64_t>(work, 1, core_count(device)));
   void* const stream = current_stream(device);
-  // The memory lives until the launch has been submitted. Storages, not tensors: autograd gives a gradient away without
-  // a copy only while nobody else refers to the tensor.
-  std::array<c10::Storage, n> storages;
+  // Pointers alone: memory that is given back meanwhile is taken again in the order of the queue and the stream, as
+  // with torch_npu's own operators. Holding it until the launch would keep it from whoever comes next.
   std::array<void*, n> pointers{};
   for (size_t i = 0; i < n; ++i) {
     if (tensors[i].defined() && tensors[i].numel() != 0) {
-      storages[i] = tensors[i].storage();
       pointers[i] = tensors[i].data_ptr();
     }
   }
-  enqueue(Kernel::kName, [blocks, stream, pointers, storages, structs...]() mutable -> int {
+  enqueue(Kernel::kName, [blocks, stream, pointers, structs...]() mutable -> int {
     return static_cast<int>(
         call_launcher(launcher, blocks, stream, pointers, std::make_index_sequence<n>(), structs...));
   });

@@ -161,7 +161,7 @@ def test_memory_on_a_side_stream_without_record_stream_is_seen(device: torch.dev
 
 
 def test_own_memory_may_go_before_the_launch(device: torch.device) -> None:
-    """Copies and workspace that a call makes for itself are its own until the launch, however late that comes."""
+    """Copies and workspace of a call have gone back before the launch; what comes next must not spoil them."""
     wide = torch.zeros(N, 2 * C, device=device, dtype=torch.bfloat16)
     wide[:, ::2] = logits(torch.bfloat16).to(device)
     y, weight = target().to(device), torch.ones(C, device=device, dtype=torch.bfloat16)
