@@ -29,6 +29,7 @@ from ._runtime import PROJECT, TOOLKIT, runtime, toolkit_path
 
 FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
 BUILD_LOG = 40  # lines of a failed build that are shown
+BEING_BUILT = ".building-"  # in the name of a folder of the cache
 
 
 class SetupError(Exception):
@@ -156,16 +157,17 @@ def _built(part: str, found: Installed, options: dict[str, Any], what: str) -> P
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = os.open(cache / f"{part}-{key}.lock", os.O_CREAT | os.O_RDWR)
+        _remove_interrupted(cache)
+        lock = _lock_file(cache, folder.name)
     except OSError as error:
         raise SetupError(f"{cache} cannot be written ({error}): name another folder in CANN_SIM_CACHE") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.is_dir():
             versions = f"torch {found.torch_version} and torch_npu {found.torch_npu_version}"
-            _say(f"building {what} for {versions}, once; this takes about a minute ...")
+            _say(f"building {what} for {versions}, once; this takes a minute or two ...")
             start = time.monotonic()
-            with tempfile.TemporaryDirectory(dir=cache, prefix=f"{part}-building-") as temporary:
+            with tempfile.TemporaryDirectory(dir=cache, prefix=folder.name + BEING_BUILT) as temporary:
                 output = Path(temporary) / "out"
                 output.mkdir()
                 _compile(sources, Path(temporary) / "build", {**options, "OUTPUT_DIR": output}, compiler, what)
@@ -174,6 +176,23 @@ def _built(part: str, found: Installed, options: dict[str, Any], what: str) -> P
     finally:
         os.close(lock)
     return folder
+
+
+def _lock_file(cache: Path, name: str) -> int:
+    return os.open(cache / f"{name}.lock", os.O_CREAT | os.O_RDWR, 0o644)
+
+
+def _remove_interrupted(cache: Path) -> None:
+    """Removes what builds left behind that were killed: the folders whose lock nobody holds."""
+    for folder in cache.glob(f"*{BEING_BUILT}*"):
+        lock = _lock_file(cache, folder.name.partition(BEING_BUILT)[0])
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its build is under way
+        finally:
+            os.close(lock)
 
 
 def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], compiler: str) -> str:

@@ -237,6 +237,17 @@ def test_operators_of_the_vendor_are_refused_by_name(streams: list[int]) -> None
     assert "operator Add" in message()
 
 
+def test_collectives_may_be_asked_to_be_deterministic(streams: list[int]) -> None:
+    """torch_npu does so before its first operator, by a function that it looks up in libhccl.so."""
+    deterministic, accelerator, not_supported = 0, 1, 5
+    function = ctypes.CDLL(str(folder() / "libhccl.so")).HcclSetConfig
+    assert [function(deterministic, value) for value in (0, 1)] == [0, 0]
+    assert function(accelerator, 0) == not_supported
+    with acl.fail("HcclSetConfig", 4):
+        assert function(deterministic, 1) == 4
+        message()
+
+
 def test_everything_that_torch_npu_links_against_is_there(streams: list[int]) -> None:
     """And its five other libraries bring it in."""
     found = _torch_runtime.installed()

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "calls.h"
+#include "hccl/hccl.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -371,6 +372,14 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt /*option*/, int64_t* value) {
   CANN_SIM_API();
   *value = 0;
   return ACL_SUCCESS;
+}
+
+// There are no collectives, so those there are are deterministic; which hardware runs them cannot be chosen.
+HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue /*value*/) {
+  if (const aclError code = api(__func__).enter(__func__); code != ACL_SUCCESS) {
+    return static_cast<HcclResult>(code);
+  }
+  return config == HCCL_DETERMINISTIC ? HCCL_SUCCESS : HCCL_E_NOT_SUPPORT;
 }
 
 aclError aclrtGetLastError(aclrtLastErrLevel /*level*/) {
