@@ -1,4 +1,4 @@
-"""PyTorch programs on a simulated NPU: operators, training, streams; each group in one process."""
+"""PyTorch programs on a simulated NPU: operators, training, streams; all in one process, which takes long to start."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch_case import npu
 ON_NPU = Path(__file__).parent / "on_npu"
 
 
-@pytest.mark.parametrize("group", ["operators", "training", "streams"])
-def test_group(group):
-    passes(group)
+def test_programs():
+    passes("operators", "training", "streams")
 
 
 @pytest.mark.parametrize("queue", ["0", "2"])
@@ -21,8 +20,9 @@ def test_task_queue(queue):
     passes("streams", TASK_QUEUE_ENABLE=queue)
 
 
-def passes(group: str, **environment: str) -> None:
-    result = npu("-m", "pytest", "-x", "-p", "no:cacheprovider", str(ON_NPU / f"{group}.py"), **environment)
+def passes(*groups: str, **environment: str) -> None:
+    files = [str(ON_NPU / f"{group}.py") for group in groups]
+    result = npu("-m", "pytest", "-x", "-p", "no:cacheprovider", *files, **environment)
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout
