@@ -50,11 +50,11 @@ ifneq ($(TEST_ARGS),)
 	@$(if $(filter npu,$(DEVICE)),$(ON_NPU),$(PY) -m pytest) $(TEST_ARGS)
 else
 	@echo "== Testing on the CPU"
-	@$(PY) -m pytest
+	@$(PY) -m pytest -n auto
 	@echo "== Testing on a simulated NPU"
 	@$(ON_NPU) tests
 	@echo "== Testing cann_sim"
-	@cd cann_sim && ../$(PY) -m pytest
+	@cd cann_sim && ../$(PY) -m pytest -n auto
 endif
 
 # Builds tests/aarch64 in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
@@ -149,7 +149,7 @@ $(VENV)/.train: $(TORCH_STAMP)
 
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
-	@$(PIP) install "pytest>=8" "hypothesis>=6"
+	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.created

@@ -216,7 +216,7 @@ def test_every_rule_of_the_module_is_tested_here() -> None:
         {"input": TRAINING, "reduction": "sum", "weight": weight_with(0.5), "ignore_index": 3},
         {"input": TRAINING, "reduction": "none", "weight": weight_with(0.5), "ignore_index": 3},
     ],
-    ids=str,
+    ids=lambda changed: " ".join(key if callable(value) else f"{key}={value}" for key, value in changed.items()),
 )
 def test_what_the_rules_allow(changed: dict[str, Any], device: torch.device) -> None:
     call = arguments(device, **changed)

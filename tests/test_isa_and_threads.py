@@ -184,6 +184,9 @@ def test_inside_a_parallel_region(threads: Callable[[int], None]) -> None:
 # The object files -----------------------------------------------------------------------------------------------------
 
 
+HARMLESS = ("std::exp(float)",)  # on Arm: nothing but a jump to libm's expf, whatever it is compiled for
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_variants_share_no_symbols(capability: str) -> None:
     """A function that two variants define alike is merged by the linker, which may keep the AVX512 one for everybody.
@@ -191,7 +194,7 @@ def test_variants_share_no_symbols(capability: str) -> None:
     So each object file defines nothing outside the namespace that is named after its instruction set.
     """
     nm = shutil.which("nm")
-    pattern = f"build/*/CMakeFiles/npu_xent_cpu_kernels_{capability}.dir/**/*.o"
+    pattern = f"build/torch*/CMakeFiles/npu_xent_cpu_kernels_{capability}.dir/**/*.o"
     objects = sorted(ROOT.glob(pattern))
     if nm is None or not objects:
         pytest.skip("needs nm, and the build tree of this checkout")
@@ -200,7 +203,9 @@ def test_variants_share_no_symbols(capability: str) -> None:
             [nm, "--demangle", "--defined-only", "--extern-only", str(path)], capture_output=True, text=True, check=True
         ).stdout
         symbols = [line.split(maxsplit=2) for line in listed.splitlines()]
-        foreign = [(kind, name) for _, kind, name in symbols if f"::{capability}::" not in name]
+        foreign = [
+            (kind, name) for _, kind, name in symbols if f"::{capability}::" not in name and name not in HARMLESS
+        ]
         assert symbols, f"{path} defines nothing"
         assert foreign == [], f"{path} exports symbols that variants share"
 

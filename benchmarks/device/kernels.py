@@ -7,6 +7,7 @@ the caller are the global memory of a launch, to the byte.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import os
 import subprocess
@@ -21,6 +22,7 @@ import cann_sim
 import npu_xent._C as _C
 
 ROOT = Path(__file__).resolve().parents[2]
+SOC = "Ascend910B3"
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 WHOLE, PARTIAL_STATS, LOG_PROB_ONLY, JOIN_PARTS, BLOCK_TOTALS, JOIN_TOTALS, BLOCK_LOSS, JOIN_LOSS = range(8)
@@ -66,17 +68,21 @@ class Args(ctypes.Structure):
 @functools.cache
 def library() -> cann_sim.KernelLibrary:
     """The kernels, by the device build: CMake, with ASCEND_HOME_PATH at cann_sim's toolkit."""
-    folder = ROOT / "build" / "kernels_on_cann_sim"
-    environment = {**os.environ, "ASCEND_HOME_PATH": cann_sim.toolkit_path(), "SOC_VERSION": "Ascend910B3"}
+    # The folder in which setup.py builds them too.
+    folder = ROOT / "build" / f"kernels-{SOC}-{cann_sim.__version__}-simulated"
+    environment = {**os.environ, "ASCEND_HOME_PATH": cann_sim.toolkit_path(), "SOC_VERSION": SOC}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    for command in (
-        ["cmake", "-S", str(ROOT / "csrc" / "ascendc"), "-B", str(folder), "-G", "Ninja"],
-        ["cmake", "--build", str(folder)],
-    ):
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
-    return cann_sim.KernelLibrary(folder / "libnpu_xent_kernels.so")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+        for command in (
+            ["cmake", "-S", str(ROOT / "csrc" / "ascendc"), "-B", str(folder), "-G", "Ninja"],
+            ["cmake", "--build", str(folder)],
+        ):
+            result = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+        return cann_sim.KernelLibrary(folder / "libnpu_xent_kernels.so")
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -90,9 +96,10 @@ class Device:
     """A number of cores, and the reports of what was launched on them."""
 
     cores: int = 48
-    config: cann_sim.Config = field(default_factory=cann_sim.Config)
+    config: cann_sim.Config | None = None
     reports: list[cann_sim.Report] = field(default_factory=list)
     forced: dict[str, int] = field(default_factory=dict)  # fields of the plan to set
+    config_of: int | None = None  # the one launch, counted from 0, that `config` is for; None: all
 
     def plan(self, logits: torch.Tensor) -> Plan:
         """The planner's plan for these logits, with what the test forces."""
@@ -106,7 +113,8 @@ class Device:
         memory = [_memory(value) if isinstance(value, torch.Tensor) else value for value in values]
         cores = max(1, min(self.cores, work))
         structs = (args,) if plan is None else (plan, args)
-        self.reports.append(library().launch(f"npu_xent_{kernel}", cores, *memory, *structs, config=self.config))
+        config = self.config if self.config_of in (None, len(self.reports)) else None
+        self.reports.append(library().launch(f"npu_xent_{kernel}", cores, *memory, *structs, config=config))
 
     @staticmethod
     def _outputs(**tensors: torch.Tensor | None) -> dict[str, object]:

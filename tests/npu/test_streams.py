@@ -6,6 +6,7 @@ program that leaves out an event, a wait or record_stream is refused there, whic
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 
@@ -41,6 +42,23 @@ def no_errors() -> Iterator[None]:
     errors = acl.status().errors
     acl.clear_errors()
     assert not errors
+
+
+@contextlib.contextmanager
+def held(stream: torch.npu.Stream | None = None) -> Iterator[None]:
+    """The stream (None: all) stands still. What waits for it in here fails instead of waiting forever."""
+    waited = threading.Event()
+
+    def give_up() -> None:
+        waited.set()
+        acl.release_streams(stream)
+
+    timer = threading.Timer(20, give_up)
+    timer.start()
+    with acl.hold(stream):
+        yield
+    timer.cancel()
+    assert not waited.is_set(), "something waited for a stream that stood still"
 
 
 def logits(dtype: torch.dtype = torch.float32) -> Tensor:
@@ -81,7 +99,7 @@ def test_launches_go_to_the_current_stream(device: torch.device, reduction: str)
     with torch.npu.stream(side):
         x, y = logits().to(device), target().to(device)
     torch.npu.synchronize()
-    with acl.hold(torch.npu.default_stream()), torch.npu.stream(side):
+    with held(torch.npu.default_stream()), torch.npu.stream(side):
         loss, grad = (t.cpu() for t in loss_and_grad(x, y, reduction=reduction))
     assert_as_alone((loss, grad), device, reduction=reduction)
 
@@ -93,7 +111,7 @@ def test_nothing_is_waited_for(device: torch.device) -> None:
     weight = torch.ones(C, device=device)
     torch.npu.synchronize()
     before = {name: acl.calls(name) for name in SYNCHRONISING}
-    with acl.hold():
+    with held():
         mean = npu_xent.cross_entropy(x, y, weight, label_smoothing=0.1, lse_square_scale=1e-4)
         (grad,) = torch.autograd.grad(mean, x, one)
         none = npu_xent.cross_entropy(x, y, reduction="none")
@@ -134,7 +152,7 @@ def logits_given_back_early(device: torch.device, *, record: bool) -> Tensor:
     side = torch.npu.Stream()
     side.wait_stream(torch.npu.current_stream())
     torch.npu.synchronize()
-    with acl.hold(side):
+    with held(side):
         with torch.npu.stream(side):
             loss = npu_xent.cross_entropy(x, y)
         if record:
