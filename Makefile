@@ -99,7 +99,7 @@ format: $(VENV)/.check
 	@$(VENV)/bin/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so cann_sim/build cann_sim/*.egg-info
+	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so npu_xent/kernels cann_sim/build cann_sim/*.egg-info
 	rm -f cann_sim/cann_sim/toolkit/lib64/*.so
 
 $(VENV)/.created:
@@ -117,7 +117,7 @@ $(TORCH_STAMP): $(VENV)/.created
 
 $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"
-	@$(PIP) install --no-build-isolation --no-deps --editable . || \
+	@NPU_XENT_BUILD_NPU=$${NPU_XENT_BUILD_NPU:-0} $(PIP) install --no-build-isolation --no-deps --editable . || \
 	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
 	@rm -f $(VENV)/.npu
 	@touch $@

@@ -29,7 +29,6 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "npu_xent"
-NPU_EXTENSION = f"{PACKAGE}._npu"
 
 
 def load_soc_names() -> ModuleType:
@@ -65,14 +64,13 @@ class NpuPart:
 
     @property
     def toolkit_version(self) -> str | None:
-        """As the toolkit's own files tell it."""
+        """As the toolkit's own files tell it: `toolkit_running_version=[7.6.0.1.220:8.0.0]`, or `Version=8.0.0`."""
         for name in ("version.cfg", "compiler/version.info", "opp/version.info"):
-            path = self.toolkit / name
-            found = (
-                re.search(r"version\s*=\s*\[?([^\s\]]+)", path.read_text(), re.IGNORECASE) if path.exists() else None
-            )
+            text = (self.toolkit / name).read_text() if (self.toolkit / name).exists() else ""
+            versions = dict(re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE))
+            found = versions.get("toolkit_running_version") or next(iter(versions.values()), None)
             if found:
-                return found[1]
+                return found.rpartition(":")[2]  # the release's own number, after an internal one
         return None
 
 
@@ -114,40 +112,41 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
     return NpuPart(Path(spec.origin).parent, version, Path(home).resolve(), soc_versions)
 
 
+def remove_npu_part(folder: Path) -> None:
+    """What is there of the part for NPUs: a build without it must not ship that of an earlier one."""
+    shutil.rmtree(folder / "kernels", ignore_errors=True)
+    for library in folder.glob("_npu.*so"):
+        library.unlink()
+
+
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; libraries land where setuptools expects the extensions."""
 
     npu: NpuPart | None = None
 
-    def finalize_options(self) -> None:
-        """Look what there is to build."""
+    def build_extensions(self) -> None:
+        """Run CMake, once for all extensions, for the torch of this environment."""
         try:
             import torch
+            from torch.utils.cpp_extension import include_paths, library_paths
         except ImportError as error:
             raise SystemExit(
                 f"{PACKAGE} is built against the torch it will run with, and torch cannot be imported ({error}). "
                 "Install torch first, then: pip install --no-build-isolation ."
             ) from error
+
         self.npu = find_npu_part(torch.__version__)
-        extensions = self.distribution.ext_modules
-        if self.npu is not None and all(ext.name != NPU_EXTENSION for ext in extensions):
-            extensions.append(Extension(NPU_EXTENSION, sources=[]))
-        super().finalize_options()
-
-    def build_extensions(self) -> None:
-        """Run CMake, once for all extensions, for the torch of this environment."""
-        import torch
-        from torch.utils.cpp_extension import include_paths, library_paths
-
         output = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).resolve().parent
         # One build folder for each torch and Python, so that going back and forth stays incremental.
         tag = f"torch{torch.__version__}-{sys.implementation.cache_tag}"
         output.mkdir(parents=True, exist_ok=True)
+        remove_npu_part(output)  # of an earlier build
         if self.npu is not None:
             self.build_kernels(self.npu, output / "kernels")
         self.run_cmake(
             ROOT,
             ROOT / "build" / tag,
+            *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"),
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
@@ -160,12 +159,12 @@ class CMakeBuild(build_ext):
 
     def build_kernels(self, npu: NpuPart, output: Path) -> None:
         """The device kernels, a library for each chip. A project of its own: the toolkit sets up its own compilers."""
-        shutil.rmtree(output, ignore_errors=True)
         for soc in npu.soc_versions:
-            build = ROOT / "build" / f"kernels-{soc}-{npu.toolkit_version or 'toolkit'}"
-            self.run_cmake(
-                ROOT / "csrc" / "ascendc", build, f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}"
-            )
+            version = re.sub(r"[^\w.-]", "-", npu.toolkit_version or "toolkit")
+            build = ROOT / "build" / f"kernels-{soc}-{version}"
+            definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}")
+            # The toolkit's build reads files that only makefile generators write.
+            self.run_cmake(ROOT / "csrc" / "ascendc", build, "-G", "Unix Makefiles", *definitions)
             library = "libnpu_xent_kernels.so"
             built = max(build.rglob(library), key=lambda path: path.stat().st_mtime, default=None)
             if built is None:
@@ -173,11 +172,10 @@ class CMakeBuild(build_ext):
             (output / soc).mkdir(parents=True)
             shutil.copy(built, output / soc / library)
 
-    def run_cmake(self, source: Path, build: Path, *definitions: str) -> None:
+    def run_cmake(self, source: Path, build: Path, *options: str) -> None:
         """Configure and build."""
         build.mkdir(parents=True, exist_ok=True)
-        tools = ("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}")
-        subprocess.run([find_tool("cmake"), "-S", source, "-B", build, *tools, *definitions], check=True)
+        subprocess.run([find_tool("cmake"), "-S", source, "-B", build, *options], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
         subprocess.run([find_tool("cmake"), "--build", build, "--parallel", jobs], check=True)
 
@@ -196,12 +194,16 @@ class CMakeBuild(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """In place and editable builds: the record and the kernels go where the libraries go."""
-        super().copy_extensions_to_source()
         built, source = Path(self.build_lib) / PACKAGE, ROOT / PACKAGE
+        remove_npu_part(source)
+        super().copy_extensions_to_source()
         shutil.copy(built / "_build.py", source / "_build.py")
-        shutil.rmtree(source / "kernels", ignore_errors=True)
         if self.npu is not None:
             shutil.copytree(built / "kernels", source / "kernels")
 
 
-setup(ext_modules=[Extension(f"{PACKAGE}._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+extensions = [
+    Extension(f"{PACKAGE}._C", sources=[]),
+    Extension(f"{PACKAGE}._npu", sources=[], optional=True),
+]
+setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})

@@ -147,19 +147,28 @@ def _load_kernels() -> None:
     if soc is None:
         raise _missing(
             f"they were built for {', '.join(socs)}, but this device is {running}. They are written for Atlas A2 and "
-            "A3 alone: Ascend910B1 to Ascend910B4, Ascend910_9362 to Ascend910_9392."
+            f"A3 alone: {', '.join(_soc.SUPPORTED)}."
         )
     path = _FOLDER / "kernels" / soc / "libnpu_xent_kernels.so"
-    # In this order: once _npu is imported, its kernels stand in the composite's place, whether they can run or not.
     try:
-        ctypes.CDLL(str(path))
-        module = importlib.import_module(f"{__package__}._npu")
-        module.load_kernels(str(path))
+        _share_runtime_symbols()
+        importlib.import_module(f"{__package__}._npu").load(str(path))
     except (ImportError, OSError, RuntimeError) as error:
         raise _missing(
             f"a library of theirs cannot be loaded ({error}). Source CANN's set_env.sh before starting Python; they "
             f"were built with CANN {cann or 'of an unknown version'}, and {_INSTALL} builds them for another."
         ) from error
+
+
+def _share_runtime_symbols() -> None:
+    """Let the kernels' library find the toolkit's own ones.
+
+    It calls functions of theirs but does not always name them, as a program that links it would; torch_npu has loaded
+    them for itself alone. Which there are differs between releases.
+    """
+    for name in ("ascendcl", "acl_rt", "runtime", "profapi", "error_manager", "unified_dlog", "mmpa", "c_sec"):
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(f"lib{name}.so", mode=ctypes.RTLD_GLOBAL)
 
 
 def _missing(reason: str) -> RuntimeError:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import re
 import subprocess
 
-# Atlas A2 is Ascend910B1 to Ascend910B4 (and variants such as Ascend910B2C), Atlas A3 Ascend910_9362 to Ascend910_9392.
-# They share one instruction set, dav-2201, and kernels take the number of cores at run time: a binary for one of them
-# runs on all.
-_SUPPORTED = re.compile(r"910(B[1-4]([A-Z]|-\d)?|_93\d\d)")
+# What the toolkit knows as one family, dav-2201: Atlas A2 and A3. Kernels take the number of cores at run time, so
+# those that were built for one of them serve all.
+SUPPORTED = (
+    *("Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1"),
+    *("Ascend910_9362", "Ascend910_9372", "Ascend910_9381", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
+)
 
 
 def canonical(name: str) -> str:
@@ -20,13 +22,12 @@ def canonical(name: str) -> str:
     Raises:
         ValueError: not one that the kernels are written for.
     """
-    digits = name.strip().upper().removeprefix("ASCEND")
-    if not _SUPPORTED.fullmatch(digits):
+    written = f"Ascend{name.strip().upper().removeprefix('ASCEND')}"
+    if written not in SUPPORTED:
         raise ValueError(
-            f"SoC {name.strip()!r} is not one that npu_xent has kernels for: Ascend910B1 to Ascend910B4 (Atlas A2), "
-            "Ascend910_9362 to Ascend910_9392 (Atlas A3)"
+            f"SoC {name.strip()!r} is not one that npu_xent has kernels for: {', '.join(SUPPORTED)} (Atlas A2 and A3)"
         )
-    return f"Ascend{digits}"
+    return written
 
 
 def parse_list(text: str) -> tuple[str, ...]:

@@ -76,8 +76,8 @@ def library() -> cann_sim.KernelLibrary:
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
         for command in (
-            ["cmake", "-S", str(ROOT / "csrc" / "ascendc"), "-B", str(folder), "-G", "Ninja"],
-            ["cmake", "--build", str(folder)],
+            ["cmake", "-S", str(ROOT / "csrc" / "ascendc"), "-B", str(folder), "-G", "Unix Makefiles"],
+            ["cmake", "--build", str(folder), "--parallel", str(os.cpu_count() or 1)],
         ):
             result = subprocess.run(command, env=environment, capture_output=True, text=True)
             if result.returncode != 0:

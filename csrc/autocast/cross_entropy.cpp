@@ -1,6 +1,6 @@
 // cross_entropy under autocast: the 16-bit logits are read as they are, and the loss comes in fp32 unless the caller
-// named its dtype. (F.cross_entropy copies the logits to fp32 there.) For the devices that npu_xent has kernels for or
-// plans them, and cuda, where its composite runs.
+// named its dtype. (F.cross_entropy copies the logits to fp32 there.) For the devices that npu_xent has kernels for,
+// and cuda, where its composite runs.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

@@ -1,8 +1,7 @@
 // reduce_rows on an NPU: sums of blocks of rows, and a second launch that adds those up.
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include "npu/common.h"
+#include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
@@ -84,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_npu(const Tensor& target, const O
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+void register_reduce_rows(torch::Library& m) {
   m.impl("reduce_rows", reduce_rows_npu);
 }
 

@@ -1,8 +1,7 @@
 // row_grad and row_grad_ on an NPU.
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include "npu/common.h"
+#include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
@@ -62,7 +61,7 @@ void row_grad_over_logits_npu(const Tensor& logits, const Tensor& target, const 
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+void register_row_grad(torch::Library& m) {
   m.impl("row_grad", row_grad_npu);
   m.impl("row_grad_", row_grad_over_logits_npu);
 }

@@ -1,8 +1,7 @@
 // row_stats on an NPU.
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include "npu/common.h"
+#include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
@@ -51,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_npu(const Tensor& l
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+void register_row_stats(torch::Library& m) {
   m.impl("row_stats", row_stats_npu);
 }
 

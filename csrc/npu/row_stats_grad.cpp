@@ -1,8 +1,7 @@
 // row_stats_grad and row_stats_grad_ on an NPU.
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include "npu/common.h"
+#include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_npu(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+void register_row_stats_grad(torch::Library& m) {
   m.impl("row_stats_grad", row_stats_grad_npu);
   m.impl("row_stats_grad_", row_stats_grad_over_logits_npu);
 }

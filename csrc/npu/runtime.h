@@ -9,7 +9,7 @@
 
 namespace npu_xent::npu {
 
-// The library of device kernels. Called once, before the first launch; RuntimeError if it cannot be loaded.
+// Opens the library of device kernels, before the first launch; RuntimeError if it cannot be loaded.
 void load_kernels(const std::string& path);
 
 // The launcher of a kernel of that library.

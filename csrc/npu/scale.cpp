@@ -1,8 +1,7 @@
 // scale_ on an NPU: the kernel looks at the factor, so that the host need not wait for it.
 #include <c10/core/DeviceGuard.h>
-#include <torch/library.h>
-
 #include "npu/common.h"
+#include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
@@ -29,7 +28,7 @@ void scale_npu(const Tensor& self, const Tensor& factor) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(npu_xent, PrivateUse1, m) {
+void register_scale(torch::Library& m) {
   m.impl("scale_", scale_npu);
 }
 

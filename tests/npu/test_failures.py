@@ -6,6 +6,7 @@ import gc
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,33 @@ def test_a_launch_that_fails_in_the_queue_raises(queue: str) -> None:
     """torch_npu says it at a later call, at the latest when something waits, and wants a new process then."""
     out = run(FAILING_LAUNCH.format(kernel="row_stats_grad", again=False), TASK_QUEUE_ENABLE=queue)
     assert out.splitlines() == ["raised: True"]
+
+
+IDLE_KERNELS = """
+#include <cstdint>
+extern "C" uint32_t aclrtlaunch_npu_xent_scale(uint32_t, void*, void*, void*, void*) { return 0; }
+"""
+
+
+def test_kernels_that_do_not_run_are_not_taken_into_use(tmp_path: Path) -> None:
+    """A launcher says 0, no error, also when its binary was refused: what it should have done tells."""
+    source, folder = tmp_path / "idle.cpp", tmp_path / "kernels" / "Ascend910B3"
+    source.write_text(IDLE_KERNELS)
+    folder.mkdir(parents=True)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", str(folder / "libnpu_xent_kernels.so"), str(source)], check=True)
+    out = run(f"""
+import pathlib, warnings
+import torch, npu_xent, npu_xent._loading
+
+npu_xent._loading._FOLDER = pathlib.Path({str(tmp_path)!r})
+x, y = torch.zeros(2, 4).npu(), torch.ones(2).long().npu()
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(f"{{npu_xent.cross_entropy(x, y).item():.4f}}")
+said = [str(w.message) for w in caught if "npu_xent" in str(w.message)]
+print(["a kernel that was launched to try it has not run" in text for text in said])
+""")
+    assert out.splitlines() == ["1.3863", "[True]"]
 
 
 SAME_EVERYWHERE = """

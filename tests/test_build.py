@@ -1,0 +1,156 @@
+"""What setup.py finds out: the chips to build for, the toolkit, what is missing. Nothing is built."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+from npu_xent import _soc
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BOARD_A2 = """
+        NPU ID                         : 0
+        Chip ID                        : 0
+        Chip Type                      : Ascend
+        Chip Name                      : 910B4
+"""
+BOARD_A3 = """
+        NPU ID                         : 0
+        NPU Name                       : 9392
+        Chip ID                        : 0
+        Chip Name                      : Ascend910
+"""
+MAPPING = """
+        NPU ID                         Chip ID                        Chip Logic ID                  Chip Name
+        2                              1                              -                              Mcu
+        2                              0                              0                              Ascend 910B4
+"""
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """setup.py as a module that sets nothing up, where torch_npu 2.13.0 and a toolkit seem to be installed."""
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("npu_xent_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look for it there
+    spec.loader.exec_module(module)
+    installed = types.SimpleNamespace(origin="/site/torch_npu/__init__.py")
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed if name == "torch_npu" else find_spec(name))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0.post1")
+    for name in ("ASCEND_TOOLKIT_HOME", "NPU_XENT_BUILD_NPU"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/toolkit")
+    monkeypatch.setenv("SOC_VERSION", "ascend910b1")
+    monkeypatch.setenv("PATH", "/nowhere")  # no npu-smi
+    return module
+
+
+def test_everything_is_there(build: types.ModuleType) -> None:
+    npu = build.find_npu_part("2.13.0+cpu")
+    assert npu.torch_npu == Path("/site/torch_npu")
+    assert npu.torch_npu_version == "2.13.0.post1"
+    assert npu.toolkit == Path("/toolkit")
+    assert npu.soc_versions == ("Ascend910B1",)
+
+
+@pytest.mark.parametrize(
+    "missing, said",
+    [
+        ({"ASCEND_HOME_PATH": ""}, "ASCEND_HOME_PATH is not set"),
+        ({"torch_npu": None}, "torch_npu is not installed"),
+    ],
+)
+def test_what_is_missing_is_left_out_or_an_error(
+    missing: dict[str, Any],
+    said: str,
+    build: types.ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "torch_npu" in missing:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setenv("ASCEND_HOME_PATH", "")
+    assert build.find_npu_part("2.13.0") is None
+    assert f"the part for NPUs is left out: {said}" in capsys.readouterr().out
+    monkeypatch.setenv("NPU_XENT_BUILD_NPU", "1")
+    with pytest.raises(SystemExit, match=said):
+        build.find_npu_part("2.13.0")
+    monkeypatch.setenv("NPU_XENT_BUILD_NPU", "0")
+    assert build.find_npu_part("2.13.0") is None
+    assert capsys.readouterr().out == ""
+
+
+def test_another_torch_is_refused(build: types.ModuleType) -> None:
+    with pytest.raises(SystemExit, match=r"torch_npu 2\.13\.0\.post1 goes with torch 2\.13\.0, but torch 2\.12\.1 is"):
+        build.find_npu_part("2.12.1")
+
+
+@pytest.mark.parametrize(
+    "text", ["ascend910b1;ascend910_9391", " Ascend910B1, ASCEND910_9391 ", "910b1 910_9391 910B1"]
+)
+def test_chips_as_users_write_them(text: str, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOC_VERSION", text)
+    assert build.find_npu_part("2.13.0").soc_versions == ("Ascend910B1", "Ascend910_9391")
+
+
+@pytest.mark.parametrize("text", ["ascend310p3", "910", "Ascend910B5", "Ascend910_9999", "Ascend910_93", "a;b"])
+def test_chips_without_kernels(text: str, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOC_VERSION", text)
+    with pytest.raises(SystemExit, match=r"is not one that npu_xent has kernels for: Ascend910B1, .* Ascend910_9392"):
+        build.find_npu_part("2.13.0")
+
+
+def test_a_chip_that_nobody_tells(build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SOC_VERSION")
+    with pytest.raises(SystemExit, match="SOC_VERSION is not set and npu-smi does not tell which chip this is"):
+        build.find_npu_part("2.13.0")
+
+
+@pytest.mark.parametrize("board, soc", [(BOARD_A2, "Ascend910B4"), (BOARD_A3, "Ascend910_9392")])
+def test_npu_smi_is_asked(board: str, soc: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first line that is a processor's, not a controller's."""
+    tool = tmp_path / "npu-smi"
+    tool.write_text(
+        "#!/bin/bash\n"
+        f"if [ \"$*\" = 'info -m' ]; then echo '{MAPPING}'; "
+        f"elif [ \"$*\" = 'info -t board -i 2 -c 0' ]; then echo '{board}'; else exit 1; fi\n"
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert _soc.detect() == soc
+
+
+@pytest.mark.parametrize("report", ["", "Chip Name : 310P3", "Chip Type : Ascend"])
+def test_boards_without_kernels(report: str) -> None:
+    assert _soc.from_board(report) is None
+
+
+@pytest.mark.parametrize(
+    "file, text, version",
+    [
+        ("version.cfg", "# version: 1.0\nruntime_running_version=[7.6.0.1.220:8.0.0]\n"
+         "toolkit_running_version=[7.6.0.1.220:8.0.1]\n", "8.0.1"),
+        ("version.cfg", "kind=simulated\nversion=0.1.0-simulated\n", "0.1.0-simulated"),
+        ("compiler/version.info", "Version=8.5.0\nversion_dir=8.5.0\n", "8.5.0"),
+        ("other", "version=1", None),
+    ],
+)  # fmt: skip
+def test_the_toolkit_tells_its_version(
+    file: str, text: str, version: str | None, build: types.ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert build.NpuPart(tmp_path, "2.13.0", tmp_path, ("Ascend910B1",)).toolkit_version == version
