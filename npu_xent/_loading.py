@@ -166,7 +166,17 @@ def _share_runtime_symbols() -> None:
     It calls functions of theirs but does not always name them, as a program that links it would; torch_npu has loaded
     them for itself alone. Which there are differs between releases.
     """
-    for name in ("ascendcl", "acl_rt", "runtime", "profapi", "error_manager", "unified_dlog", "mmpa", "c_sec"):
+    for name in (
+        "ascendcl",
+        "acl_rt",
+        "runtime",
+        "profapi",
+        "error_manager",
+        "unified_dlog",
+        "mmpa",
+        "c_sec",
+        "platform",
+    ):
         with contextlib.suppress(OSError):
             ctypes.CDLL(f"lib{name}.so", mode=ctypes.RTLD_GLOBAL)
 
