@@ -63,7 +63,10 @@ class Device:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream: tasks enqueued and done, and the code its next synchronisation returns (`fault`, 0: none)."""
+    """A stream: tasks enqueued and done, and the code its next synchronisation returns (`fault`, 0: none).
+
+    The handle of a device's default stream is 0.
+    """
 
     id: int
     device: int

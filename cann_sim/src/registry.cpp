@@ -2,8 +2,11 @@
 #include "registry.h"
 
 #include <algorithm>
+#include <map>
 #include <mutex>
 #include <unordered_map>
+
+#include <pthread.h>
 
 #include "cann_sim/launch.h"
 
@@ -12,27 +15,83 @@ namespace cann_sim {
 namespace {
 
 std::mutex mutex;
-std::unordered_map<uint64_t, std::shared_ptr<Allocation>>& allocations() {
-  static auto* all = new std::unordered_map<uint64_t, std::shared_ptr<Allocation>>;  // outlives static destructors
-  return *all;
-}
-uint64_t next_id = 1;
+// A child process has the lock as it was: it must be nobody's when the process is forked.
+[[maybe_unused]] const int kept_over_fork =
+    pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 
-// Under the lock: what an address falls into. Parts go before the wholes they are cut out of.
-std::vector<std::shared_ptr<Allocation>> allocations_at(uint64_t address) {
-  std::vector<std::shared_ptr<Allocation>> found;
-  bool parts = false;
-  for (const auto& [id, allocation] : allocations()) {
-    if (address >= allocation->start && address < allocation->start + allocation->bytes) {
-      parts = parts || allocation->part;
-      found.push_back(allocation);
+// Allocations by address. Those that overlap, which is rare, lie in different layers, so that one look at each layer
+// finds all that hold an address.
+class AddressMap {
+ public:
+  void add(const std::shared_ptr<Allocation>& allocation) {
+    if (allocation->bytes == 0) {  // holds no address
+      return;
+    }
+    const auto fits = [&](const Layer& layer) {
+      const auto after = layer.lower_bound(allocation->start);
+      return (after == layer.end() || after->first >= allocation->start + allocation->bytes) &&
+             (after == layer.begin() || end(*std::prev(after)->second) <= allocation->start);
+    };
+    auto layer = std::find_if(layers_.begin(), layers_.end(), fits);
+    if (layer == layers_.end()) {
+      layer = layers_.emplace(layer);
+    }
+    layer->emplace(allocation->start, allocation);
+  }
+
+  void remove(const std::shared_ptr<Allocation>& allocation) {
+    for (Layer& layer : layers_) {
+      const auto found = layer.find(allocation->start);
+      if (found != layer.end() && found->second == allocation) {
+        layer.erase(found);
+        return;
+      }
     }
   }
-  if (parts) {
-    found.erase(std::remove_if(found.begin(), found.end(), [](const auto& allocation) { return !allocation->part; }),
-                found.end());
+
+  // Calls `visit` with each allocation that holds the address.
+  template <typename Visit>
+  void at(uint64_t address, Visit visit) const {
+    for (const Layer& layer : layers_) {
+      auto found = layer.upper_bound(address);
+      if (found != layer.begin() && address < end(*(--found)->second)) {
+        visit(found->second);
+      }
+    }
   }
-  return found;
+
+ private:
+  using Layer = std::map<uint64_t, std::shared_ptr<Allocation>>;  // disjoint, by start
+  static uint64_t end(const Allocation& allocation) { return allocation.start + allocation.bytes; }
+
+  std::vector<Layer> layers_;
+};
+
+// All under the lock.
+struct Registry {
+  std::unordered_map<uint64_t, std::shared_ptr<Allocation>> by_id;
+  AddressMap wholes, parts;
+  uint64_t next_id = 1;
+
+  AddressMap& map_of(const Allocation& allocation) { return allocation.part ? parts : wholes; }
+};
+
+Registry& registry() {
+  static auto* all = new Registry;  // outlives static destructors
+  return *all;
+}
+
+// Under the lock: what an address falls into. Parts go before the wholes they are cut out of.
+template <typename Visit>
+void visit_allocations_at(uint64_t address, Visit visit) {
+  bool parts = false;
+  registry().parts.at(address, [&](const auto& allocation) {
+    parts = true;
+    visit(allocation);
+  });
+  if (!parts) {
+    registry().wholes.at(address, visit);
+  }
 }
 
 void add_written(Allocation* allocation, uint64_t start, uint64_t end) {
@@ -49,12 +108,12 @@ std::vector<Buffer> snapshot_buffers(void* const* pointers, size_t count) {
   std::vector<Buffer> buffers;
   const std::lock_guard<std::mutex> lock(mutex);
   for (size_t i = 0; i < count; ++i) {
-    for (const auto& allocation : allocations_at(reinterpret_cast<uint64_t>(pointers[i]))) {
+    visit_allocations_at(reinterpret_cast<uint64_t>(pointers[i]), [&](const std::shared_ptr<Allocation>& allocation) {
       const auto same = [&](const Buffer& buffer) { return buffer.allocation == allocation; };
       if (std::none_of(buffers.begin(), buffers.end(), same)) {
         buffers.push_back({allocation->start, allocation->start + allocation->bytes, allocation, false, {}});
       }
-    }
+    });
   }
   // Largest first, so that overlapping registrations act as one; by address, so that messages do not vary.
   std::sort(buffers.begin(), buffers.end(), [](const Buffer& a, const Buffer& b) {
@@ -102,8 +161,10 @@ struct cann_sim_place {
 namespace {
 
 uint64_t add(std::shared_ptr<cann_sim::Allocation> allocation) {
-  cann_sim::allocations().emplace(cann_sim::next_id, std::move(allocation));
-  return cann_sim::next_id++;
+  cann_sim::Registry& all = cann_sim::registry();
+  all.map_of(*allocation).add(allocation);
+  all.by_id.emplace(all.next_id, std::move(allocation));
+  return all.next_id++;
 }
 
 }  // namespace
@@ -120,24 +181,31 @@ uint64_t cann_sim_register_part(const void* start, uint64_t bytes) {
   const auto address = reinterpret_cast<uint64_t>(start);
   const std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<Allocation> whole;
-  for (const auto& [id, allocation] : allocations()) {
-    if (!allocation->part && address >= allocation->start && address + bytes <= allocation->start + allocation->bytes) {
+  registry().wholes.at(address, [&](const std::shared_ptr<Allocation>& allocation) {
+    if (address + bytes <= allocation->start + allocation->bytes) {
       whole = allocation;
     }
-  }
+  });
   return add(std::make_shared<Allocation>(Allocation{address, bytes, false, ByteSet{}, true, std::move(whole)}));
 }
 
 void cann_sim_unregister(uint64_t id) {
   using namespace cann_sim;
   const std::lock_guard<std::mutex> lock(mutex);
-  allocations().erase(id);
+  const auto found = registry().by_id.find(id);
+  if (found != registry().by_id.end()) {
+    registry().map_of(*found->second).remove(found->second);
+    registry().by_id.erase(found);
+  }
 }
 
 struct cann_sim_place* cann_sim_find(const void* address) {
   using namespace cann_sim;
+  auto* place = new cann_sim_place;
   const std::lock_guard<std::mutex> lock(mutex);
-  return new cann_sim_place{allocations_at(reinterpret_cast<uint64_t>(address))};
+  visit_allocations_at(reinterpret_cast<uint64_t>(address),
+                       [&](const auto& allocation) { place->allocations.push_back(allocation); });
+  return place;
 }
 
 void cann_sim_written(struct cann_sim_place* place, const void* start, uint64_t bytes) {
@@ -147,6 +215,14 @@ void cann_sim_written(struct cann_sim_place* place, const void* start, uint64_t 
   for (const auto& allocation : place->allocations) {
     add_written(allocation.get(), address, address + bytes);
   }
+}
+
+void cann_sim_written_now(const void* start, uint64_t bytes) {
+  using namespace cann_sim;
+  const auto address = reinterpret_cast<uint64_t>(start);
+  const std::lock_guard<std::mutex> lock(mutex);
+  visit_allocations_at(address,
+                       [&](const auto& allocation) { add_written(allocation.get(), address, address + bytes); });
 }
 
 void cann_sim_forget(struct cann_sim_place* place) {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,20 @@ def launch(stream: int, source: Array | int, target: Array | int, plus: float = 
     return function(2, ctypes.c_void_p(stream), *places, ctypes.c_uint32(count), ctypes.c_float(plus))
 
 
-def synchronize(*streams: int) -> list[int]:
+@contextmanager
+def operator(stream: int | None, name: bytes = b"add") -> Iterator[Callable[..., None]]:
+    """A task of this thread in the place of a kernel; gives what notes an access: touch(address, bytes, write=...)."""
+    library().cann_sim_acl_begin.restype = ctypes.c_uint64
+    task = ctypes.c_uint64(library().cann_sim_acl_begin(ctypes.c_void_p(stream), name))
+
+    def touch(address: int, size: int, *, write: bool) -> None:
+        library().cann_sim_acl_touch(task, ctypes.c_void_p(address), ctypes.c_size_t(size), int(write))
+
+    yield touch
+    library().cann_sim_acl_end(task)
+
+
+def synchronize(*streams: int | None) -> list[int]:
     return [code("aclrtSynchronizeStream", stream) for stream in streams]
 
 
@@ -132,16 +145,15 @@ def device(number: int) -> Iterator[None]:
 
 def clean_up(streams: list[int]) -> None:
     """Nothing of a test is left for the next."""
-    control = acl
-    control.release_streams()
+    acl.release_streams()
     for stream in streams:
         code("aclrtDestroyStream", stream)
-    for found in control.status().devices:
+    for found in acl.status().devices:
         for tensor in found.tensors:
             library().cann_sim_acl_tensor_freed(ctypes.c_void_p(tensor.address))
         for block in found.blocks:
             code("aclrtFree", block.address)
-    for block in control.status().host_blocks:
+    for block in acl.status().host_blocks:
         code("aclrtFreeHost", block.address)
-    control.clear_errors()
+    acl.clear_errors()
     message()

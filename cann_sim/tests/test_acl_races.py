@@ -19,6 +19,7 @@ from acl_case import (
     made,
     message,
     ok,
+    operator,
     record,
     synchronize,
     until_done,
@@ -56,19 +57,14 @@ def fill_writes(m: Memory, stream: int) -> None:
     ok("aclrtMemsetAsync", m.a.address, m.a.bytes, 0, m.a.bytes, stream)
 
 
-def operator(m: Memory, stream: int, write: int) -> None:
-    library().cann_sim_acl_begin.restype = ctypes.c_uint64
-    task = ctypes.c_uint64(library().cann_sim_acl_begin(ctypes.c_void_p(stream), b"add"))
-    library().cann_sim_acl_touch(task, ctypes.c_void_p(m.a.address), ctypes.c_size_t(m.a.bytes), write)
-    library().cann_sim_acl_end(task)
-
-
 def operator_reads(m: Memory, stream: int) -> None:
-    operator(m, stream, 0)
+    with operator(stream) as touch:
+        touch(m.a.address, m.a.bytes, write=False)
 
 
 def operator_writes(m: Memory, stream: int) -> None:
-    operator(m, stream, 1)
+    with operator(stream) as touch:
+        touch(m.a.address, m.a.bytes, write=True)
 
 
 READS = (kernel_reads, copy_reads, operator_reads)
@@ -334,3 +330,32 @@ def test_either_stream_of_a_race_tells_it(streams: list[int], asked: int) -> Non
     assert synchronize(streams[asked]) == [RACE]
     assert synchronize(streams[1 - asked]) == [0]
     assert code("aclrtSynchronizeDevice") == 0
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+@pytest.mark.parametrize("task", [copy_reads, fill_writes, operator_reads, operator_writes], ids=name)
+def test_the_default_stream_is_a_stream_like_any_other(streams: list[int], task: object, asked: int) -> None:
+    memory, default = Memory(), None
+    kernel_writes(memory, streams[0])
+    task(memory, default)
+    until_done(streams[0])
+    until_done(default)
+    faults = {stream.handle: stream.fault for stream in acl.status().streams if stream.device == 0}
+    assert [faults[handle] for handle in (0, *streams)] == [RACE, RACE, 0, 0]
+    first, second = (default, streams[0]) if asked == 0 else (streams[0], default)
+    assert synchronize(first) == [RACE]
+    assert synchronize(second) == [0]
+    task(memory, default)  # is ordered now
+    assert synchronize(default) == [0]
+
+
+def test_what_was_noted_before_an_allocation_is_not_its_history(streams: list[int]) -> None:
+    """As when a task notes its access to a block that has just been freed; here it goes beyond its block."""
+    first = Array(COUNT)
+    with operator(streams[0]) as touch:
+        touch(first.address, 1 << 20, write=True)
+    behind = [array for array in (Array(COUNT) for _ in range(50)) if 0 < array.address - first.address < 1 << 20]
+    assert behind
+    for array in behind:
+        ok("aclrtMemsetAsync", array.address, array.bytes, 0, array.bytes, streams[1])
+    assert synchronize(streams[1]) == [0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
+from collections.abc import Callable
 
 import pytest
 from acl_case import (
@@ -27,6 +28,7 @@ from acl_case import (
     made,
     message,
     ok,
+    operator,
     record,
     synchronize,
     wait,
@@ -209,6 +211,71 @@ def test_destroyed_streams_are_gone(streams: list[int]) -> None:
         ok("aclrtDestroyStreamForce", forced)
     assert (b.raw() == 2).all()
     assert synchronize(streams[0]) == [0]  # the dropped recording holds nobody back
+
+
+def test_a_stream_destroyed_by_force_waits_for_what_runs(streams: list[int]) -> None:
+    """A task that runs, and an operator that a thread is in or waits to begin; the rest is dropped."""
+    a, b = Array(value=1), Array(value=0)
+    stream = made("aclrtCreateStream")
+    may_end, events = threading.Event(), []
+
+    def state() -> tuple[int, int]:
+        return next((it.enqueued, it.done) for it in acl.status().streams if it.handle == stream)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def running(_: int) -> None:
+        events.append("task begins")
+        may_end.wait()
+        events.append("task ends")
+
+    def work() -> None:
+        with operator(stream) as touch:
+            events.append("operator begins")
+            touch(b.address, b.bytes, write=True)
+            time.sleep(0.05)
+            events.append("operator ends")
+
+    def destroy() -> None:
+        ok("aclrtSetDevice", 0)
+        ok("aclrtDestroyStreamForce", stream)
+        events.append("destroyed")
+
+    def until(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
+    ok("aclrtLaunchHostFunc", stream, running, None)
+    launch(stream, a, b, 9)
+    waiting, destroying = threading.Thread(target=work, daemon=True), threading.Thread(target=destroy, daemon=True)
+    waiting.start()
+    until(lambda: state()[0] == 3 and events == ["task begins"])
+    destroying.start()
+    time.sleep(0.05)
+    assert events == ["task begins"]
+    assert state() == (3, 0)
+    may_end.set()
+    for thread in (waiting, destroying):
+        thread.join(30)
+    assert events == ["task begins", "task ends", "operator begins", "operator ends", "destroyed"]
+    assert (b.raw() == 0).all()  # the launch was dropped
+
+
+@pytest.mark.parametrize("default", [False, True])
+def test_a_device_that_is_reset_waits_for_its_streams(streams: list[int], default: bool) -> None:
+    ended: list[bool] = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def slow(_: int) -> None:
+        time.sleep(0.1)
+        ended.append(True)
+
+    ok("aclrtLaunchHostFunc", None if default else streams[0], slow, None)
+    ok("aclrtResetDevice", 0)
+    assert ended == [True]
+    assert code("aclrtGetDevice", ctypes.byref(ctypes.c_int())) == CONTEXT_NULL
+    ok("aclrtSetDevice", 0)
 
 
 def test_launches_belong_to_the_device_of_their_stream(streams: list[int]) -> None:

@@ -12,6 +12,13 @@ import pytest
 import cann_sim
 from cann_sim._runtime import runtime
 
+
+class Range(ctypes.Structure):
+    """cann_sim_range."""
+
+    _fields_ = (("start", ctypes.c_uint64), ("end", ctypes.c_uint64), ("written", ctypes.c_int32))
+
+
 SOURCE = """
 #include <stdexcept>
 #include "kernel_operator.h"
@@ -198,6 +205,52 @@ def test_an_executor_takes_the_launches_on_streams(library: cann_sim.KernelLibra
         set_executor(ctypes.c_void_p(before))
         for handle in handles:
             runtime().cann_sim_unregister(handle)
+
+
+def test_the_memory_of_a_launch_is_what_its_pointers_fall_into() -> None:
+    """Among many allocations, some of them overlapping; parts go before the wholes they are cut out of."""
+    library, random, alive = runtime(), np.random.default_rng(1), {}
+    seen: list[tuple[int, int]] = []
+
+    @ctypes.CFUNCTYPE(ctypes.c_uint32, ctypes.c_void_p, ctypes.c_void_p)
+    def submit(_: int, task: int) -> int:
+        ranges = ctypes.POINTER(Range)()
+        library.cann_sim_task_buffers.restype = ctypes.c_size_t
+        count = library.cann_sim_task_buffers(ctypes.c_void_p(task), ctypes.byref(ranges))
+        seen.extend((ranges[i].start, ranges[i].end) for i in range(count))
+        return 1
+
+    def found(address: int) -> list[tuple[int, int]]:
+        seen.clear()
+        pointers = (ctypes.c_void_p * 1)(address)
+        arguments = (b"none", 1, ctypes.c_void_p(1), None, None, ctypes.c_size_t(0), pointers, ctypes.c_size_t(1))
+        assert library.cann_sim_launch(*arguments) == 1  # refused by the above
+        return sorted(seen)
+
+    library.cann_sim_register_part.argtypes = (ctypes.c_void_p, ctypes.c_uint64)
+    library.cann_sim_register_part.restype = ctypes.c_uint64
+    library.cann_sim_set_executor.restype = ctypes.c_void_p
+    before = library.cann_sim_set_executor(submit)
+    try:
+        for _ in range(2000):
+            if alive and random.random() < 0.4:
+                handle = random.choice(list(alive))
+                library.cann_sim_unregister(int(handle))
+                del alive[handle]
+            else:
+                start, size, part = (int(random.integers(*limits)) for limits in ((64, 1000), (0, 60), (0, 2)))
+                handle = (
+                    library.cann_sim_register_part(start, size) if part else library.cann_sim_register(start, size, 0)
+                )
+                alive[handle] = (start, start + size, part)
+            address = int(random.integers(64, 1100))
+            holding = [it for it in alive.values() if it[0] <= address < it[1]]
+            parts = [it for it in holding if it[2]]
+            assert found(address) == sorted(it[:2] for it in parts or holding)
+    finally:
+        library.cann_sim_set_executor(ctypes.c_void_p(before))
+        for handle in alive:
+            library.cann_sim_unregister(handle)
 
 
 def test_checks_can_be_switched_off(library: cann_sim.KernelLibrary, monkeypatch: pytest.MonkeyPatch) -> None:

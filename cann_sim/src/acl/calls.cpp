@@ -78,14 +78,6 @@ std::map<std::string, uint64_t> all_calls() {
   return counts;
 }
 
-void forget_failures_and_delays() {
-  const std::lock_guard<std::mutex> lock(apis().mutex);
-  for (const auto& [name, entry] : apis().by_name) {
-    entry->fail(0, 0, 0);
-    entry->delay(0);
-  }
-}
-
 aclError fail(aclError code, const std::string& why) {
   message = why;
   return code;

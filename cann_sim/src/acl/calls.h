@@ -29,7 +29,6 @@ class Api {
 
 Api& api(const std::string& name);
 std::map<std::string, uint64_t> all_calls();
-void forget_failures_and_delays();
 
 // Begins every API function.
 #define CANN_SIM_API()                                                          \

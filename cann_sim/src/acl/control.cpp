@@ -20,17 +20,11 @@ void set_held(void* handle, bool held) {
   if (handle == nullptr) {
     runtime().hold_all = held;
   }
-  const auto set = [&](const StreamPtr& stream) {
+  for (const StreamPtr& stream : all_streams()) {
     if (handle == nullptr || stream.get() == handle) {
       stream->held = held;
       stream->wake.notify_all();
     }
-  };
-  for (const auto& [key, stream] : runtime().streams) {
-    set(stream);
-  }
-  for (const auto& [device, stream] : runtime().default_streams) {
-    set(stream);
   }
   runtime().changed.notify_all();
 }
@@ -75,11 +69,26 @@ std::string device_json(int32_t device) {
          "\"blocks\":" + array(memory.blocks, block_json) + ",\"tensors\":" + array(memory.tensors, tensor) + "}";
 }
 
+// The handle of a default stream is null.
 std::string stream_json(const StreamPtr& stream) {
+  const void* handle = runtime().streams.count(stream.get()) != 0 ? stream.get() : nullptr;
   return text("{\"id\":%d,\"device\":%d,\"handle\":%llu,\"enqueued\":%llu,\"done\":%llu,\"held\":%s,\"fault\":%d}",
-              stream->id, stream->device, wide(reinterpret_cast<uint64_t>(stream.get())), wide(stream->enqueued),
+              stream->id, stream->device, wide(reinterpret_cast<uint64_t>(handle)), wide(stream->enqueued),
               wide(stream->done), stream->held ? "true" : "false",
               stream->fault == nullptr || stream->fault->told ? 0 : stream->fault->code);
+}
+
+std::string error_json(const Error& error) {
+  return text("{\"kind\":%s,\"count\":%llu,\"message\":", quoted(error.kind).c_str(), wide(error.count)) +
+         quoted(error.message) + "}";
+}
+
+std::string calls_json() {
+  std::string out;
+  for (const auto& [name, calls] : all_calls()) {
+    out += text("%s%s:%llu", out.empty() ? "" : ",", quoted(name).c_str(), wide(calls));
+  }
+  return "{" + out + "}";
 }
 
 std::string status() {
@@ -88,32 +97,10 @@ std::string status() {
   for (int32_t device = 0; device < device_count(); ++device) {
     devices.push_back(device);
   }
-  std::vector<StreamPtr> streams;
-  size_t events = 0;
-  {
-    const Lock lock(runtime().mutex);
-    for (const auto& [handle, stream] : runtime().streams) {
-      streams.push_back(stream);
-    }
-    events = runtime().events.size();
-    return "{\"devices\":" + array(devices, device_json) + ",\"host_blocks\":" + array(host_blocks(), block_json) +
-           ",\"streams\":" + array(streams, stream_json) + text(",\"events\":%zu,\"errors\":", events) +
-           array(errors(),
-                 [](const Error& error) {
-                   return text("{\"kind\":%s,\"count\":%llu,\"message\":", quoted(error.kind).c_str(),
-                               wide(error.count)) +
-                          quoted(error.message) + "}";
-                 }) +
-           ",\"calls\":{" +
-           [] {
-             std::string out;
-             for (const auto& [name, calls] : all_calls()) {
-               out += text("%s%s:%llu", out.empty() ? "" : ",", quoted(name).c_str(), wide(calls));
-             }
-             return out;
-           }() +
-           "}}";
-  }
+  const Lock lock(runtime().mutex);
+  return "{\"devices\":" + array(devices, device_json) + ",\"host_blocks\":" + array(host_blocks(), block_json) +
+         ",\"streams\":" + array(all_streams(), stream_json) + text(",\"events\":%zu", runtime().events.size()) +
+         ",\"errors\":" + array(errors(), error_json) + ",\"calls\":" + calls_json() + "}";
 }
 
 // CANN_SIM_LEAKS=1: what a process leaves behind.
@@ -135,7 +122,7 @@ void print_leaks() {
                  block->bytes);
   }
   const Lock lock(runtime().mutex);
-  for (const auto& [handle, stream] : runtime().streams) {
+  for (const auto& [handle, stream] : runtime().streams) {  // the default ones are nobody's to destroy
     std::fprintf(stderr, "cann_sim: leak: %s was never destroyed\n", stream->name().c_str());
   }
   if (!runtime().events.empty()) {

@@ -7,7 +7,6 @@
 #include <set>
 
 #include "calls.h"
-#include "hccl/hccl.h"
 #include "memory.h"
 #include "runtime.h"
 
@@ -209,10 +208,11 @@ aclError aclrtResetDevice(int32_t device) {
   if (const aclError code = valid_device(__func__, device); code != ACL_SUCCESS) {
     return code;
   }
+  const aclError code = synchronize_device(device, -1);  // its tasks are waited for
   if (thread_context != nullptr && thread_context->device == device) {
     thread_context = nullptr;
   }
-  return ACL_SUCCESS;
+  return code;
 }
 
 aclError aclGetDeviceCapability(uint32_t device, aclDeviceInfo what, int64_t* value) {
@@ -330,65 +330,6 @@ aclError aclrtGetPrimaryCtxState(int32_t device, uint32_t* flags, int32_t* activ
   }
   const std::lock_guard<std::mutex> lock(contexts().mutex);
   *active = static_cast<int32_t>(contexts().primary.count(device));
-  return ACL_SUCCESS;
-}
-
-// ---- settings that change nothing here ----
-
-aclError aclrtSetDeviceSatMode(aclrtFloatOverflowMode /*mode*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtSetOpWaitTimeout(uint32_t /*seconds*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtSetOpExecuteTimeOut(uint32_t /*seconds*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtSetOpExecuteTimeOutV2(uint64_t timeout, uint64_t* actual) {
-  CANN_SIM_API();
-  if (actual != nullptr) {
-    *actual = timeout;
-  }
-  return ACL_SUCCESS;
-}
-
-aclError aclrtCtxSetSysParamOpt(aclSysParamOpt /*option*/, int64_t /*value*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtSetSysParamOpt(aclSysParamOpt /*option*/, int64_t /*value*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtGetSysParamOpt(aclSysParamOpt /*option*/, int64_t* value) {
-  CANN_SIM_API();
-  *value = 0;
-  return ACL_SUCCESS;
-}
-
-// There are no collectives, so those there are are deterministic; which hardware runs them cannot be chosen.
-HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue /*value*/) {
-  if (const aclError code = api(__func__).enter(__func__); code != ACL_SUCCESS) {
-    return static_cast<HcclResult>(code);
-  }
-  return config == HCCL_DETERMINISTIC ? HCCL_SUCCESS : HCCL_E_NOT_SUPPORT;
-}
-
-aclError aclrtGetLastError(aclrtLastErrLevel /*level*/) {
-  CANN_SIM_API();
-  return ACL_SUCCESS;
-}
-
-aclError aclrtPeekAtLastError(aclrtLastErrLevel /*level*/) {
-  CANN_SIM_API();
   return ACL_SUCCESS;
 }
 

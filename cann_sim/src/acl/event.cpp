@@ -41,7 +41,7 @@ aclError synchronize(aclrtEvent handle, int32_t timeout_ms) {
   }
   const std::shared_ptr<Recording> recording = event->recording;
   if (!wait_until(lock, timeout_ms, [&] { return recording->done; })) {
-    return fail(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, text("the event was not recorded within %d ms", timeout_ms));
+    return waited_in_vain(ACL_ERROR_RT_EVENT_SYNC_TIMEOUT, text("the event was not recorded within %d ms", timeout_ms));
   }
   runtime().host.join(recording->clock);
   const StreamPtr stream = recording->stream.lock();

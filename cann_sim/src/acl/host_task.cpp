@@ -17,18 +17,37 @@ namespace {
 struct HostTask {
   StreamPtr stream;
   Task task;
-  aclError code = ACL_SUCCESS;  // the first rule that was broken
+  std::atomic<aclError> code{ACL_SUCCESS};  // the first rule that was broken
 };
+using HostTaskPtr = std::shared_ptr<HostTask>;
 
 struct HostTasks {
   std::mutex mutex;
-  std::unordered_map<uint64_t, HostTask> running;
+  std::unordered_map<uint64_t, HostTaskPtr> running;
   uint64_t next = 1;
 };
 
 HostTasks& host_tasks() {
-  static auto* all = new HostTasks;  // outlives static destructors
+  static auto* all = [] {  // outlives static destructors
+    auto* tasks = new HostTasks;
+    keep_over_fork(4, tasks->mutex);
+    return tasks;
+  }();
   return *all;
+}
+
+// Null when there is none.
+HostTaskPtr find_task(uint64_t id, bool remove = false) {
+  const std::lock_guard<std::mutex> lock(host_tasks().mutex);
+  const auto found = host_tasks().running.find(id);
+  if (found == host_tasks().running.end()) {
+    return nullptr;
+  }
+  HostTaskPtr task = found->second;
+  if (remove) {
+    host_tasks().running.erase(found);
+  }
+  return task;
 }
 
 }  // namespace
@@ -36,72 +55,54 @@ HostTasks& host_tasks() {
 }  // namespace cann_sim::acl
 
 uint64_t cann_sim_acl_begin(void* handle, const char* name) {
-  HostTask task;
+  const auto task = std::make_shared<HostTask>();
   {
     Lock lock(runtime().mutex);
     aclError code = ACL_SUCCESS;
-    task.stream = find_stream(handle, code);
-    if (task.stream == nullptr) {
+    task->stream = find_stream(handle, code);
+    if (task->stream == nullptr) {
       return 0;
     }
-    Stream& stream = *task.stream;
-    task.task = {Task::Kind::host, next_step(stream, name), nullptr, nullptr};
-    const uint64_t number = task.task.step->number;
-    enqueue(stream, task.task);
-    wait_until(lock, -1, [&] { return stream.done + 1 == number && !stream.held; });
+    Stream& stream = *task->stream;
+    task->task = {Task::Kind::host, next_step(stream, name), nullptr, nullptr};
+    const uint64_t number = task->task.step->number;
+    enqueue(stream, task->task);
+    if (!wait_until(lock, -1, [&] { return stream.done + 1 == number && !stream.held; })) {
+      waited_in_vain(ACL_ERROR_RT_STREAM_NOT_COMPLETE, task->task.step->name + " has not had its turn");
+      return 0;
+    }
     stream.queue.pop_front();
     stream.running = true;
   }
   const std::lock_guard<std::mutex> lock(host_tasks().mutex);
   const uint64_t id = host_tasks().next++;
-  host_tasks().running.emplace(id, std::move(task));
+  host_tasks().running.emplace(id, task);
   return id;
 }
 
 void cann_sim_acl_touch(uint64_t id, const void* start, size_t bytes, int write) {
-  StreamPtr stream;
-  StepPtr step;
-  {
-    const std::lock_guard<std::mutex> lock(host_tasks().mutex);
-    const auto found = host_tasks().running.find(id);
-    if (found == host_tasks().running.end()) {
-      return;
-    }
-    stream = found->second.stream;
-    step = found->second.task.step;
-  }
-  const std::shared_ptr<Block> block = find_block(start);
+  const HostTaskPtr task = find_task(id);
+  const std::shared_ptr<Block> block = task == nullptr ? nullptr : find_block(start);
   if (block == nullptr || !block->on_device || bytes == 0) {
     return;
   }
   if (write != 0) {
-    cann_sim_place* place = cann_sim_find(start);
-    cann_sim_written(place, start, bytes);
-    cann_sim_forget(place);
+    cann_sim_written_now(start, bytes);
   }
   const auto address = reinterpret_cast<uint64_t>(start);
-  const aclError code = check_access(step, *stream, address, address + bytes, write != 0);
-  const std::lock_guard<std::mutex> lock(host_tasks().mutex);
-  const auto found = host_tasks().running.find(id);
-  if (found != host_tasks().running.end() && found->second.code == ACL_SUCCESS) {
-    found->second.code = code;
-  }
+  const aclError code = check_access(task->task.step, *task->stream, address, address + bytes, write != 0);
+  aclError none = ACL_SUCCESS;
+  task->code.compare_exchange_strong(none, code);
 }
 
 int cann_sim_acl_end(uint64_t id) {
-  HostTask task;
-  {
-    const std::lock_guard<std::mutex> lock(host_tasks().mutex);
-    const auto found = host_tasks().running.find(id);
-    if (found == host_tasks().running.end()) {
-      return ACL_ERROR_RT_INVALID_HANDLE;
-    }
-    task = std::move(found->second);
-    host_tasks().running.erase(found);
+  const HostTaskPtr task = find_task(id, true);
+  if (task == nullptr) {
+    return ACL_ERROR_RT_INVALID_HANDLE;
   }
   const Lock lock(runtime().mutex);
-  finish(*task.stream, task.task);
-  return task.code;
+  finish(*task->stream, task->task);
+  return task->code;
 }
 
 void cann_sim_acl_tensor_allocated(const void* start, size_t bytes) {

@@ -37,7 +37,11 @@ struct Memory {
 };
 
 Memory& memory() {
-  static auto* all = new Memory;  // outlives static destructors
+  static auto* all = [] {  // outlives static destructors
+    auto* memory = new Memory;
+    keep_over_fork(2, memory->mutex);
+    return memory;
+  }();
   return *all;
 }
 
@@ -91,6 +95,8 @@ aclError allocate(void** out, size_t bytes, bool on_device) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, text("the host has no %zu bytes left", bytes));
   }
   if (on_device) {
+    // A task may have noted an access just after the memory was freed that lay here before.
+    forget_accesses(block->start(), block->end());
     block->registration = cann_sim_register(reinterpret_cast<void*>(block->start()), bytes, 0);
   }
   const std::lock_guard<std::mutex> lock(memory().mutex);

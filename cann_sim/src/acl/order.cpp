@@ -7,6 +7,7 @@
 
 #include "calls.h"
 #include "memory.h"
+#include "runtime.h"
 
 namespace cann_sim::acl {
 
@@ -29,7 +30,11 @@ struct History {
 };
 
 History& history() {
-  static auto* all = new History;  // outlives static destructors
+  static auto* all = [] {  // outlives static destructors
+    auto* history = new History;
+    keep_over_fork(1, history->mutex);
+    return history;
+  }();
   return *all;
 }
 

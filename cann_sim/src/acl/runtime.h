@@ -81,7 +81,9 @@ struct Runtime {
   uint64_t host_steps = 0;
   uint32_t next_slot = kHostSlot + 1;
   int32_t next_stream = 0;
-  bool hold_all = false, ending = false;
+  bool hold_all = false;
+  // At exit first no more tasks are begun, then no more are waited for.
+  bool ending = false, ended = false;
 };
 
 Runtime& runtime();
@@ -90,6 +92,8 @@ using Lock = std::unique_lock<std::mutex>;
 // The stream of a handle; null is the default stream of the current device. Null when there is none, with the error
 // text set and `code` to return. Under the lock.
 StreamPtr find_stream(aclrtStream handle, aclError& code);
+// Those that were created and the default ones, in the order of their numbers. Under the lock.
+std::vector<StreamPtr> all_streams();
 // The next step of a stream. Under the lock.
 StepPtr next_step(Stream& stream, const std::string& name);
 // Puts a task in a stream's queue. Under the lock.
@@ -99,8 +103,12 @@ aclError enqueue_work(aclrtStream handle, const std::string& name, std::function
                       bool wait_for_it = false);
 // A task is over; under the lock.
 void finish(Stream& stream, const Task& task);
-// Waits for `done`; false when the time is up. Negative: no limit.
+// Waits for `done`; false when the time is up (negative: no limit) or the process has ended its streams.
 bool wait_until(Lock& lock, int32_t timeout_ms, const std::function<bool()>& done);
+// The error of a wait that came to nothing: its own, or that the process has ended its streams. Under the lock.
+aclError waited_in_vain(aclError code, const std::string& message);
+// Waits for all that was enqueued on a device.
+aclError synchronize_device(int32_t device, int32_t timeout_ms);
 // The error that a stream's tasks left, once. Under the lock.
 aclError take_fault(Stream& stream);
 
@@ -112,7 +120,7 @@ struct Error {
 };
 
 // Keeps an error for the status and says it on standard error, the first time; the stream's next synchronisation
-// returns the code.
+// returns the code. Of very many different errors only the first are kept word by word.
 void report_error(const std::string& kind, const std::string& message, bool print = true);
 void report_error(Stream& stream, aclError code, const std::string& kind, const std::string& message,
                   bool print = true);
@@ -121,5 +129,11 @@ void clear_errors();
 
 // Notes an access of a task and reports a race. Non-zero: there is one.
 aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint64_t end, bool writes);
+
+// ---- fork ----
+
+// A mutex that a child process must not find locked by a thread that it does not have. A lower rank is locked before a
+// higher one where both are held.
+void keep_over_fork(int rank, std::mutex& mutex);
 
 }  // namespace cann_sim::acl

@@ -1,4 +1,5 @@
 // Streams: creating, destroying, synchronising, asking, and functions of the host that run in their turn.
+#include <algorithm>
 #include <vector>
 
 #include "calls.h"
@@ -52,7 +53,7 @@ aclError synchronize(const std::vector<StreamPtr>& streams, int32_t timeout_ms, 
     return true;
   };
   if (!wait_until(lock, timeout_ms, done)) {
-    return fail(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, text("not done within %d ms", timeout_ms));
+    return waited_in_vain(ACL_ERROR_RT_STREAM_SYNC_TIMEOUT, text("not done within %d ms", timeout_ms));
   }
   aclError code = ACL_SUCCESS;
   for (size_t i = 0; i < streams.size(); ++i) {
@@ -72,22 +73,28 @@ aclError synchronize_stream(aclrtStream handle, int32_t timeout_ms) {
   return stream == nullptr ? code : synchronize({stream}, timeout_ms, lock);
 }
 
-aclError synchronize_device(int32_t timeout_ms) {
+aclError synchronize_current_device(int32_t timeout_ms) {
   if (current_context() == nullptr) {
     return fail(ACL_ERROR_RT_CONTEXT_NULL, "a device is to be synchronised, but this thread has set none");
   }
-  const int32_t device = current_context()->device;
-  Lock lock(runtime().mutex);
-  std::vector<StreamPtr> streams;
-  for (const auto& [handle, stream] : runtime().streams) {
-    if (stream->device == device) {
-      streams.push_back(stream);
+  return synchronize_device(current_context()->device, timeout_ms);
+}
+
+// What is queued does nothing when its turn comes. The operators of the host keep theirs, as a thread is in them or
+// waits for it, and so does what runs.
+void drop_tasks(Stream& stream) {
+  for (Task& task : stream.queue) {
+    if (task.kind == Task::Kind::wait) {
+      task.recording = nullptr;
+    }
+    if (task.kind != Task::Kind::host) {
+      task.kind = Task::Kind::work;
+      task.run = nullptr;
     }
   }
-  if (const auto found = runtime().default_streams.find(device); found != runtime().default_streams.end()) {
-    streams.push_back(found->second);
-  }
-  return synchronize(streams, timeout_ms, lock);
+  stream.held = false;
+  stream.wake.notify_all();
+  runtime().changed.notify_all();
 }
 
 aclError destroy(aclrtStream handle, bool force) {
@@ -101,17 +108,12 @@ aclError destroy(aclrtStream handle, bool force) {
     return fail(ACL_ERROR_RT_STREAM_NOT_COMPLETE,
                 stream->name() + " is held and cannot be destroyed: release it first");
   }
-  const auto drop = [&] {
-    while (!stream->queue.empty()) {
-      const Task task = std::move(stream->queue.front());
-      stream->queue.pop_front();
-      finish(*stream, task);
-    }
-  };
   if (force) {
-    drop();
+    drop_tasks(*stream);
   }
-  wait_until(lock, -1, [&] { return stream->done == stream->enqueued; });
+  if (!wait_until(lock, -1, [&] { return stream->done == stream->enqueued; })) {
+    return waited_in_vain(ACL_ERROR_RT_STREAM_NOT_COMPLETE, stream->name() + " has tasks");
+  }
   runtime().streams.erase(handle);
   stream->stop = true;
   stream->wake.notify_all();
@@ -119,6 +121,29 @@ aclError destroy(aclrtStream handle, bool force) {
 }
 
 }  // namespace
+
+aclError synchronize_device(int32_t device, int32_t timeout_ms) {
+  Lock lock(runtime().mutex);
+  std::vector<StreamPtr> streams;
+  for (const StreamPtr& stream : all_streams()) {
+    if (stream->device == device) {
+      streams.push_back(stream);
+    }
+  }
+  return synchronize(streams, timeout_ms, lock);
+}
+
+std::vector<StreamPtr> all_streams() {
+  std::vector<StreamPtr> all;
+  for (const auto& [handle, stream] : runtime().streams) {
+    all.push_back(stream);
+  }
+  for (const auto& [device, stream] : runtime().default_streams) {
+    all.push_back(stream);
+  }
+  std::sort(all.begin(), all.end(), [](const StreamPtr& a, const StreamPtr& b) { return a->id < b->id; });
+  return all;
+}
 
 StreamPtr find_stream(aclrtStream handle, aclError& code) {
   if (handle == nullptr) {
@@ -176,12 +201,12 @@ aclError aclrtSynchronizeStreamWithTimeout(aclrtStream stream, int32_t timeout) 
 
 aclError aclrtSynchronizeDevice() {
   CANN_SIM_API();
-  return synchronize_device(-1);
+  return synchronize_current_device(-1);
 }
 
 aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
   CANN_SIM_API();
-  return synchronize_device(timeout);
+  return synchronize_current_device(timeout);
 }
 
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {

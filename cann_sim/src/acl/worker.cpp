@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <thread>
 
+#include <pthread.h>
 #include <unistd.h>
 
 #include "calls.h"
@@ -43,16 +44,26 @@ const pid_t owner = getpid();
 
 // At exit streams stop: what still runs is waited for, for a while, since it uses memory that is about to go.
 void end_workers() {
-  if (getpid() != owner) {  // a child that was forked has no workers
+  if (getpid() != owner) {  // a child
     return;
   }
   Lock lock(runtime().mutex);
   runtime().ending = true;
   const auto idle = [] {
-    return std::none_of(runtime().streams.begin(), runtime().streams.end(),
-                        [](const auto& entry) { return entry.second->running; });
+    const std::vector<StreamPtr> streams = all_streams();
+    return std::none_of(streams.begin(), streams.end(), [](const StreamPtr& stream) { return stream->running; });
   };
   wait_until(lock, 5000, idle);
+  runtime().ended = true;
+  runtime().changed.notify_all();
+}
+
+// A child that was forked has no workers: if its parent had any, nothing runs.
+void end_in_child() {
+  const std::vector<StreamPtr> streams = all_streams();
+  if (std::any_of(streams.begin(), streams.end(), [](const StreamPtr& stream) { return stream->started; })) {
+    runtime().ending = runtime().ended = true;
+  }
 }
 
 // The first error is the one to tell.
@@ -62,14 +73,32 @@ void set_fault(Stream& stream, const std::shared_ptr<Fault>& fault) {
   }
 }
 
+constexpr size_t kErrorsKept = 1000;
+
 struct Errors {
   std::mutex mutex;
   std::vector<Error> list;
+  std::map<std::pair<std::string, std::string>, size_t> index;  // by kind and message
 };
 
 Errors& all_errors() {
-  static auto* all = new Errors;  // outlives static destructors
+  static auto* all = [] {  // outlives static destructors
+    auto* errors = new Errors;
+    keep_over_fork(3, errors->mutex);
+    return errors;
+  }();
   return *all;
+}
+
+// Counts an error; true if it is a new one. Under the lock.
+bool count_error(const std::string& kind, const std::string& message) {
+  Errors& all = all_errors();
+  const auto [found, is_new] = all.index.emplace(std::make_pair(kind, message), all.list.size());
+  if (is_new) {
+    all.list.push_back({kind, message, 0});
+  }
+  ++all.list[found->second].count;
+  return is_new;
 }
 
 }  // namespace
@@ -77,7 +106,10 @@ Errors& all_errors() {
 Runtime& runtime() {
   static auto* all = [] {  // outlives static destructors
     std::atexit(end_workers);
-    return new Runtime;
+    auto* runtime = new Runtime;
+    keep_over_fork(0, runtime->mutex);
+    pthread_atfork(nullptr, nullptr, end_in_child);
+    return runtime;
   }();
   return *all;
 }
@@ -129,8 +161,8 @@ aclError enqueue_work(aclrtStream handle, const std::string& name, std::function
   const StepPtr step = next_step(*stream, name);
   Stream* const target = stream.get();  // which its worker keeps alive
   enqueue(*stream, {Task::Kind::work, step, [run = std::move(run), step, target] { run(step, *target); }, nullptr});
-  if (wait_for_it) {
-    wait_until(lock, -1, [&] { return stream->done >= step->number; });
+  if (wait_for_it && !wait_until(lock, -1, [&] { return stream->done >= step->number; })) {
+    return waited_in_vain(ACL_ERROR_RT_STREAM_NOT_COMPLETE, name + " has not run");
   }
   return ACL_SUCCESS;
 }
@@ -152,11 +184,20 @@ void finish(Stream& stream, const Task& task) {
 }
 
 bool wait_until(Lock& lock, int32_t timeout_ms, const std::function<bool()>& done) {
+  const auto over = [&] { return done() || runtime().ended; };
   if (timeout_ms < 0) {
-    runtime().changed.wait(lock, done);
-    return true;
+    runtime().changed.wait(lock, over);
+  } else {
+    runtime().changed.wait_for(lock, std::chrono::milliseconds(timeout_ms), over);
   }
-  return runtime().changed.wait_for(lock, std::chrono::milliseconds(timeout_ms), done);
+  return done();
+}
+
+aclError waited_in_vain(aclError code, const std::string& message) {
+  return runtime().ended ? fail(ACL_ERROR_RT_STREAM_NOT_COMPLETE,
+                                "the process is at its end, or was forked: its streams do not run what is queued; "
+                                "synchronise before")
+                         : fail(code, message);
 }
 
 aclError take_fault(Stream& stream) {
@@ -171,15 +212,12 @@ aclError take_fault(Stream& stream) {
 
 void report_error(const std::string& kind, const std::string& message, bool print) {
   const std::lock_guard<std::mutex> lock(all_errors().mutex);
-  for (Error& error : all_errors().list) {
-    if (error.kind == kind && error.message == message) {
-      ++error.count;
-      return;
-    }
-  }
-  all_errors().list.push_back({kind, message, 1});
-  if (print && std::getenv("CANN_SIM_QUIET") == nullptr) {
-    std::fprintf(stderr, "cann_sim: %s: %s\n", kind.c_str(), message.c_str());
+  const bool known = all_errors().index.count({kind, message}) != 0;
+  const bool full = !known && all_errors().list.size() >= kErrorsKept;
+  const std::string& words =
+      full ? text("further errors, of which only the number is kept: there are %zu others", kErrorsKept) : message;
+  if (count_error(kind, words) && (print || full) && std::getenv("CANN_SIM_QUIET") == nullptr) {
+    std::fprintf(stderr, "cann_sim: %s: %s\n", kind.c_str(), words.c_str());
   }
 }
 
@@ -198,12 +236,10 @@ void clear_errors() {
   {
     const std::lock_guard<std::mutex> lock(all_errors().mutex);
     all_errors().list.clear();
+    all_errors().index.clear();
   }
   const Lock lock(runtime().mutex);
-  for (const auto& [handle, stream] : runtime().streams) {
-    stream->fault = nullptr;
-  }
-  for (const auto& [device, stream] : runtime().default_streams) {
+  for (const StreamPtr& stream : all_streams()) {
     stream->fault = nullptr;
   }
 }
@@ -217,7 +253,7 @@ aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint6
   const Lock lock(runtime().mutex);
   const auto fault = std::make_shared<Fault>(Fault{ACL_ERROR_RT_INTERNAL_ERROR, "stream-race: " + race.message});
   set_fault(stream, fault);
-  for (const auto& [handle, other] : runtime().streams) {
+  for (const StreamPtr& other : all_streams()) {
     if (other->slot == race.other_slot) {
       set_fault(*other, fault);
     }

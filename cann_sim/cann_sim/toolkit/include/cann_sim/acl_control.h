@@ -36,8 +36,9 @@ void cann_sim_acl_delay(const char* api, double milliseconds);
 // How often it was called, those included that were made to fail.
 uint64_t cann_sim_acl_calls(const char* api);
 
-// JSON, valid until this thread's next call: of each device its memory, live blocks and tensors; streams, events,
-// errors (races, overwritten canaries, kernel errors) and call counts. Looks at all canaries.
+// JSON, valid until this thread's next call: of each device its memory, live blocks and tensors; streams (the default
+// ones, once used, with the handle 0), events, errors (races, overwritten canaries, kernel errors; the first 1000
+// different ones, and how many there were beyond) and call counts. Looks at all canaries.
 const char* cann_sim_acl_status(void);
 // Forgets errors, those included that a synchronisation has yet to return.
 void cann_sim_acl_clear_errors(void);

@@ -26,6 +26,8 @@ struct cann_sim_place;
 struct cann_sim_place* cann_sim_find(const void* address);
 void cann_sim_written(struct cann_sim_place* place, const void* start, uint64_t bytes);
 void cann_sim_forget(struct cann_sim_place* place);
+// The same for what the address falls into now, at once.
+void cann_sim_written_now(const void* start, uint64_t bytes);
 
 // How this thread's launches run; null goes back to the defaults. The environment has its say on top: CANN_SIM_CHECK=0,
 // CANN_SIM_THREADS, CANN_SIM_BANDWIDTH_SCALE, CANN_SIM_VECTOR_SCALE, CANN_SIM_SCALAR_SCALE, CANN_SIM_QUIET.
