@@ -68,7 +68,6 @@ at::Tensor Aliases::to_npu(const at::Tensor& tensor, c10::Device device) {
     return pairs_[place->second].npu;
   }
   at::Tensor result = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(device));
-  copy_dense(result, tensor);
   if (tensor.is_conj()) {
     result._set_conj(true);
   }
@@ -78,12 +77,12 @@ at::Tensor Aliases::to_npu(const at::Tensor& tensor, c10::Device device) {
   if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) {
     result.unsafeGetTensorImpl()->set_wrapped_number(true);
   }
-  results_.push_back(result);
+  new_.push_back({tensor, result, true});
   return result;
 }
 
-std::vector<Aliases::Pair> Aliases::resize_npu() const {
-  std::vector<Pair> resized;
+std::vector<Aliases::Pair> Aliases::arriving() const {
+  std::vector<Pair> arriving = new_;
   for (const Pair& pair : pairs_) {
     if (!pair.written || pair.cpu.sizes() == pair.npu.sizes()) {
       continue;
@@ -94,12 +93,12 @@ std::vector<Aliases::Pair> Aliases::resize_npu() const {
       at::_ops::as_strided_::call(npu, c10::fromIntArrayRefSlow(pair.cpu.sizes()),
                                   c10::fromIntArrayRefSlow(pair.cpu.strides()), std::nullopt);
     }
-    resized.push_back(pair);
+    arriving.push_back(pair);
   }
-  return resized;
+  return arriving;
 }
 
-void Aliases::write_back(const Pair& pair) {
+void Aliases::write(const Pair& pair) {
   copy_dense(pair.npu, pair.cpu);
 }
 

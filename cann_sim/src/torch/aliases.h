@@ -20,18 +20,17 @@ class Aliases {
 
   // The alias of an npu tensor; any other tensor as it is.
   at::Tensor to_cpu(const at::Tensor& tensor, bool written);
-  // The npu tensor that an alias stands for; a CPU tensor that is no alias becomes a new npu tensor.
+  // The npu tensor that an alias stands for; a CPU tensor that is no alias becomes a new npu tensor, which wants write.
   at::Tensor to_npu(const at::Tensor& tensor, c10::Device device);
-  // The npu tensors whose aliases a kernel has resized (out=), now with the aliases' sizes. They want write_back.
-  std::vector<Pair> resize_npu() const;
-  static void write_back(const Pair& pair);
+  // What a kernel left on the CPU: the new tensors, and those whose aliases it has resized (out=), which get the
+  // aliases' sizes here. All of them want write.
+  std::vector<Pair> arriving() const;
+  static void write(const Pair& pair);
 
   const std::vector<Pair>& pairs() const { return pairs_; }
-  const std::vector<at::Tensor>& results() const { return results_; }
 
  private:
-  std::vector<Pair> pairs_;
-  std::vector<at::Tensor> results_;
+  std::vector<Pair> pairs_, new_;
   std::unordered_map<const void*, size_t> by_npu_, by_cpu_;
   std::unordered_map<const void*, c10::Storage> storages_;
 };

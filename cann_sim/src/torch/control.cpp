@@ -12,7 +12,7 @@
 namespace cann_sim_torch {
 namespace {
 
-constexpr int64_t kMostRuns = 4096;  // a tensor in more pieces is told as the one range around them
+constexpr int64_t kMostRuns = 1 << 16;  // a tensor in more pieces is left out of the search for races
 
 struct Control {
   uint64_t (*begin)(void*, const char*);
@@ -20,6 +20,11 @@ struct Control {
   int (*end)(uint64_t);
   void (*allocated)(const void*, size_t);
   void (*freed)(const void*);
+  const char* (*message)();
+  // libcann_sim's, of which libascendcl is a user (cann_sim/launch.h).
+  void* (*find)(const void*);
+  void (*written)(void*, const void*, uint64_t);
+  void (*forget)(void*);
 };
 
 template <typename Function>
@@ -42,6 +47,10 @@ const Control& control() {
     bind(library, "cann_sim_acl_end", c.end);
     bind(library, "cann_sim_acl_tensor_allocated", c.allocated);
     bind(library, "cann_sim_acl_tensor_freed", c.freed);
+    bind(library, "aclGetRecentErrMsg", c.message);
+    bind(library, "cann_sim_find", c.find);
+    bind(library, "cann_sim_written", c.written);
+    bind(library, "cann_sim_forget", c.forget);
     return c;
   }();
   return bound;
@@ -86,6 +95,10 @@ void tensor_freed(const void* start) {
 Task::Task(c10::Device device, const std::string& name) : name_(name) {
   // stream() empties torch_npu's task queue into the stream, begin waits for the stream.
   task_ = control().begin(c10_npu::getCurrentNPUStream(device.index()).stream(), name.c_str());
+  if (task_ == 0) {
+    const char* why = control().message();
+    TORCH_CHECK(false, "cann_sim: ", name, " cannot run on the current stream: ", why == nullptr ? "" : why);
+  }
 }
 
 Task::~Task() {
@@ -118,7 +131,11 @@ void Task::touch(const at::TensorBase& tensor, bool write) {
   const auto* start = static_cast<const char*>(tensor.const_data_ptr());
   const size_t itemsize = tensor.itemsize();
   if (runs > kMostRuns) {
-    control().touch(task_, start, (last + run) * itemsize, write);
+    if (write) {
+      void* place = control().find(start);
+      control().written(place, start, (last + run) * itemsize);
+      control().forget(place);
+    }
     return;
   }
   for (int64_t i = 0; i < runs; ++i) {

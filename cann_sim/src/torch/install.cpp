@@ -180,7 +180,7 @@ void install() {
 
 TORCH_LIBRARY(cann_sim, library) {
   library.def("install() -> ()", &install);
-  library.def("settle() -> ()", &settle_tensors);
+  library.def("settle() -> ()", &settle_all_tensors);
 }
 
 }  // namespace cann_sim_torch

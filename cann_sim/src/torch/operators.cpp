@@ -111,14 +111,13 @@ bool synchronises(const c10::OperatorHandle& op) {
   return op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output);
 }
 
-// The operator itself, from npu tensors on the stack to npu tensors on the stack, as one task.
+// The operator itself, from npu tensors on the stack to tensors on the stack that are aliases or new ones on the CPU.
 void run(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliases& aliases) {
   const c10::FunctionSchema& schema = op.schema();
   const std::vector<c10::Argument>& arguments = schema.arguments();
   const size_t first = stack->size() - arguments.size();
+  settle_tensors(device.index());
   Task task(device, schema.name());
-  const SettlingGuard at_once;
-  settle_tensors();
 
   bool takes_generator = false;
   for (size_t i = 0; i < arguments.size(); ++i) {
@@ -146,12 +145,27 @@ void run(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliase
     }
     op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   }
-  const size_t results = schema.returns().size();
-  for (size_t i = stack->size() - results; i < stack->size(); ++i) {
-    change_tensors((*stack)[i], [&](const at::Tensor& tensor) { return aliases.to_npu(tensor, device); });
+  task.end();
+}
+
+// Writes to npu tensors what the kernel left on the CPU: new results, and aliases that it has resized (out=), which
+// move. A task of its own: where memory is short, the allocator waits for all tasks there are.
+void deliver(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliases& aliases) {
+  {
+    const SettledLater later;
+    for (size_t i = stack->size() - op.schema().returns().size(); i < stack->size(); ++i) {
+      change_tensors((*stack)[i], [&](const at::Tensor& tensor) { return aliases.to_npu(tensor, device); });
+    }
   }
-  for (const at::Tensor& result : aliases.results()) {
-    task.touch(result, true);
+  const std::vector<Aliases::Pair> arriving = aliases.arriving();
+  if (arriving.empty()) {
+    return;
+  }
+  settle_tensors(device.index());
+  Task task(device, op.schema().name());
+  for (const Aliases::Pair& pair : arriving) {
+    task.touch(pair.npu, true);
+    Aliases::write(pair);
   }
   task.end();
 }
@@ -174,17 +188,7 @@ void host_kernel(const c10::OperatorHandle& op, Stack* stack) {
   const c10_npu::NPUGuard on_device(device);
   Aliases aliases;
   run(op, stack, device, aliases);
-  // A resized result moves, and what torch_npu enqueues for that has to come first.
-  const std::vector<Aliases::Pair> resized = aliases.resize_npu();
-  if (!resized.empty()) {
-    Task task(device, schema.name());
-    settle_tensors();
-    for (const Aliases::Pair& pair : resized) {
-      task.touch(pair.npu, true);
-      Aliases::write_back(pair);
-    }
-    task.end();
-  }
+  deliver(op, stack, device, aliases);
   if (synchronises(op)) {
     c10_npu::getCurrentNPUStream(device.index()).synchronize();
   }

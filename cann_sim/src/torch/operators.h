@@ -8,6 +8,7 @@
 #include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
+#include <c10/core/Device.h>
 
 namespace cann_sim_torch {
 
@@ -35,12 +36,14 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input_gates, const
 // tensors.cpp
 void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                        Stack* stack);  // calls torch_npu's kernel, which allocates
-void settle_tensors();  // tells the runtime of them now, not in the order of the task queue, which must be empty
+// Tells the runtime of a device's tensors now, and what is in the task queue before that; not inside of a Task.
+void settle_tensors(c10::DeviceIndex device);
+void settle_all_tensors();
 
-// While alive, this thread tells the runtime of its tensors at once.
-struct SettlingGuard {
-  SettlingGuard();
-  ~SettlingGuard();
+// While alive, what this thread allocates waits for settle_tensors: quicker than the task queue.
+struct SettledLater {
+  SettledLater();
+  ~SettledLater();
 };
 
 }  // namespace cann_sim_torch

@@ -2,6 +2,7 @@
 // its own for the runtime, so that a kernel is held to the tensor's bytes and to what was written in them.
 // The allocator reports while it holds its lock, and hands memory on while launches that use it still wait in
 // torch_npu's task queue. So reports are noted down, and told to the runtime in the order of that queue.
+#include <map>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -9,6 +10,8 @@
 #include "control.h"
 #include "operators.h"
 #include "torch_npu/csrc/core/npu/NPUCachingAllocator.h"
+#include "torch_npu/csrc/core/npu/NPUGuard.h"
+#include "torch_npu/csrc/core/npu/NPUStream.h"
 #include "torch_npu/csrc/framework/OpCommand.h"
 
 namespace cann_sim_torch {
@@ -22,27 +25,46 @@ struct Note {
   bool allocated;
 };
 
-std::mutex notes_mutex;
-std::vector<Note> notes;
-thread_local bool settling = false;
+// Of one device, which has one allocator and one task queue. Held for long, `queueing` is not what the allocator waits
+// for: a full queue is emptied by a thread that frees memory.
+struct Notes {
+  std::mutex queueing;  // from taking notes until they are told or in the queue: who finds none left comes after them
+  std::vector<Note> list;
+};
+
+struct AllNotes {
+  std::mutex mutex;  // of the map and of the lists
+  std::map<c10::DeviceIndex, Notes> devices;
+};
+
+AllNotes& all_notes() {
+  static auto* all = new AllNotes;  // outlives static destructors
+  return *all;
+}
 
 void note(const TraceEntry& entry) {
   // FREE_COMPLETED, not FREE_REQUESTED: record_stream keeps a block back until its other streams are done with it.
   if (entry.action_ != TraceEntry::ALLOC && entry.action_ != TraceEntry::FREE_COMPLETED) {
     return;
   }
-  std::lock_guard<std::mutex> lock(notes_mutex);
-  notes.push_back({reinterpret_cast<const void*>(entry.addr_), static_cast<size_t>(entry.size_),
-                   entry.action_ == TraceEntry::ALLOC});
+  const std::lock_guard<std::mutex> lock(all_notes().mutex);
+  all_notes().devices[static_cast<c10::DeviceIndex>(entry.device_)].list.push_back(
+      {reinterpret_cast<const void*>(entry.addr_), static_cast<size_t>(entry.size_),
+       entry.action_ == TraceEntry::ALLOC});
 }
 
-std::vector<Note> taken_notes() {
-  std::lock_guard<std::mutex> lock(notes_mutex);
-  return std::exchange(notes, {});
+Notes& notes_of(c10::DeviceIndex device) {
+  const std::lock_guard<std::mutex> lock(all_notes().mutex);
+  return all_notes().devices[device];
 }
 
-void tell(const std::vector<Note>& taken) {
-  for (const Note& note : taken) {
+std::vector<Note> taken(Notes& notes) {
+  const std::lock_guard<std::mutex> lock(all_notes().mutex);
+  return std::exchange(notes.list, {});
+}
+
+void tell(const std::vector<Note>& notes) {
+  for (const Note& note : notes) {
     if (note.allocated) {
       tensor_allocated(note.start, note.bytes);
     } else {
@@ -51,15 +73,16 @@ void tell(const std::vector<Note>& taken) {
   }
 }
 
-void enqueue_tensors() {
-  if (settling) {
-    settle_tensors();
-    return;
-  }
-  std::vector<Note> taken = taken_notes();
-  if (!taken.empty()) {
-    at_npu::native::OpCommand::RunOpApi("cann_sim_tensors", [taken = std::move(taken)]() -> int {
-      tell(taken);
+thread_local bool settled_later = false;
+
+void enqueue_tensors(c10::DeviceIndex device) {
+  Notes& notes = notes_of(device);
+  const c10_npu::NPUGuard on_device(device);  // whose queue it is
+  const std::lock_guard<std::mutex> lock(notes.queueing);
+  std::vector<Note> now = taken(notes);
+  if (!now.empty()) {
+    at_npu::native::OpCommand::RunOpApi("cann_sim_tensors", [now = std::move(now)]() -> int {
+      tell(now);
       return 0;
     });
   }
@@ -67,15 +90,34 @@ void enqueue_tensors() {
 
 }  // namespace
 
-void settle_tensors() {
-  tell(taken_notes());
+void settle_tensors(c10::DeviceIndex device) {
+  Notes& notes = notes_of(device);
+  const std::lock_guard<std::mutex> lock(notes.queueing);
+  const std::vector<Note> now = taken(notes);
+  if (!now.empty()) {
+    c10_npu::getCurrentNPUStream(device).stream();  // empties the queue of what came before these notes
+    tell(now);
+  }
 }
 
-SettlingGuard::SettlingGuard() {
-  settling = true;
+void settle_all_tensors() {
+  std::vector<c10::DeviceIndex> devices;
+  {
+    const std::lock_guard<std::mutex> lock(all_notes().mutex);
+    for (const auto& [device, notes] : all_notes().devices) {
+      devices.push_back(device);
+    }
+  }
+  for (const c10::DeviceIndex device : devices) {
+    settle_tensors(device);
+  }
 }
-SettlingGuard::~SettlingGuard() {
-  settling = false;
+
+SettledLater::SettledLater() {
+  settled_later = true;
+}
+SettledLater::~SettledLater() {
+  settled_later = false;
 }
 
 void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
@@ -92,11 +134,14 @@ void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::Operato
       allocator->attachAllocatorTraceTracker(&note);
       const c10::Storage& first = stack->back().toTensor().storage();
       if (first.nbytes() != 0) {
-        note(TraceEntry(TraceEntry::ALLOC, 0, reinterpret_cast<int64_t>(first.data()), first.nbytes(), nullptr));
+        note(TraceEntry(TraceEntry::ALLOC, first.device().index(), reinterpret_cast<int64_t>(first.data()),
+                        first.nbytes(), nullptr));
       }
     });
   }
-  enqueue_tensors();
+  if (!settled_later) {
+    enqueue_tensors(stack->back().toTensor().device().index());
+  }
 }
 
 }  // namespace cann_sim_torch
