@@ -30,7 +30,8 @@ class BuildRuntime(build_py):
         subprocess.run([*cmake(), "--build", build], check=True)
         if not self.editable_mode:  # there they are found in src
             for part in BUILT_AT_FIRST_USE:
-                shutil.copytree(ROOT / "src" / part, package / "toolkit" / "src" / part, dirs_exist_ok=True)
+                folder, ignored = package / "toolkit" / "src" / part, shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / "src" / part, folder, ignore=ignored, dirs_exist_ok=True)
 
 
 class BinaryDistribution(Distribution):

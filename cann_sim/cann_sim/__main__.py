@@ -16,7 +16,6 @@ from __future__ import annotations
 import gc
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import io
 import os
 import runpy
@@ -78,16 +77,16 @@ class _Imports(importlib.abc.MetaPathFinder):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """The spec that others find for torch and torch_npu, with more to do after the module has run."""
-        then = self.then.pop(name, None)
-        if then is None:
+        if name not in self.then:
             return None
-        spec = importlib.util.find_spec(name)
+        found = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
+        spec = next(filter(None, found), None)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def load_and_go_on(module: types.ModuleType) -> None:
                 load(module)
-                then()
+                self.then.pop(name, lambda: None)()  # not when the spec was found, which is not yet an import
 
             spec.loader.exec_module = load_and_go_on  # type: ignore[method-assign]
         return spec
@@ -102,11 +101,11 @@ def _run(rest: list[str]) -> int:
     try:
         if rest[0] == "-m":
             sys.argv = rest[1:]
-            sys.path[0] = os.getcwd()
+            _set_first_path(os.getcwd())
             runpy.run_module(rest[1], run_name="__main__", alter_sys=True)
         elif rest[0] == "-c":
             sys.argv = ["-c", *rest[2:]]
-            sys.path[0] = ""
+            _set_first_path("")
             _execute(compile(rest[1], "<string>", "exec"), None)
         else:
             _run_script(rest)
@@ -135,11 +134,15 @@ def _run_script(rest: list[str]) -> None:
             raise SystemExit(f"cann_sim: there is no file {script}")
         runpy.run_path(script, run_name="__main__")
         return
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = str(Path(script).resolve().parent)
+    _set_first_path(str(Path(script).resolve().parent))
     with io.open_code(str(Path(script).resolve())) as file:
         source = file.read()
     _execute(compile(source, script, "exec"), script)
+
+
+def _set_first_path(folder: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):  # with -P and PYTHONSAFEPATH there is none to replace
+        sys.path[0] = folder
 
 
 def _execute(code: types.CodeType, path: str | None) -> None:
@@ -182,6 +185,9 @@ def _finish(leaks: bool) -> int:
     if torch is None or not hasattr(torch, "npu"):
         return 0
     found = 0
+    acl.release_streams()  # those the program left held would never be done
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):  # the locals of a program that failed
+        vars(sys).pop(name, None)
     if torch.npu.is_initialized():
         for device in range(torch.npu.device_count()):
             try:
@@ -191,7 +197,8 @@ def _finish(leaks: bool) -> int:
                 found = FOUND_ERRORS
         gc.collect()
         torch.npu.empty_cache()
-        torch.ops.cann_sim.settle()
+        if hasattr(torch.ops.cann_sim, "settle"):  # not when the import of torch_npu failed halfway
+            torch.ops.cann_sim.settle()
     status = acl.status()
     if status.errors:
         _say(f"the simulator found {sum(error.count for error in status.errors)} error(s):")

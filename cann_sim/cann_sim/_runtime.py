@@ -72,7 +72,7 @@ def runtime() -> ctypes.CDLL:
 @functools.cache
 def _build_in_source_tree() -> None:
     """Builds the runtime by its CMakeLists.txt when the package is used from sources that are newer than it."""
-    if not SOURCES.is_dir():
+    if not (SOURCES.is_dir() and (PROJECT / "CMakeLists.txt").is_file()):  # site-packages may have a folder src
         return
     LIBRARY.parent.mkdir(exist_ok=True)
     lock = os.open(LIBRARY.parent, os.O_RDONLY)  # one process builds, the others wait for it

@@ -13,6 +13,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -195,10 +196,10 @@ def _remove_interrupted(cache: Path) -> None:
             os.close(lock)
 
 
-def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], compiler: str) -> str:
+def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], compiler: list[str]) -> str:
     headers = TOOLKIT / "include" / "cann_sim"
     files = sorted(path for folder in (sources, headers) for path in folder.rglob("*") if path.is_file())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256()
     for text in (part, found, options, sysconfig.get_config_var("SOABI"), compiler, version):
         digest.update(f"{text}\0".encode())
@@ -208,22 +209,24 @@ def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], co
     return digest.hexdigest()[:20]
 
 
-def _compiler() -> str:
-    name = os.environ.get("CXX", "g++")
-    if shutil.which(name) is None:
+def _compiler() -> list[str]:
+    """The words of CXX, as of "ccache g++"."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(words[0]) is None:
         raise SetupError(
-            f"{name} is not there to build the simulated runtime: install g++ 12 or newer, or name a compiler in CXX"
+            f"{words[0]} is not there to build the simulated runtime: "
+            "install g++ 12 or newer, or name a compiler in CXX"
         )
-    return name
+    return words
 
 
-def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: str, what: str) -> None:
+def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: list[str], what: str) -> None:
     cmake = _tool("cmake")
     if cmake is None:
         raise SetupError(f"cmake is not there to build {what}: pip install cmake")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if _tool("ninja") else []
     given = [f"-D{name}={value}" for name, value in options.items()]
-    configure = [cmake, "-S", sources, "-B", build, *generator, f"-DCMAKE_CXX_COMPILER={compiler}", *given]
+    configure = [cmake, "-S", sources, "-B", build, *generator, f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}", *given]
     for command in (configure, [cmake, "--build", build, "--parallel", str(os.cpu_count() or 1)]):
         result = subprocess.run([str(part) for part in command], capture_output=True, text=True)
         if result.returncode != 0:

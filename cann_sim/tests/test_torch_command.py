@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from torch_case import npu
 
-from cann_sim import _torch_runtime
+from cann_sim import _runtime, _torch_runtime
 
 RACE = """
 import torch
@@ -66,6 +66,21 @@ def test_module_and_code(tmp_path):
     assert result.stdout == "__main__ ['-c', 'a'] ''\n"
 
 
+@pytest.mark.parametrize("program", [("-c", "import sys; print(sys.path[0])"), ("-m", "this_one"), ("this_one.py",)])
+def test_a_safe_path_stays(tmp_path, program):
+    (tmp_path / "this_one.py").write_text("import sys; print(sys.path[0])")
+    (tmp_path / "first").mkdir()
+    path = os.pathsep.join(map(str, (tmp_path / "first", tmp_path, Path(_runtime.__file__).parent.parent)))
+    result = subprocess.run(
+        [sys.executable, "-P", "-m", "cann_sim", *program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == f"{tmp_path / 'first'}\n", result.stderr
+
+
 @pytest.mark.parametrize(
     "code, expected, says",
     [
@@ -114,6 +129,52 @@ def test_leaks():
     assert "npu:0: 70 bytes, (5, 7) of torch.float16" in result.stderr
 
 
+def test_the_locals_of_a_failed_program_are_no_leaks():
+    code = "import torch\ndef f():\n    x = torch.ones(7, device='npu')\n    1 / 0\nf()\n"
+    result = npu("--leaks", "-c", code)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+    assert said(result).splitlines()[-1] == "cann_sim: no device memory is leaked"
+
+
+def test_out_of_memory_is_an_error_like_others():
+    """Of a new result, of a resized one, of a copy; after it the program goes on."""
+    code = """
+import torch
+x = torch.ones(4 << 20, device="npu")
+out = torch.empty(0, device="npu")
+for work in (lambda: torch.cat([x, x, x]), lambda: torch.cat([x, x, x], out=out), lambda: x.expand(4, -1).contiguous()):
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        print("raised")
+print((x[:8] + 1).sum().item(), torch.cat([x[:2], x[:2]]).tolist())
+"""
+    result = npu("-c", code, CANN_SIM_MEMORY_MB="40")
+    assert result.stdout == "raised\nraised\nraised\n16.0 [1.0, 1.0, 1.0, 1.0]\n", result.stderr
+    assert result.returncode == 0
+
+
+def test_a_stream_that_is_gone_is_named_and_a_held_one_let_go():
+    code = """
+import torch, ctypes
+from cann_sim import acl
+x, y = torch.ones(8, device="npu"), torch.ones(8, device="npu")
+side = torch.npu.Stream()
+gone = side.npu_stream
+assert ctypes.CDLL("libascendcl.so").aclrtDestroyStream(ctypes.c_void_p(gone)) == 0
+try:
+    with torch.npu.stream(side):
+        x.add_(1)
+except RuntimeError as error:
+    print("cannot run on the current stream" in str(error), "is no stream" in str(error))
+acl.hold_streams(torch.npu.current_stream())
+y.copy_(x)
+"""
+    result = npu("-c", code)
+    assert (result.stdout, result.returncode) == ("True True\n", 0), result.stderr
+
+
 def test_a_failing_program_keeps_its_exit_code(tmp_path):
     """Whatever the simulator found; of leaks it says nothing unasked."""
     (tmp_path / "race.py").write_text(RACE)
@@ -132,6 +193,8 @@ def test_a_failing_program_keeps_its_exit_code(tmp_path):
 def test_torch_npu_first_and_processes(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
+        "import importlib.util\n"
+        "assert importlib.util.find_spec('torch_npu') and importlib.util.find_spec('torch')\n"  # imports nothing
         "import torch_npu, torch\n"
         "from torch.utils.data import DataLoader\n"
         "if __name__ == '__main__':\n"
@@ -177,6 +240,31 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(_torch_runtime.SetupError, match="no-such-compiler is not there"):
         _torch_runtime._compiler()
+
+
+def test_a_compiler_of_several_words(monkeypatch, tmp_path):
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.18)\nproject(x CXX)\nadd_library(x SHARED x.cpp)\n"
+        "set_target_properties(x PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${OUTPUT_DIR})\n"
+    )
+    (sources / "x.cpp").write_text("#ifndef GIVEN\n#error not given\n#endif\n")
+    monkeypatch.setenv("CANN_SIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "env g++ -DGIVEN")
+    monkeypatch.setattr(_torch_runtime, "_sources", lambda part: sources)
+    folder = _torch_runtime._built("part", _torch_runtime.Installed(Path("a"), "1", Path("b"), "1"), {}, "it")
+    assert (folder / "libx.so").is_file()
+
+
+def test_an_installed_package_is_no_source_tree(monkeypatch, tmp_path):
+    """Whatever else has put a folder src beside it."""
+    (tmp_path / "src").mkdir()
+    monkeypatch.setattr(_runtime, "PROJECT", tmp_path)
+    monkeypatch.setattr(_runtime, "SOURCES", tmp_path / "src")
+    monkeypatch.setattr(_runtime, "LIBRARY", tmp_path / "lib64" / "libcann_sim.so")
+    _runtime._build_in_source_tree.__wrapped__()
+    assert not (tmp_path / "lib64").exists()
 
 
 def test_a_build_that_fails_says_why(monkeypatch, tmp_path):
