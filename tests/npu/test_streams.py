@@ -36,6 +36,7 @@ SYNCHRONISING = (
 @pytest.fixture(autouse=True)
 def no_errors() -> Iterator[None]:
     """What a test provokes it clears; anything else that the device saw is a failure."""
+    npu_xent.load_npu()  # which waits for the device, once
     torch.npu.synchronize()
     yield
     torch.npu.synchronize()
