@@ -66,6 +66,7 @@ def test_module_and_code(tmp_path):
     assert result.stdout == "__main__ ['-c', 'a'] ''\n"
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python has safe paths since 3.11")
 @pytest.mark.parametrize("program", [("-c", "import sys; print(sys.path[0])"), ("-m", "this_one"), ("this_one.py",)])
 def test_a_safe_path_stays(tmp_path, program):
     (tmp_path / "this_one.py").write_text("import sys; print(sys.path[0])")
