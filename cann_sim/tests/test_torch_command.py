@@ -72,13 +72,7 @@ def test_a_safe_path_stays(tmp_path, program):
     (tmp_path / "this_one.py").write_text("import sys; print(sys.path[0])")
     (tmp_path / "first").mkdir()
     path = os.pathsep.join(map(str, (tmp_path / "first", tmp_path, Path(_runtime.__file__).parent.parent)))
-    result = subprocess.run(
-        [sys.executable, "-P", "-m", "cann_sim", *program],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
+    result = npu(*program, cwd=tmp_path, PYTHONPATH=path, PYTHONSAFEPATH="1")
     assert result.stdout == f"{tmp_path / 'first'}\n", result.stderr
 
 
