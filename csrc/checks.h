@@ -107,6 +107,19 @@ inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const 
   return classes;
 }
 
+// The number of classes of all shards, once check_rows has let the sizes through.
+inline int64_t class_count(const Tensor& logits, int64_t class_start, std::optional<int64_t> num_classes) {
+  return num_classes.value_or(class_start + logits.size(1));
+}
+
+// IndexError, as F.cross_entropy raises on the CPU, where these targets are, one after another.
+inline void check_target_range(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
+  const auto* y = target.const_data_ptr<int64_t>();
+  const int64_t row = first_bad_target(y, target.numel(), num_classes, ignore_index);
+  TORCH_CHECK_INDEX(row < 0, "npu_xent: target[", row, "] is ", y[row], ", which is neither a class in [0, ",
+                    num_classes, ") nor ignore_index (", ignore_index, ").");
+}
+
 // One value a row, in the statistics dtype; `name` for the message.
 inline void check_stats(const Tensor& stats, const char* name, const c10::SymInt& n, at::ScalarType dtype,
                         c10::Device device) {

@@ -70,4 +70,14 @@ inline RowCoefficients row_coefficients(const RowOptions& o, double weight, doub
   return {a, b, grad_loss * per_class};
 }
 
+// The first row whose target is neither a class nor ignore_index, or -1.
+inline int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index) {
+  for (int64_t n = 0; n < n_rows; ++n) {
+    if ((target[n] < 0 || target[n] >= num_classes) && target[n] != ignore_index) {
+      return n;
+    }
+  }
+  return -1;
+}
+
 }  // namespace npu_xent

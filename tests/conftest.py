@@ -78,6 +78,12 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def simulated() -> bool:
+    """Whether the device is one that cann_sim simulates."""
+    return is_simulated()
+
+
+@pytest.fixture(scope="session")
 def dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     """The dtypes of logits that the device has."""
     return tuple(d for d in DTYPES if d is not torch.float64 or "float64" in provided(device.type))

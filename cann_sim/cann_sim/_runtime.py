@@ -92,9 +92,14 @@ def _is_current() -> bool:
     return LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
 
 
+def find_tool(name: str) -> str | None:
+    """A program of this environment, or one on the path."""
+    beside = Path(sys.executable).parent / name
+    return str(beside) if beside.exists() else shutil.which(name)
+
+
 def _cmake(*arguments: str) -> None:
-    beside = Path(sys.executable).parent / "cmake"
-    command = str(beside) if beside.exists() else shutil.which("cmake")
+    command = find_tool("cmake")
     if command is None:
         raise ImportError(f"{LIBRARY.name} has to be built from {SOURCES} and there is no cmake: pip install cmake")
     result = subprocess.run([command, *arguments], capture_output=True, text=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ._compile import _cache_folder
-from ._runtime import PROJECT, TOOLKIT, runtime, toolkit_path
+from ._runtime import PROJECT, TOOLKIT, find_tool, runtime, toolkit_path
 
 FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
 BUILD_LOG = 40  # lines of a failed build that are shown
@@ -204,7 +204,7 @@ def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], co
     for text in (part, found, options, sysconfig.get_config_var("SOABI"), compiler, version):
         digest.update(f"{text}\0".encode())
     for path in files:
-        if path.suffix not in (".pyc",):
+        if path.suffix != ".pyc":
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:20]
 
@@ -221,10 +221,11 @@ def _compiler() -> list[str]:
 
 
 def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: list[str], what: str) -> None:
-    cmake = _tool("cmake")
+    cmake = find_tool("cmake")
     if cmake is None:
         raise SetupError(f"cmake is not there to build {what}: pip install cmake")
-    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}"] if _tool("ninja") else []
+    ninja = find_tool("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
     given = [f"-D{name}={value}" for name, value in options.items()]
     configure = [cmake, "-S", sources, "-B", build, *generator, f"-DCMAKE_CXX_COMPILER={';'.join(compiler)}", *given]
     for command in (configure, [cmake, "--build", build, "--parallel", str(os.cpu_count() or 1)]):
@@ -233,12 +234,6 @@ def _compile(sources: Path, build: Path, options: dict[str, Any], compiler: list
             lines = (result.stdout + result.stderr).splitlines()
             first = next((number for number, line in enumerate(lines) if "error" in line.lower()), -BUILD_LOG)
             raise SetupError(f"building {what} failed:\n" + "\n".join(lines[first:][:BUILD_LOG]))
-
-
-def _tool(name: str) -> str | None:
-    """A program of this environment, or one on the path."""
-    beside = Path(sys.executable).parent / name
-    return str(beside) if beside.exists() else shutil.which(name)
 
 
 def _say(message: str) -> None:

@@ -20,10 +20,6 @@ namespace npu_xent::composite {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-inline int64_t class_count(const Tensor& logits, int64_t class_start, std::optional<int64_t> num_classes) {
-  return num_classes.value_or(class_start + logits.size(1));
-}
-
 // What each target is, as masks [N].
 struct Targets {
   Tensor kept;      // a class of some shard

@@ -73,7 +73,7 @@ struct Inputs {
          double logit_scale_, int64_t class_start_, std::optional<int64_t> num_classes_)
       : logits(logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous()),
         target(target_.contiguous()),
-        num_classes(num_classes_.value_or(class_start_ + logits_.size(1))),
+        num_classes(class_count(logits_, class_start_, num_classes_)),
         class_start(class_start_),
         ignore_index(ignore_index_),
         logit_scale(logit_scale_) {
@@ -98,14 +98,6 @@ struct Inputs {
             class_start,
             ignore_index,
             logit_scale};
-  }
-
-  // IndexError, as F.cross_entropy raises on the CPU.
-  static void check_target_range(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
-    const auto* y = const_data<int64_t>(target);
-    const int64_t row = first_bad_target(y, target.numel(), num_classes, ignore_index);
-    TORCH_CHECK_INDEX(row < 0, "npu_xent: target[", row, "] is ", y[row], ", which is neither a class in [0, ",
-                      num_classes, ") nor ignore_index (", ignore_index, ").");
   }
 };
 

@@ -16,7 +16,7 @@ void run(const RowOptions& options, const Tensor& target, const OptionalTensor& 
   const auto y = target.contiguous();
   const auto w = values(weight);
   const int64_t n = target.numel();
-  Inputs::check_target_range(y, options.num_classes, options.ignore_index);
+  check_target_range(y, options.num_classes, options.ignore_index);
   const auto parallel = parallel_for_elements(n);
   if (!lse) {
     reduce_totals(options, const_data<int64_t>(y), n, pointer(w), data<double>(new_totals), parallel);

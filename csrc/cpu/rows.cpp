@@ -439,15 +439,6 @@ void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_row
   }
 }
 
-int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index) {
-  for (int64_t n = 0; n < n_rows; ++n) {
-    if ((target[n] < 0 || target[n] >= num_classes) && target[n] != ignore_index) {
-      return n;
-    }
-  }
-  return -1;
-}
-
 #define INSTANTIATE(scalar_t)                                                                                  \
   template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,  \
                           scalar_t*, const Parallel&);                                                         \

@@ -89,7 +89,4 @@ void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_row
                  const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
                  double* z_loss, const Parallel& parallel);
 
-// The first row whose target is neither a class nor ignore_index, or -1.
-int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index);
-
 }  // namespace npu_xent::cpu

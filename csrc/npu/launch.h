@@ -20,7 +20,9 @@ struct RowStatsKernel {
   static constexpr const char* kName = "npu_xent_row_stats";
   Tensor logits, target, weight, lse, lse_low, picked, wsum, part_weight, log_prob;
 
-  auto tensors() const { return std::array{logits, target, weight, lse, lse_low, picked, wsum, part_weight, log_prob}; }
+  auto tensors() const {
+    return std::array{&logits, &target, &weight, &lse, &lse_low, &picked, &wsum, &part_weight, &log_prob};
+  }
 };
 
 struct RowGradKernel {
@@ -28,7 +30,7 @@ struct RowGradKernel {
   Tensor logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad;
 
   auto tensors() const {
-    return std::array{logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad};
+    return std::array{&logits, &target, &weight, &lse, &lse_low, &totals, &grad_loss, &grad_z_loss, &grad};
   }
 };
 
@@ -36,7 +38,7 @@ struct RowStatsGradKernel {
   static constexpr const char* kName = "npu_xent_row_stats_grad";
   Tensor logits, target, weight, totals, lse, lse_low, picked, wsum, grad;
 
-  auto tensors() const { return std::array{logits, target, weight, totals, lse, lse_low, picked, wsum, grad}; }
+  auto tensors() const { return std::array{&logits, &target, &weight, &totals, &lse, &lse_low, &picked, &wsum, &grad}; }
 };
 
 struct ReduceRowsKernel {
@@ -45,8 +47,8 @@ struct ReduceRowsKernel {
       totals, loss, z_loss, sums;
 
   auto tensors() const {
-    return std::array{target,      weight,    lse,         lse_low, picked, wsum,   part_lse, part_lse_low,
-                      part_picked, part_wsum, part_weight, totals,  loss,   z_loss, sums};
+    return std::array{&target,      &weight,    &lse,         &lse_low, &picked, &wsum,   &part_lse, &part_lse_low,
+                      &part_picked, &part_wsum, &part_weight, &totals,  &loss,   &z_loss, &sums};
   }
 };
 
@@ -54,7 +56,7 @@ struct ScaleKernel {
   static constexpr const char* kName = "npu_xent_scale";
   Tensor x, factor;
 
-  auto tensors() const { return std::array{x, factor}; }
+  auto tensors() const { return std::array{&x, &factor}; }
 };
 
 template <size_t>
@@ -81,8 +83,8 @@ void launch(const Kernel& kernel, c10::Device device, int64_t work, const Struct
   // with torch_npu's own operators. Holding it until the launch would keep it from whoever comes next.
   std::array<void*, n> pointers{};
   for (size_t i = 0; i < n; ++i) {
-    if (tensors[i].defined() && tensors[i].numel() != 0) {
-      pointers[i] = tensors[i].data_ptr();
+    if (tensors[i]->defined() && tensors[i]->numel() != 0) {
+      pointers[i] = tensors[i]->data_ptr();
     }
   }
   enqueue(Kernel::kName, [blocks, stream, pointers, structs...]() mutable -> int {

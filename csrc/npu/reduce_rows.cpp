@@ -1,5 +1,6 @@
 // reduce_rows on an NPU: sums of blocks of rows, and a second launch that adds those up.
 #include <c10/core/DeviceGuard.h>
+
 #include "npu/common.h"
 #include "npu/load.h"
 
@@ -67,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows_npu(const Tensor& target, const O
   reduce.args.cols = num_classes;
   reduce.kernel.target = as_targets(target);
   reduce.kernel.weight = as_values(weight);
-  check_target_range(reduce.kernel.target, num_classes, ignore_index);
+  check_targets_on_demand(reduce.kernel.target, num_classes, ignore_index);
   const auto nothing = [&] { return at::empty({0}, target.options().dtype(loss_dtype)); };
   if (!lse) {
     return {nothing(), nothing(), reduce.totals().to(stats_dtype(loss_dtype))};

@@ -1,12 +1,13 @@
 // row_stats on an NPU.
 #include <c10/core/DeviceGuard.h>
+
 #include "npu/common.h"
 #include "npu/load.h"
 
 namespace npu_xent::npu {
 namespace {
 
-void run(Sweep& sweep, const Stats& stats, const Tensor& log_prob) {
+void run(const Sweep& sweep, const Stats& stats, const Tensor& log_prob) {
   RowStatsKernel kernel{.logits = sweep.logits,
                         .target = sweep.target,
                         .weight = sweep.weight,
@@ -37,9 +38,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_npu(const Tensor& l
   const c10::DeviceGuard guard(logits.device());
   XentArgs options{};
   options.ignore_index = ignore_index;
-  options.num_classes = num_classes.value_or(class_start + logits.size(1));
+  options.num_classes = class_count(logits, class_start, num_classes);
   options.read_ignored = read_ignored || need_log_prob;
-  Sweep sweep(logits, target, weight, options, logit_scale, std::nullopt, class_start);
+  const Sweep sweep(logits, target, weight, options, logit_scale, std::nullopt, class_start);
   const Stats stats(sweep, need_wsum);
   const auto log_prob = need_log_prob ? sweep.new_output() : at::empty({0}, logits.options());
   if (!sweep.empty()) {

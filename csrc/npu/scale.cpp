@@ -1,5 +1,6 @@
 // scale_ on an NPU: the kernel looks at the factor, so that the host need not wait for it.
 #include <c10/core/DeviceGuard.h>
+
 #include "npu/common.h"
 #include "npu/load.h"
 

@@ -18,6 +18,7 @@ namespace {
 
 using namespace test;
 using namespace npu_xent::cpu;
+using npu_xent::first_bad_target;
 using npu_xent::kTotals;
 
 bool processor_has(const std::string& variant) {

@@ -28,12 +28,7 @@ struct HostTasks {
 };
 
 HostTasks& host_tasks() {
-  static auto* all = [] {  // outlives static destructors
-    auto* tasks = new HostTasks;
-    keep_over_fork(4, tasks->mutex);
-    return tasks;
-  }();
-  return *all;
+  return lasting<HostTasks>(4);
 }
 
 // Null when there is none.

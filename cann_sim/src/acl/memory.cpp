@@ -37,12 +37,7 @@ struct Memory {
 };
 
 Memory& memory() {
-  static auto* all = [] {  // outlives static destructors
-    auto* memory = new Memory;
-    keep_over_fork(2, memory->mutex);
-    return memory;
-  }();
-  return *all;
+  return lasting<Memory>(2);
 }
 
 uint64_t capacity() {

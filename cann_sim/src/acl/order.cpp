@@ -30,12 +30,7 @@ struct History {
 };
 
 History& history() {
-  static auto* all = [] {  // outlives static destructors
-    auto* history = new History;
-    keep_over_fork(1, history->mutex);
-    return history;
-  }();
-  return *all;
+  return lasting<History>(1);
 }
 
 void split(std::map<uint64_t, Range>& ranges, uint64_t at) {

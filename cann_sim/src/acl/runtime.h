@@ -136,4 +136,15 @@ aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint6
 // higher one where both are held.
 void keep_over_fork(int rank, std::mutex& mutex);
 
+// The process's one State, which has such a mutex. It outlives static destructors.
+template <typename State>
+State& lasting(int rank) {
+  static State* const state = [rank] {
+    auto* made = new State;
+    keep_over_fork(rank, made->mutex);
+    return made;
+  }();
+  return *state;
+}
+
 }  // namespace cann_sim::acl

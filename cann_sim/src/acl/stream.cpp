@@ -73,6 +73,17 @@ aclError synchronize_stream(aclrtStream handle, int32_t timeout_ms) {
   return stream == nullptr ? code : synchronize({stream}, timeout_ms, lock);
 }
 
+// What `use` does with a stream, if there is one; under the lock.
+template <typename Use>
+aclError with_stream(aclrtStream handle, const Use& use) {
+  const Lock lock(runtime().mutex);
+  aclError code = ACL_SUCCESS;
+  if (const StreamPtr stream = find_stream(handle, code)) {
+    use(*stream);
+  }
+  return code;
+}
+
 aclError synchronize_current_device(int32_t timeout_ms) {
   if (current_context() == nullptr) {
     return fail(ACL_ERROR_RT_CONTEXT_NULL, "a device is to be synchronised, but this thread has set none");
@@ -211,73 +222,48 @@ aclError aclrtSynchronizeDeviceWithTimeout(int32_t timeout) {
 
 aclError aclrtStreamQuery(aclrtStream handle, aclrtStreamStatus* status) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  const StreamPtr stream = find_stream(handle, code);
-  if (stream == nullptr) {
-    return code;
-  }
-  const bool done = stream->done == stream->enqueued;
-  if (done) {
-    runtime().host.join(stream->clock);
-  }
-  *status = done ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
-  return ACL_SUCCESS;
+  return with_stream(handle, [&](const Stream& stream) {
+    const bool done = stream.done == stream.enqueued;
+    if (done) {
+      runtime().host.join(stream.clock);
+    }
+    *status = done ? ACL_STREAM_STATUS_COMPLETE : ACL_STREAM_STATUS_NOT_READY;
+  });
 }
 
 aclError aclrtStreamGetId(aclrtStream handle, int32_t* id) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  const StreamPtr stream = find_stream(handle, code);
-  *id = stream == nullptr ? -1 : stream->id;
-  return code;
+  *id = -1;
+  return with_stream(handle, [&](const Stream& stream) { *id = stream.id; });
 }
 
 aclError aclrtStreamGetPriority(aclrtStream handle, uint32_t* priority) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  const StreamPtr stream = find_stream(handle, code);
-  *priority = stream == nullptr ? 0 : stream->priority;
-  return code;
+  *priority = 0;
+  return with_stream(handle, [&](const Stream& stream) { *priority = stream.priority; });
 }
 
 aclError aclrtStreamGetFlags(aclrtStream handle, uint32_t* flags) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  const StreamPtr stream = find_stream(handle, code);
-  *flags = stream == nullptr ? 0 : stream->flags;
-  return code;
+  *flags = 0;
+  return with_stream(handle, [&](const Stream& stream) { *flags = stream.flags; });
 }
 
 // Streams go on after a task has failed, which is mode 0; the mode is accepted.
 aclError aclrtSetStreamFailureMode(aclrtStream handle, uint64_t /*mode*/) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  find_stream(handle, code);
-  return code;
+  return with_stream(handle, [](const Stream&) {});
 }
 
 aclError aclrtSetStreamOverflowSwitch(aclrtStream handle, uint32_t flag) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  if (const StreamPtr stream = find_stream(handle, code)) {
-    stream->overflow = flag;
-  }
-  return code;
+  return with_stream(handle, [&](Stream& stream) { stream.overflow = flag; });
 }
 
 aclError aclrtGetStreamOverflowSwitch(aclrtStream handle, uint32_t* flag) {
   CANN_SIM_API();
-  const Lock lock(runtime().mutex);
-  aclError code = ACL_SUCCESS;
-  const StreamPtr stream = find_stream(handle, code);
-  *flag = stream == nullptr ? 0 : stream->overflow;
-  return code;
+  *flag = 0;
+  return with_stream(handle, [&](const Stream& stream) { *flag = stream.overflow; });
 }
 
 aclError aclrtLaunchHostFunc(aclrtStream stream, aclrtHostFunc function, void* args) {

@@ -82,12 +82,7 @@ struct Errors {
 };
 
 Errors& all_errors() {
-  static auto* all = [] {  // outlives static destructors
-    auto* errors = new Errors;
-    keep_over_fork(3, errors->mutex);
-    return errors;
-  }();
-  return *all;
+  return lasting<Errors>(3);
 }
 
 // Counts an error; true if it is a new one. Under the lock.

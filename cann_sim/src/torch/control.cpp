@@ -21,10 +21,7 @@ struct Control {
   void (*allocated)(const void*, size_t);
   void (*freed)(const void*);
   const char* (*message)();
-  // libcann_sim's, of which libascendcl is a user (cann_sim/launch.h).
-  void* (*find)(const void*);
-  void (*written)(void*, const void*, uint64_t);
-  void (*forget)(void*);
+  void (*written)(const void*, uint64_t);  // libcann_sim's, of which libascendcl is a user (cann_sim/launch.h)
 };
 
 template <typename Function>
@@ -48,9 +45,7 @@ const Control& control() {
     bind(library, "cann_sim_acl_tensor_allocated", c.allocated);
     bind(library, "cann_sim_acl_tensor_freed", c.freed);
     bind(library, "aclGetRecentErrMsg", c.message);
-    bind(library, "cann_sim_find", c.find);
-    bind(library, "cann_sim_written", c.written);
-    bind(library, "cann_sim_forget", c.forget);
+    bind(library, "cann_sim_written_now", c.written);
     return c;
   }();
   return bound;
@@ -132,9 +127,7 @@ void Task::touch(const at::TensorBase& tensor, bool write) {
   const size_t itemsize = tensor.itemsize();
   if (runs > kMostRuns) {
     if (write) {
-      void* place = control().find(start);
-      control().written(place, start, (last + run) * itemsize);
-      control().forget(place);
+      control().written(start, (last + run) * itemsize);
     }
     return;
   }
