@@ -218,16 +218,6 @@ class ReduceRows {
 
   // ---- sums of sums ----
 
-  // A running sum with its rounding error kept aside (Neumaier).
-  struct ExactSum {
-    float sum, error;
-  };
-  __aicore__ inline void AddTo(ExactSum& s, float x) const {
-    const TwoFloats t = TwoSum(s.sum, x);
-    s.sum = t.high;
-    s.error += t.low;  // finite, as t.low always is
-  }
-  __aicore__ inline float Rounded(const ExactSum& s) const { return SumOfTwo(s.sum, s.error); }
   // The two sums of blocks [begin, end); for totals the second is a count, and kept as an integer: fp32 holds those
   // exactly only up to 2^24.
   struct Sums {

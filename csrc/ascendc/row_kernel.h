@@ -1,10 +1,11 @@
-// What the row kernels have in common: their tensors in global memory (GM), scalar arithmetic, and vector operations on
-// fp32 in the unified buffer (UB).
+// What the row kernels have in common: their tensors in global memory (GM), what targets and upstream gradients mean,
+// copies, and vector operations on fp32 in the unified buffer (UB).
 //
 // The kernels are right without the compiler's automatic synchronisation: every order between two pipes is a flag, and
 // every dependence between two vector instructions a PipeBarrier<PIPE_V>.
 #pragma once
 
+#include "ascendc/scalar_math.h"
 #include "kernel_operator.h"
 // After the toolkit's header, which tells them that device code is being compiled.
 #include "tiling/row_args.h"
@@ -19,8 +20,14 @@ using AscendC::PipeBarrier;
 using AscendC::SetFlag;
 using AscendC::WaitFlag;
 
-constexpr float kFloatMax = 3.402823466e+38f;
-constexpr uint64_t kEverySecond = 0x5555555555555555ull;  // the even lanes
+template <typename T>
+constexpr bool kIsFp32 = sizeof(T) == sizeof(float);
+// Numbers of a data block.
+template <typename T>
+constexpr int64_t kBlockOf = kDataBlock / sizeof(T);
+
+// Memory that a kernel divides up itself, by the offsets of row_plan.h.
+using UnifiedBuffer = AscendC::TBuf<AscendC::TPosition::VECCALC>;
 
 // GM_ADDR is a macro that ends in a star: one name a line. Where a launch's tensors are; null for what it does not use.
 // row_math.h has the meaning.
@@ -45,63 +52,6 @@ enum class Output { none, log_prob, grad };
 constexpr uint64_t kKeptWeight = 0, kKeptRows = 1, kClassWeight = 2;
 constexpr int64_t kReductionNone = 0, kReductionMean = 1;
 
-__aicore__ inline float FloatOfBits(uint32_t bits) {
-  union {
-    uint32_t from;
-    float to;
-  } value;
-  value.from = bits;
-  return value.to;
-}
-__aicore__ inline float NaN() {
-  return FloatOfBits(0x7fc00000u);
-}
-__aicore__ inline uint32_t BitsOf(float x) {
-  union {
-    float from;
-    uint32_t to;
-  } value;
-  value.from = x;
-  return value.to;
-}
-
-// The scalar unit may be set up to report infinities, NaN and divisions by 0 as errors: they are told by their bits and
-// kept away from its arithmetic. (The vector unit has no such setting.)
-__aicore__ inline bool IsFinite(float x) {
-  return (BitsOf(x) & 0x7f800000u) != 0x7f800000u;
-}
-__aicore__ inline bool IsNaN(float x) {
-  return (BitsOf(x) & 0x7fffffffu) > 0x7f800000u;
-}
-// a + b
-__aicore__ inline float SumOfTwo(float a, float b) {
-  if (IsFinite(a) && IsFinite(b)) {
-    return a + b;
-  }
-  if (IsFinite(a) || IsFinite(b)) {
-    return IsFinite(a) ? b : a;
-  }
-  return BitsOf(a) == BitsOf(b) ? a : NaN();  // infinities of one sign, or not
-}
-// a / b for what a mean divides by: NaN where that is 0, a mean over nothing.
-__aicore__ inline float Quotient(float a, float b) {
-  if ((BitsOf(b) & 0x7fffffffu) == 0 || !IsFinite(b)) {
-    return NaN();
-  }
-  return IsFinite(a) ? a / b : a;
-}
-// a b, b finite
-__aicore__ inline float Product(float a, float b) {
-  if (IsFinite(a)) {
-    return a * b;
-  }
-  return b == 0.0f || IsNaN(a) ? NaN() : FloatOfBits(BitsOf(a) ^ (BitsOf(b) & 0x80000000u));
-}
-// Between the finite bounds of fp32, and 0 for NaN.
-__aicore__ inline float Bounded(float x) {
-  return IsFinite(x) ? x : IsNaN(x) ? 0.0f : BitsOf(x) >> 31 != 0 ? -kFloatMax : kFloatMax;
-}
-
 // One stored number as fp32, on the scalar unit.
 __aicore__ inline float ScalarOf(const LocalTensor<float>& x, uint32_t i) {
   return x.GetValue(i);
@@ -112,31 +62,6 @@ __aicore__ inline float ScalarOf(const LocalTensor<half>& x, uint32_t i) {
 __aicore__ inline float ScalarOf(const LocalTensor<bfloat16_t>& x, uint32_t i) {
   // bfloat16 is the upper half of fp32.
   return FloatOfBits(static_cast<uint32_t>(x.ReinterpretCast<uint16_t>().GetValue(i)) << 16);
-}
-
-// exp(x) - 1 for -0.5 <= x <= 0, by its series: the scalar unit has no exp. The first term left out is below 2^-36.
-__aicore__ inline float Expm1NearZero(float x) {
-  float sum = 1.0f + x * (1.0f / 10);
-  for (int32_t k = 9; k > 1; --k) {
-    sum = 1.0f + x * sum / static_cast<float>(k);
-  }
-  return x * sum;
-}
-
-// high + low = a + b exactly (Knuth), high the rounded sum; low is 0 when the sum is not finite.
-struct TwoFloats {
-  float high, low;
-};
-__aicore__ inline TwoFloats TwoSum(float a, float b) {
-  TwoFloats sum;
-  sum.high = SumOfTwo(a, b);
-  if (!IsFinite(a) || !IsFinite(b)) {
-    sum.low = 0.0f;
-    return sum;
-  }
-  const float b_rounded = sum.high - a;
-  sum.low = IsFinite(sum.high) ? (a - (sum.high - b_rounded)) + (b - b_rounded) : 0.0f;
-  return sum;
 }
 
 // n numbers from GM to UB, and back; any n and any GM address.
@@ -213,6 +138,50 @@ __aicore__ inline void Reduce(const LocalTensor<float>& out, const LocalTensor<f
   Reduction::OfRepeats(out, again, 1, repeats, kBlock);
 }
 
+// out = x between the finite bounds of fp32, so that exp(x - out) is no NaN when both are infinite.
+__aicore__ inline void BoundVector(const LocalTensor<float>& out, const LocalTensor<float>& x, int64_t n) {
+  AscendC::Maxs(out, x, -kFloatMax, n);
+  PipeBarrier<PIPE_V>();
+  AscendC::Mins(out, out, kFloatMax, n);
+  PipeBarrier<PIPE_V>();
+}
+
+// n logits as every row mode takes them, t x in fp32: `logits` itself where it is that already, else `work`, to be
+// followed by a barrier.
+template <typename T>
+__aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, const LocalTensor<float>& work,
+                                                  float logit_scale, int64_t n) {
+  if constexpr (kIsFp32<T>) {
+    if (logit_scale == 1.0f) {
+      return logits;
+    }
+    AscendC::Muls(work, logits, logit_scale, n);
+  } else {
+    AscendC::Cast(work, logits, AscendC::RoundMode::CAST_NONE, n);
+    if (logit_scale != 1.0f) {
+      PipeBarrier<PIPE_V>();
+      AscendC::Muls(work, work, logit_scale, n);
+    }
+  }
+  return work;
+}
+
+// Where an output is made in fp32: in its own place, or in `work` for RoundOutput.
+template <typename T>
+__aicore__ inline LocalTensor<float> Fp32Of(const LocalTensor<T>& out, const LocalTensor<float>& work) {
+  if constexpr (kIsFp32<T>) {
+    return out;
+  } else {
+    return work;
+  }
+}
+template <typename T>
+__aicore__ inline void RoundOutput(const LocalTensor<T>& out, const LocalTensor<float>& work, int64_t n) {
+  if constexpr (!kIsFp32<T>) {
+    AscendC::Cast(out, work, AscendC::RoundMode::CAST_RINT, n);
+  }
+}
+
 // Element `element` of a tensor in GM and what follows.
 template <typename T>
 __aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
@@ -255,6 +224,24 @@ __aicore__ inline bool IsKept(const XentArgs& args, int64_t target) {
 }
 __aicore__ inline bool IsBad(const XentArgs& args, int64_t target) {
   return !IsIgnored(args, target) && !IsKept(args, target);
+}
+// The column of a target that is a class of this shard, else -1.
+__aicore__ inline int64_t ColumnOf(const XentArgs& args, int64_t target) {
+  const bool here = IsKept(args, target) && target >= args.class_start && target - args.class_start < args.cols;
+  return here ? target - args.class_start : -1;
+}
+
+// to[r * kBlock] = the class weight of row r, for the scalar unit, where its target is a class. By copies: a scalar
+// read of GM would wait for each.
+__aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR weight, const XentArgs& args,
+                                         const LocalTensor<int64_t>& target, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    if (IsKept(args, target.GetValue(r))) {
+      CopyIn(to[r * kBlock], Gm<float>(weight, target.GetValue(r)), 1);
+    }
+  }
+  SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
+  WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
 }
 
 // u a, u b and u s of row_math.h, on the scalar unit.

@@ -15,7 +15,7 @@ template <typename T, Output kOutput, bool kStats>
 class ShortRows {
   static constexpr bool kHasOutput = kOutput != Output::none;
   static constexpr bool kGrad = kOutput == Output::grad;
-  static constexpr bool kFp32 = sizeof(T) == sizeof(float);
+  static constexpr bool kFp32 = kIsFp32<T>;
 
  public:
   __aicore__ inline ShortRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,

@@ -1,0 +1,75 @@
+// The chunks of long rows in UB: a ring of slots in the logits' dtype, room to work on two of them in fp32, and a chunk
+// of the class weights.
+#pragma once
+
+#include "ascendc/row_kernel.h"
+
+namespace npu_xent {
+
+template <typename T>
+class LongChunks {
+  static constexpr event_t kWeightFlag = static_cast<event_t>(6);  // long_rows.h uses those below for the slots
+
+ public:
+  __aicore__ inline LongChunks(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
+      : plan_(plan), args_(args), gm_(tensors) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const LongBuffers& b, int64_t slots) {
+    slots_ = slots;
+    ring_ = ub.GetWithOffset<T>(slots * plan_.chunk_cols, b.ring);
+    work_ = ub.GetWithOffset<float>(2 * plan_.chunk_cols, b.work);
+    weight_ = ub.GetWithOffset<float>(plan_.chunk_cols, b.weight);
+  }
+
+  __aicore__ inline int64_t Slots() const { return slots_; }
+  // Where load number `load` is, and room to work on it.
+  __aicore__ inline LocalTensor<T> Slot(int64_t load) const { return ring_[(load % slots_) * plan_.chunk_cols]; }
+  __aicore__ inline LocalTensor<float> Work(int64_t load) const { return work_[load % 2 * plan_.chunk_cols]; }
+
+  __aicore__ inline int64_t FirstColumn(int64_t chunk) const { return chunk * plan_.chunk_cols; }
+  __aicore__ inline int64_t Size(int64_t chunk) const {
+    return smaller(plan_.chunk_cols, args_.cols - FirstColumn(chunk));
+  }
+  __aicore__ inline int64_t PaddedSize(int64_t chunk) const { return round_up(Size(chunk), kChunkUnit); }
+
+  __aicore__ inline void CopyLogitsIn(int64_t load, int64_t row, int64_t chunk) const {
+    CopyIn(Slot(load), Gm<T>(gm_.logits, row * args_.logits_stride + FirstColumn(chunk)), Size(chunk));
+  }
+  __aicore__ inline void CopyOutputOut(int64_t load, int64_t row, int64_t chunk) const {
+    CopyOut(Gm<T>(gm_.output, row * args_.output_stride + FirstColumn(chunk)), Slot(load), Size(chunk));
+  }
+  // The class weights of a chunk, for the vector unit. Rare, so it is not worth a second buffer.
+  __aicore__ inline LocalTensor<float> CopyWeightIn(int64_t chunk) const {
+    SetFlag<HardEvent::V_MTE2>(kWeightFlag);
+    WaitFlag<HardEvent::V_MTE2>(kWeightFlag);
+    CopyIn(weight_, Gm<float>(gm_.weight, args_.class_start + FirstColumn(chunk)), Size(chunk));
+    SetFlag<HardEvent::MTE2_V>(kWeightFlag);
+    WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
+    return weight_;
+  }
+
+  // t x in fp32: in the slot itself when it is that already, else in `work`.
+  __aicore__ inline bool IsInPlace() const { return kIsFp32<T> && args_.logit_scale == 1.0f; }
+  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& slot, const LocalTensor<float>& work,
+                                              int64_t n) const {
+    const LocalTensor<float> x = ScaledLogits(slot, work, args_.logit_scale, n);
+    if (!IsInPlace()) {
+      PipeBarrier<PIPE_V>();
+    }
+    return x;
+  }
+  // The same where Scaled has been before.
+  __aicore__ inline LocalTensor<float> ScaledBefore(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
+    return IsInPlace() ? Fp32Of(slot, work) : work;
+  }
+
+ private:
+  const XentPlan plan_;
+  const XentArgs args_;
+  const RowTensors gm_;
+  int64_t slots_ = 0;
+  LocalTensor<T> ring_;
+  LocalTensor<float> work_, weight_;
+};
+
+}  // namespace npu_xent

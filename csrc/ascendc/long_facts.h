@@ -1,0 +1,147 @@
+// What is known of a row beside its logits: the target's logit and class weight, statistics and upstream gradients that
+// are operands; and the numbers that the scalar unit makes of them for the row's output.
+#pragma once
+
+#include "ascendc/long_pieces.h"
+
+namespace npu_xent {
+
+// What the output of a row is made of.
+struct RowState {
+  bool zero, undefined;  // an ignored row; a row without a distribution
+  float lse, lse_low;
+  float scale, offset;  // gradient = scale exp(t x - lse) - offset w
+  int64_t target;       // column, or -1
+  bool target_known;    // the gradient there is `target_value`, else `target_step` is to be added
+  float target_value, target_step;
+};
+
+template <typename T, Output kOutput, bool kStats>
+class LongFacts {
+ public:
+  __aicore__ inline LongFacts(const XentArgs& args, const RowTensors& tensors) : args_(args), gm_(tensors) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const LongBuffers& b) {
+    picked_ = ub.GetWithOffset<T>(kFactRows * kBlockOf<T>, b.picked);
+    target_weight_ = ub.GetWithOffset<float>(kFactRows * kBlock, b.target_weight);
+    lse_ = ub.GetWithOffset<float>(kFactRows, b.lse);
+    lse_low_ = ub.GetWithOffset<float>(kFactRows, b.lse_low);
+    grad_loss_ = ub.GetWithOffset<float>(kFactRows, b.grad_loss);
+    grad_z_loss_ = ub.GetWithOffset<float>(kFactRows, b.grad_z_loss);
+  }
+  // What all rows share.
+  __aicore__ inline void Prepare() {
+    if constexpr (kOutput == Output::grad) {
+      upstream_ = ReadUpstream(args_, gm_);
+    }
+  }
+
+  // Targets and the rest of a block, to be read by the scalar unit.
+  __aicore__ inline void Stage(LongPieces<kStats>& pieces) {
+    pieces.CopyTargetsIn(gm_.target);
+    if (!kStats) {
+      CopyOperandIn(lse_, gm_.lse, pieces);
+      CopyOperandIn(lse_low_, gm_.lse_low, pieces);
+      if (args_.reduction == kReductionNone) {
+        CopyOperandIn(grad_loss_, gm_.grad_loss, pieces);
+        CopyOperandIn(grad_z_loss_, gm_.grad_z_loss, pieces);
+      }
+    }
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    // A target's logit and weight come by copies of their own: a scalar read of GM would wait for each.
+    for (int64_t i = 0; i < pieces.Count(); ++i) {
+      const Piece piece = pieces.At(i);
+      const int64_t column = pieces.TargetColumn(piece);
+      if (column >= 0) {
+        CopyIn(picked_[i * kBlockOf<T>], Gm<T>(gm_.logits, piece.row * args_.logits_stride + column), 1);
+      }
+      if (kOutput == Output::grad && gm_.weight != nullptr && IsKept(args_, pieces.TargetOf(piece.row))) {
+        CopyIn(target_weight_[i * kBlock], Gm<float>(gm_.weight, pieces.TargetOf(piece.row)), 1);
+      }
+    }
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+  }
+
+  // Of piece `index`, which has its row's target: t x there, in fp32.
+  __aicore__ inline float ScaledPicked(int64_t index) const {
+    return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
+  }
+  // `picked` of row_math.h, and NaN for a target that is no class.
+  __aicore__ inline float Picked(const LongPieces<kStats>& pieces, int64_t index) const {
+    const Piece piece = pieces.At(index);
+    return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? ScaledPicked(index) : 0.0f;
+  }
+
+  // From statistics that are operands.
+  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, int64_t index) const {
+    const int64_t fact = pieces.At(index).row - pieces.FirstRow();
+    const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
+    return MakeState(pieces, index, lse_.GetValue(fact), lse_low);
+  }
+  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, int64_t index, float lse,
+                                       float lse_low) const {
+    const Piece piece = pieces.At(index);
+    RowState s;
+    s.lse = lse;
+    s.lse_low = lse_low;
+    s.zero = kOutput == Output::grad && pieces.IsRowIgnored(piece.row);
+    s.undefined = !IsFinite(lse);
+    s.target = -1;
+    if (kOutput != Output::grad || s.zero) {
+      return s;
+    }
+    const Upstream up = UpstreamOf(piece.row - pieces.FirstRow());
+    const bool is_bad = pieces.IsRowBad(piece.row);
+    const float weight = gm_.weight != nullptr && !is_bad ? target_weight_.GetValue(index * kBlock) : 1.0f;
+    s.undefined = s.undefined || is_bad || !IsFinite(weight) || !IsFinite(up.class_weight) || !IsFinite(up.loss) ||
+                  !IsFinite(up.z);
+    if (s.undefined) {
+      return s;
+    }
+    const Coefficients k = MakeCoefficients(args_, weight, up, lse);
+    s.scale = k.a * (1.0f - lse_low + 0.5f * lse_low * lse_low);  // a exp(-lse_low): lse_low is a rounding error
+    s.offset = k.s;
+    s.target = pieces.TargetColumn(piece);
+    s.target_known = false;
+    s.target_step = -k.b;
+    const float picked = s.target >= 0 ? ScaledPicked(index) : 0.0f;
+    if (s.target >= 0 && IsFinite(picked)) {
+      // a p - b would cancel for a confident prediction, where p is near 1.
+      const float below = (picked - lse) - lse_low;
+      s.target_known = below > kNearZero;
+      if (s.target_known) {
+        s.target_value = k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight;
+      }
+    }
+    return s;
+  }
+
+ private:
+  __aicore__ inline void CopyOperandIn(const LocalTensor<float>& to, GM_ADDR from, const LongPieces<kStats>& pieces) {
+    if (from != nullptr) {
+      CopyIn(to, Gm<float>(from, pieces.FirstRow()), pieces.RowCount());
+    }
+  }
+  __aicore__ inline Upstream UpstreamOf(int64_t fact) const {
+    Upstream up = upstream_;
+    if (args_.reduction == kReductionNone) {
+      up.loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(fact) : 0.0f;
+      if (args_.lse_square_scale != 0.0f) {
+        up.z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(fact) : 0.0f;
+        up.z = SumOfTwo(up.z, up.loss);
+      }
+    }
+    return up;
+  }
+
+  const XentArgs args_;
+  const RowTensors gm_;
+  Upstream upstream_{};
+  LocalTensor<T> picked_;                                       // a data block a piece
+  LocalTensor<float> target_weight_;                            // likewise
+  LocalTensor<float> lse_, lse_low_, grad_loss_, grad_z_loss_;  // operands, by row
+};
+
+}  // namespace npu_xent

@@ -1,0 +1,53 @@
+// The statistics of a block of pieces on their way out: the scalar unit gathers them in UB, and they leave together.
+#pragma once
+
+#include "ascendc/long_statistics.h"
+
+namespace npu_xent {
+
+class LongResults {
+ public:
+  __aicore__ inline explicit LongResults(const RowTensors& tensors) : gm_(tensors) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const LongBuffers& b) {
+    lse_ = ub.GetWithOffset<float>(kFactRows, b.out_lse);
+    lse_low_ = ub.GetWithOffset<float>(kFactRows, b.out_lse_low);
+    picked_ = ub.GetWithOffset<float>(kFactRows, b.out_picked);
+    wsum_ = ub.GetWithOffset<float>(kFactRows, b.out_wsum);
+    weight_ = ub.GetWithOffset<float>(kFactRows, b.out_weight);
+  }
+
+  __aicore__ inline void Set(int64_t index, const RowStatistics& statistics, float picked) {
+    lse_.SetValue(index, statistics.lse.high);
+    lse_low_.SetValue(index, statistics.lse.low);
+    picked_.SetValue(index, picked);
+    wsum_.SetValue(index, statistics.wsum);
+    weight_.SetValue(index, statistics.weight);
+  }
+
+  // Of all pieces of a block: zeros for those that were not read.
+  __aicore__ inline void Store(const LongPieces<true>& pieces) {
+    for (int64_t i = 0; i < pieces.Count(); ++i) {
+      if (!pieces.IsRead(pieces.At(i).row)) {
+        Set(i, RowStatistics{{0.0f, 0.0f}, 0.0f, 0.0f}, 0.0f);
+      }
+    }
+    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    CopyOut(Gm<float>(gm_.lse, pieces.First()), lse_, pieces.Count());
+    CopyOut(Gm<float>(gm_.lse_low, pieces.First()), lse_low_, pieces.Count());
+    CopyOut(Gm<float>(gm_.picked, pieces.First()), picked_, pieces.Count());
+    if (gm_.wsum != nullptr) {
+      CopyOut(Gm<float>(gm_.wsum, pieces.First()), wsum_, pieces.Count());
+    }
+    if (gm_.part_weight != nullptr) {
+      CopyOut(Gm<float>(gm_.part_weight, pieces.First()), weight_, pieces.Count());
+    }
+  }
+
+ private:
+  const RowTensors gm_;
+  LocalTensor<float> lse_, lse_low_, picked_, wsum_, weight_;
+};
+
+}  // namespace npu_xent

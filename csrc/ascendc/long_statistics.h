@@ -1,0 +1,210 @@
+// Statistics of long rows, a chunk at a time: its maximum m, the sum of exp(x - m), and with label smoothing the sums
+// of w (x - m) and of w.
+//
+// The maximum goes by way of the scalar unit, which hands it to the next instructions as an operand; so a chunk takes
+// two steps, and the vector unit has another chunk to do between them. At the end of a row the chunks are joined
+// ("folded"), once more by both units.
+#pragma once
+
+#include "ascendc/long_chunks.h"
+#include "ascendc/long_pieces.h"
+
+namespace npu_xent {
+
+// Of a row, or of a part of it.
+struct RowStatistics {
+  TwoFloats lse;
+  float wsum, weight;  // with smoothing; the sum of the class weights
+};
+
+template <typename T>
+class LongStatistics {
+  static constexpr uint64_t kEverySecond = 0x5555555555555555ull;  // the even lanes
+
+ public:
+  __aicore__ inline explicit LongStatistics(const RowTensors& tensors)
+      : has_weight_(tensors.weight != nullptr), smoothing_(tensors.wsum != nullptr) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const LongBuffers& b) {
+    reduced_ = ub.GetWithOffset<float>(kMaxChunk / kBlock + kLanes, b.reduced);
+    max_out_ = ub.GetWithOffset<float>(2 * kBlock, b.max_out);
+    chunk_max_ = ub.GetWithOffset<float>(2 * kLanes, b.chunk_max);
+    chunk_sum_ = ub.GetWithOffset<float>(2 * kLanes, b.chunk_sum);
+    chunk_wsum_ = ub.GetWithOffset<float>(2 * kLanes, b.chunk_wsum);
+    chunk_weight_ = ub.GetWithOffset<float>(2 * kLanes, b.chunk_weight);
+    fold_ = ub.GetWithOffset<float>(kLanes, b.fold);
+    row_sum_ = ub.GetWithOffset<float>(kBlock, b.row_sum);
+  }
+
+  // Around the chunks of a block: both places of max_out_ are free.
+  __aicore__ inline void Begin() {
+    SetFlag<HardEvent::S_V>(EVENT_ID0);
+    SetFlag<HardEvent::S_V>(EVENT_ID1);
+  }
+  __aicore__ inline void End() {
+    WaitFlag<HardEvent::S_V>(EVENT_ID0);
+    WaitFlag<HardEvent::S_V>(EVENT_ID1);
+  }
+
+  // First step: the maximum of a chunk, to the scalar unit.
+  __aicore__ inline void FindMax(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
+    const event_t flag = static_cast<event_t>(load % 2);
+    const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
+    PipeBarrier<PIPE_V>();  // what was left to do in this work
+    const LocalTensor<float> x = chunks.Scaled(chunks.Slot(load), chunks.Work(load), n);
+    if (n != padded) {
+      PadTail(x, n, padded, -kFloatMax);
+      PipeBarrier<PIPE_V>();
+    }
+    WaitFlag<HardEvent::S_V>(flag);  // it has read the maximum that was there
+    Reduce<Maximum>(max_out_[load % 2 * kBlock], reduced_, x, padded);
+    SetFlag<HardEvent::V_S>(flag);
+  }
+
+  // Second step: the sums of a chunk.
+  __aicore__ inline void SumChunk(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
+    const event_t flag = static_cast<event_t>(load % 2);
+    const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
+    const LocalTensor<float> work = chunks.Work(load);
+    if (at.IsFirst()) {
+      filled_ = 0;
+      joined_ = Joined{-kFloatMax, -kFloatMax, 0.0f, 0.0f};
+    } else if (filled_ == kFold) {
+      Fold(at.ordinal);
+      CarryFold(at.ordinal);
+    }
+    WaitFlag<HardEvent::V_S>(flag);
+    // Bounded: a chunk of -inf has exponentials 0 then and not NaN, +inf an infinite sum.
+    const float max = Bounded(max_out_.GetValue(load % 2 * kBlock));
+    SetFlag<HardEvent::S_V>(flag);
+    const int64_t lane = FoldLane(at.ordinal, filled_++);
+    chunk_max_.SetValue(lane, max);
+    joined_.max = max > joined_.max ? max : joined_.max;
+
+    AscendC::Adds(work, chunks.ScaledBefore(chunks.Slot(load), work), -max, padded);
+    PipeBarrier<PIPE_V>();
+    if (smoothing_) {
+      SumWeighted(chunks, work, lane, at.chunk);
+    }
+    AscendC::Exp(work, work, padded);
+    PipeBarrier<PIPE_V>();
+    if (n != padded) {
+      PadTail(work, n, padded, 0.0f);
+      PipeBarrier<PIPE_V>();
+    }
+    Reduce<Total>(chunk_sum_[lane], reduced_, work, padded);
+  }
+
+  // The last fold of a row, handed to the scalar unit.
+  __aicore__ inline void FoldRow(const Cursor& at) {
+    Fold(at.ordinal);
+    AscendC::Ln(row_sum_, row_sum_, 1);
+    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    folded_ = Folded{at.ordinal, filled_, joined_};
+  }
+  // Takes what FoldRow handed over; sums of further chunks may be under way.
+  __aicore__ inline RowStatistics TakeRow() {
+    Joined joined = folded_.joined;
+    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
+    JoinWeights(folded_.ordinal, folded_.chunks, joined);
+    if (IsFinite(lse.high)) {
+      joined.wsum = SumOfTwo(joined.wsum, joined.weight * ((joined.max - lse.high) - lse.low));
+    }
+    return {lse, joined.wsum, joined.weight};
+  }
+
+ private:
+  // What the chunks of a row have come to: the largest m, and with smoothing the sums of w and of w (x - base).
+  struct Joined {
+    float max, base, weight, wsum;
+  };
+  // A row that the scalar unit has not seen yet.
+  struct Folded {
+    int64_t ordinal, chunks;
+    Joined joined;
+  };
+
+  // Where the statistics of the j-th chunk since the last fold are. Rows take turns with two sets: the scalar unit
+  // writes one while the vector unit may still read the other.
+  __aicore__ inline int64_t FoldLane(int64_t ordinal, int64_t j) const { return ordinal % 2 * kLanes + 2 * j; }
+
+  // The sums of w (x - m), from x - m in `work`, and of w.
+  __aicore__ inline void SumWeighted(const LongChunks<T>& chunks, const LocalTensor<float>& work, int64_t lane,
+                                     int64_t chunk) {
+    const int64_t n = chunks.Size(chunk), padded = chunks.PaddedSize(chunk);
+    if (n != padded) {
+      PadTail(work, n, padded, 0.0f);
+    }
+    if (!has_weight_) {
+      chunk_weight_.SetValue(lane, static_cast<float>(n));
+      PipeBarrier<PIPE_V>();
+      Reduce<Total>(chunk_wsum_[lane], reduced_, work, padded);
+      return;
+    }
+    const LocalTensor<float> weight = chunks.CopyWeightIn(chunk);
+    if (n != padded) {
+      PadTail(weight, n, padded, 0.0f);
+    }
+    PipeBarrier<PIPE_V>();
+    Reduce<Total>(chunk_weight_[lane], reduced_, weight, padded);  // has read `weight` and passed a barrier
+    AscendC::Mul(weight, weight, work, padded);
+    PipeBarrier<PIPE_V>();
+    Reduce<Total>(chunk_wsum_[lane], reduced_, weight, padded);
+  }
+
+  // row_sum_ = the sum of s exp(m - M) over the chunks since the last fold.
+  __aicore__ inline void Fold(int64_t ordinal) {
+    const LocalTensor<float> maxima = chunk_max_[ordinal % 2 * kLanes], sums = chunk_sum_[ordinal % 2 * kLanes];
+    uint64_t mask[2] = {kEverySecond >> (kLanes - 2 * filled_), 0};
+    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there, and row_sum_ of the row before has been read
+    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    const AscendC::UnaryRepeatParams once(1, 1, 8, 8);
+    AscendC::Adds(fold_, maxima, -joined_.max, mask, 1, once);
+    PipeBarrier<PIPE_V>();
+    AscendC::Exp(fold_, fold_, mask, 1, once);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(fold_, fold_, sums, mask, 1, AscendC::BinaryRepeatParams(1, 1, 1, 8, 8, 8));
+    PipeBarrier<PIPE_V>();
+    AscendC::WholeReduceSum(row_sum_, fold_, mask, 1, 1, 1, 8);
+    PipeBarrier<PIPE_V>();
+  }
+  // The scalar unit's part of a fold, once the vector unit is through with the chunks.
+  __aicore__ inline void JoinWeights(int64_t ordinal, int64_t chunks, Joined& joined) const {
+    if (joined.weight != 0.0f) {
+      joined.wsum = SumOfTwo(joined.wsum, joined.weight * (joined.base - joined.max));
+    }
+    joined.base = joined.max;
+    for (int64_t j = 0; smoothing_ && j < chunks; ++j) {
+      const int64_t lane = FoldLane(ordinal, j);
+      const float weight = chunk_weight_.GetValue(lane);
+      const float moved = weight * (chunk_max_.GetValue(lane) - joined.max);
+      joined.wsum = SumOfTwo(joined.wsum, SumOfTwo(chunk_wsum_.GetValue(lane), moved));
+      joined.weight += weight;
+    }
+  }
+  // In rows of more than kFold chunks the fold so far becomes chunk 0 of the next one.
+  __aicore__ inline void CarryFold(int64_t ordinal) {
+    const int64_t lane = FoldLane(ordinal, 0);
+    AscendC::Adds(chunk_sum_[lane], row_sum_, 0.0f, uint64_t{1}, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
+    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    JoinWeights(ordinal, filled_, joined_);
+    chunk_max_.SetValue(lane, joined_.max);
+    chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has them
+    chunk_weight_.SetValue(lane, 0.0f);
+    SetFlag<HardEvent::S_V>(EVENT_ID3);
+    WaitFlag<HardEvent::S_V>(EVENT_ID3);
+    filled_ = 1;
+  }
+
+  const bool has_weight_, smoothing_;
+  int64_t filled_ = 0;  // chunks since the last fold
+  Joined joined_{};
+  Folded folded_{};
+  LocalTensor<float> reduced_, max_out_;
+  LocalTensor<float> chunk_max_, chunk_sum_, chunk_wsum_, chunk_weight_;  // of the chunks of two rows
+  LocalTensor<float> fold_, row_sum_;
+};
+
+}  // namespace npu_xent
