@@ -80,13 +80,7 @@ class ReduceRows {
     SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
     WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
     if (gm_.weight != nullptr) {
-      for (int64_t r = 0; r < n; ++r) {
-        if (IsKept(args_, target_.GetValue(r))) {
-          CopyIn(target_weight_[r * kBlock], Gm<float>(gm_.weight, target_.GetValue(r)), 1);
-        }
-      }
-      SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
-      WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+      CopyTargetWeights(target_weight_, gm_.weight, args_, target_, n);
     }
     kept_ = 0;
     for (int64_t r = 0; r < n; ++r) {
@@ -299,10 +293,7 @@ class ReduceRows {
     SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
     WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
     const LocalTensor<float> max = result_, sum = result_[kBlock], picked = result_[2 * kBlock];
-    AscendC::Maxs(V(kT), V(kLse), -kFloatMax, n);
-    PipeBarrier<PIPE_V>();
-    AscendC::Mins(V(kT), V(kT), kFloatMax, n);
-    PipeBarrier<PIPE_V>();
+    BoundVector(V(kT), V(kLse), n);
     AscendC::WholeReduceMax(max, V(kT), n, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
     AscendC::WholeReduceSum(picked, V(kPicked), n, kBlock, 1, 1, 0);
     PipeBarrier<PIPE_V>();
@@ -371,7 +362,7 @@ class ReduceRows {
   const ReduceTensors gm_;
   int64_t kept_ = 0;
 
-  AscendC::TBuf<AscendC::TPosition::VECCALC> ub_;
+  UnifiedBuffer ub_;
   LocalTensor<float> vectors_, target_weight_, weights_, result_, stored_;
   LocalTensor<uint8_t> mask_;
   LocalTensor<int64_t> target_;

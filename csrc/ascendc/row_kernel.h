@@ -236,8 +236,9 @@ __aicore__ inline int64_t ColumnOf(const XentArgs& args, int64_t target) {
 __aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR weight, const XentArgs& args,
                                          const LocalTensor<int64_t>& target, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
-    if (IsKept(args, target.GetValue(r))) {
-      CopyIn(to[r * kBlock], Gm<float>(weight, target.GetValue(r)), 1);
+    const int64_t y = target.GetValue(r);
+    if (IsKept(args, y)) {
+      CopyIn(to[r * kBlock], Gm<float>(weight, y), 1);
     }
   }
   SetFlag<HardEvent::MTE2_S>(EVENT_ID1);

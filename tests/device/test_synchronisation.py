@@ -64,11 +64,10 @@ LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, 
 # Where: (file, function, line), and why it is there though no launch needs its ordering.
 PAIRING = "takes a flag that was set for a successor which does not come: flags end in pairs"
 REDUNDANT = {
-    ("long_rows.h", "Block", "WaitFlag<HardEvent::S_V>(EVENT_ID0);"): PAIRING,
-    ("long_rows.h", "Block", "WaitFlag<HardEvent::S_V>(EVENT_ID1);"): PAIRING,
-    ("short_rows.h", "Drain", "WaitFlag<HardEvent::MTE3_V>(statistics_left_);"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID0);"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID1);"): PAIRING,
     (
-        "short_rows.h",
+        "short_copies.h",
         "CopyTileIn",
         "LocalTensor<float> operands = operands_.AllocTensor<float>();",
     ): "the tile's queue orders the same",

@@ -1,0 +1,138 @@
+// Statistics of a tile of short rows: lse and lse_low, picked, wsum, a lane a row; and their way out.
+#pragma once
+
+#include "ascendc/short_tile.h"
+
+namespace npu_xent {
+
+class ShortStatistics {
+ public:
+  __aicore__ inline explicit ShortStatistics(const RowTensors& tensors)
+      : gm_(tensors), has_weight_(tensors.weight != nullptr), smoothing_(tensors.wsum != nullptr) {}
+
+  __aicore__ inline void Allocate(AscendC::TPipe& pipe) {
+    // The queues take flags between the same pipes.
+    ready_ = static_cast<event_t>(pipe.AllocEventID<HardEvent::V_MTE3>());
+    left_ = static_cast<event_t>(pipe.AllocEventID<HardEvent::MTE3_V>());
+  }
+  // The sum of this shard's class weights, to the scalar unit, and there.
+  __aicore__ inline void SumClassWeights(const ShortTile& v) const {
+    if (smoothing_) {
+      v.ReduceTile<Total>(v[kScratch], v.weight, 1);
+    }
+  }
+  __aicore__ inline void TakeClassWeights(const ShortTile& v) {
+    if (smoothing_) {
+      shard_weight_ = v[kScratch].GetValue(0);
+    }
+  }
+
+  // Of the tile t x; leaves exp(t x - kMax) in `exps`. kPicked is there.
+  __aicore__ inline void Compute(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
+    const int64_t n = f.rows;
+    v.ReduceTile<Maximum>(v[kMax], x, n);
+    // Bounded: rows of -inf have exponentials 0 then and not NaN, +inf an infinite sum.
+    BoundVector(v[kMax], v[kMax], n);
+    v.SubLanes(v.exps, x, v[kMax], n);
+    if (smoothing_) {
+      WeightedSum(v, x, n);
+    }
+    AscendC::Exp(v.exps, v.exps, n * v.padded);
+    PipeBarrier<PIPE_V>();
+    v.ReduceTile<Total>(v[kSum], v.exps, n);
+    LogOfSum(v, n);
+    if (smoothing_) {
+      // sum w (x - max) becomes sum w (x - lse)
+      AscendC::Sub(v[kScratch], v[kMax], v[kLse], n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Sub(v[kScratch], v[kScratch], v[kLseLow], n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Muls(v[kScratch], v[kScratch], shard_weight_, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Add(v[kWsum], v[kWsum], v[kScratch], n);
+      PipeBarrier<PIPE_V>();
+    }
+    if (f.any_bad) {
+      AscendC::Add(v[kPicked], v[kPicked], v.SetLane(kBadOf, f), n);
+    }
+    if (f.any_unread) {
+      // They were taken for zeros, so all of this is finite.
+      AscendC::Mul(v[kLse], v[kLse], v.SetLane(kReadOf, f), n);
+      AscendC::Mul(v[kLseLow], v[kLseLow], v.SetLane(kReadOf, f), n);
+      AscendC::Mul(v[kWsum], v[kWsum], v.SetLane(kReadOf, f), n);
+    }
+    PipeBarrier<PIPE_V>();
+  }
+
+  // The lanes of the tile before have left.
+  __aicore__ inline void WaitStore() {
+    if (under_way_) {
+      WaitFlag<HardEvent::MTE3_V>(left_);
+    }
+    under_way_ = false;
+  }
+  __aicore__ inline void Store(const ShortTile& v, const TileFacts& f) {
+    SetFlag<HardEvent::V_MTE3>(ready_);
+    WaitFlag<HardEvent::V_MTE3>(ready_);
+    CopyOut(Gm<float>(gm_.lse, f.first), v[kLse], f.rows);
+    CopyOut(Gm<float>(gm_.lse_low, f.first), v[kLseLow], f.rows);
+    CopyOut(Gm<float>(gm_.picked, f.first), v[kPicked], f.rows);
+    if (smoothing_) {
+      CopyOut(Gm<float>(gm_.wsum, f.first), v[kWsum], f.rows);
+    }
+    SetFlag<HardEvent::MTE3_V>(left_);
+    under_way_ = true;
+  }
+  __aicore__ inline void Release(AscendC::TPipe& pipe) {
+    pipe.ReleaseEventID<HardEvent::V_MTE3>(ready_);
+    pipe.ReleaseEventID<HardEvent::MTE3_V>(left_);
+  }
+
+ private:
+  // kWsum = sum w (x - max), from x - max in `exps`, which is made anew if the weights have been in it.
+  __aicore__ inline void WeightedSum(const ShortTile& v, const LocalTensor<float>& x, int64_t n) const {
+    if (!has_weight_) {
+      v.ReduceTile<Total>(v[kWsum], v.exps, n);
+      return;
+    }
+    for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
+      AscendC::Mul(v.exps[j * kLanes], v.exps[j * kLanes], v.weight[j * kLanes], v.PaddedWidth(j), n,
+                   AscendC::BinaryRepeatParams(1, 1, 1, v.RowStride(), v.RowStride(), 0));
+    }
+    PipeBarrier<PIPE_V>();
+    v.ReduceTile<Total>(v[kWsum], v.exps, n);
+    v.SubLanes(v.exps, x, v[kMax], n);
+  }
+
+  // kLse + kLseLow = kMax + log(kSum) exactly (Knuth's sum of two numbers); kLseLow is 0 where kLse is not finite.
+  __aicore__ inline void LogOfSum(const ShortTile& v, int64_t n) const {
+    const LocalTensor<float> max = v[kMax], log = v[kSum], lse = v[kLse], low = v[kLseLow];
+    const LocalTensor<float> log_rounded = v[kScratch], max_rounded = v[kMore];
+    AscendC::Ln(log, log, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(lse, max, log, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Sub(log_rounded, lse, max, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Sub(max_rounded, lse, log_rounded, n);
+    AscendC::Sub(low, log, log_rounded, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Sub(max_rounded, max, max_rounded, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(low, low, max_rounded, n);
+    AscendC::Abs(log_rounded, lse, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::CompareScalar(v.mask, log_rounded, kFloatMax, AscendC::CMPMODE::LE, v.lane_count);
+    PipeBarrier<PIPE_V>();
+    AscendC::Select(low, v.mask, low, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    PipeBarrier<PIPE_V>();
+  }
+
+  const RowTensors gm_;
+  const bool has_weight_, smoothing_;
+  float shard_weight_ = 0;
+  bool under_way_ = false;
+  event_t ready_, left_;
+};
+
+}  // namespace npu_xent

@@ -1,0 +1,103 @@
+// Targets of short rows: the scalar unit looks them up, two tiles ahead of the vector unit, and leaves what it finds in
+// lanes (enum Lane); the vector unit finds their columns.
+//
+// A column is found by comparing column numbers, so no target can make anything be read out of bounds.
+#pragma once
+
+#include "ascendc/short_tile.h"
+
+namespace npu_xent {
+
+template <bool kGrad>
+class ShortTargets {
+ public:
+  __aicore__ inline ShortTargets(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
+      : plan_(plan), args_(args), gm_(tensors) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const ShortBuffers& b) {
+    target_ = ub.GetWithOffset<int64_t>(round_up(plan_.rows_per_tile, kLanes), b.target);
+    target_weight_ = ub.GetWithOffset<float>(plan_.rows_per_tile * kBlock, b.target_weight);
+  }
+
+  // From LookUp on.
+  __aicore__ inline const TileFacts& Of(int64_t tile) const { return facts_[tile % kSets]; }
+
+  __aicore__ inline void LookUp(const ShortTile& v, int64_t tile) {
+    TileFacts& f = facts_[tile % kSets];
+    f.first = tile * plan_.rows_per_tile;
+    f.rows = smaller(plan_.rows_per_tile, args_.rows - f.first);
+    f.set = tile % kSets;
+    f.any_bad = f.any_ignored = false;
+    for (int64_t word = 0; word < kMaxTileRows / 64; ++word) {
+      f.ignored[word] = 0;
+    }
+    SetFlag<HardEvent::S_MTE2>(EVENT_ID0);  // the targets of the tile before have been read
+    WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+    CopyIn(target_, Gm<int64_t>(gm_.target, f.first), f.rows);
+    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    // The vector unit has read this set: the copy above came after one into the buffer of the tile that had it.
+    const LocalTensor<float> column = v.SetLane(kColumnOf, f);
+    for (int64_t r = 0; r < f.rows; ++r) {
+      const int64_t y = target_.GetValue(r);
+      const bool ignored = IsIgnored(args_, y), bad = IsBad(args_, y);
+      f.any_bad = f.any_bad || bad;
+      if (ignored) {
+        f.any_ignored = true;
+        f.ignored[r / 64] |= uint64_t{1} << (r % 64);
+      }
+      column.SetValue(r, static_cast<float>(ColumnOf(args_, y)));
+    }
+    f.any_unread = f.any_ignored && args_.read_ignored == 0;
+    if (f.any_bad || f.any_unread) {
+      LookUpExceptions(v, f);
+    }
+    if (kGrad && gm_.weight != nullptr) {
+      LookUpWeights(v, f);
+    }
+    SetFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
+  }
+
+  // On the vector unit, from t x: a bit at each row's target, and kPicked, t x there (0 for targets not of this shard),
+  // by way of `exps`, which nothing else needs yet.
+  __aicore__ inline void Find(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
+    v.Spread(v.SetLane(kColumnOf, f), f.rows);
+    for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
+      AscendC::Compare(v.Hot(j), v.columns[j * kLanes], v.block, AscendC::CMPMODE::EQ, kLanes, f.rows,
+                       AscendC::BinaryRepeatParams(1, 1, 0, 8, 0, 1));
+    }
+    PipeBarrier<PIPE_V>();
+    for (int64_t j = 0; j < v.Blocks(); ++j) {
+      AscendC::Select(v.exps[j * kLanes], v.Hot(j), x[j * kLanes], 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE,
+                      v.Width(j), f.rows, AscendC::BinaryRepeatParams(1, 1, 1, v.RowStride(), v.RowStride(), 0));
+    }
+    PipeBarrier<PIPE_V>();
+    v.ReduceTile<Total>(v[kPicked], v.exps, f.rows);
+  }
+
+ private:
+  __aicore__ inline void LookUpExceptions(const ShortTile& v, const TileFacts& f) {
+    const LocalTensor<float> bad = v.SetLane(kBadOf, f), read = v.SetLane(kReadOf, f);
+    for (int64_t r = 0; r < f.rows; ++r) {
+      bad.SetValue(r, IsBad(args_, target_.GetValue(r)) ? NaN() : 0.0f);
+      read.SetValue(r, f.IsRead(r) ? 1.0f : 0.0f);
+    }
+  }
+  __aicore__ inline void LookUpWeights(const ShortTile& v, const TileFacts& f) {
+    CopyTargetWeights(target_weight_, gm_.weight, args_, target_, f.rows);
+    const LocalTensor<float> weight = v.SetLane(kWeightOf, f);
+    for (int64_t r = 0; r < f.rows; ++r) {
+      const int64_t y = target_.GetValue(r);
+      weight.SetValue(r, IsKept(args_, y) ? target_weight_.GetValue(r * kBlock) : 0.0f);
+    }
+  }
+
+  const XentPlan plan_;
+  const XentArgs args_;
+  const RowTensors gm_;
+  TileFacts facts_[kSets];
+  LocalTensor<int64_t> target_;
+  LocalTensor<float> target_weight_;
+};
+
+}  // namespace npu_xent

@@ -1,0 +1,159 @@
+// A tile of short rows in UB, [rows, cols] in fp32, and the operations on it.
+//
+// One value a row is one lane of a vector. What works on the whole tile goes over blocks of 64 columns with one repeat
+// a row, and meets a row's value as a data block that holds it eight times (Brcb).
+#pragma once
+
+#include "ascendc/row_kernel.h"
+
+namespace npu_xent {
+
+// What the scalar unit found about the rows of a tile; there are kSets sets of the lanes it writes, by turns.
+constexpr int64_t kSets = 3;
+struct TileFacts {
+  int64_t first, rows, set;
+  bool any_bad, any_ignored, any_unread;
+  uint64_t ignored[kMaxTileRows / 64];  // a bit a row
+
+  __aicore__ inline bool IsIgnored(int64_t r) const { return (ignored[r / 64] >> (r % 64)) % 2 != 0; }
+  __aicore__ inline bool IsRead(int64_t r) const { return !any_unread || !IsIgnored(r); }
+};
+
+// Vectors with a lane a row.
+enum Lane : int64_t { kColumnOf, kWeightOf, kBadOf, kReadOf, kSetLanes };  // written by the scalar unit
+enum Vector : int64_t {
+  kMax = kSets * kSetLanes,  // what was subtracted before exp
+  kSum,
+  kLse,
+  kLseLow,
+  kPicked,
+  kWsum,
+  kGradLoss,
+  kGradZ,
+  kA,
+  kB,
+  kOffset,
+  kScale,
+  kAtTarget,
+  kScratch,
+  kMore,
+  kTail,  // of a reduction
+  kVectors
+};
+static_assert(kVectors <= kShortLanes, "row_plan.h keeps memory for so many");
+
+struct ShortTile {
+  __aicore__ inline explicit ShortTile(const XentArgs& args)
+      : cols(args.cols), padded(short_row_cols(args.dtype, args.cols)) {}
+
+  __aicore__ inline void Allocate(UnifiedBuffer& ub, const ShortBuffers& b, int64_t rows) {
+    lane_count = round_up(rows, kLanes);
+    const int64_t width = round_up(padded, kLanes);
+    x = ub.GetWithOffset<float>(rows * padded, b.x);
+    exps = ub.GetWithOffset<float>(rows * padded, b.exps);
+    hot = ub.GetWithOffset<uint8_t>(width / kLanes * lane_count * 8, b.hot);
+    columns = ub.GetWithOffset<float>(width, b.columns);
+    weight = ub.GetWithOffset<float>(width, b.weight);
+    parts = ub.GetWithOffset<float>(larger(1, cols / kLanes) * rows * kBlock, b.parts);
+    block = ub.GetWithOffset<float>(lane_count * kBlock, b.block);
+    mask = ub.GetWithOffset<uint8_t>(lane_count / 8, b.mask);
+    lanes = ub.GetWithOffset<float>(kShortLanes * lane_count, b.lanes);
+  }
+
+  // Zeros in all lanes, column numbers, and class weights of 1 unless others are to come.
+  __aicore__ inline void PutConstants(bool has_weight) const {
+    const int64_t width = round_up(padded, kLanes);
+    AscendC::Duplicate(lanes, 0.0f, kShortLanes * lane_count);
+    AscendC::CreateVecIndex(columns, 0.0f, width);
+    AscendC::Duplicate(weight, has_weight ? 0.0f : 1.0f, width);
+    PipeBarrier<PIPE_V>();
+    for (int64_t set = 0; !has_weight && set < kSets; ++set) {
+      AscendC::Duplicate(lanes[(set * kSetLanes + kWeightOf) * lane_count], 1.0f, lane_count);
+    }
+  }
+
+  // Columns of block j: those of the row, or also the padding that keeps rows aligned.
+  __aicore__ inline int64_t Blocks() const { return div_up(cols, kLanes); }
+  __aicore__ inline int64_t Width(int64_t j) const { return smaller(kLanes, cols - j * kLanes); }
+  __aicore__ inline int64_t PaddedBlocks() const { return div_up(padded, kLanes); }
+  __aicore__ inline int64_t PaddedWidth(int64_t j) const { return smaller(kLanes, padded - j * kLanes); }
+  __aicore__ inline int64_t RowStride() const { return padded / kBlock; }  // of fp32 rows, in data blocks
+
+  // Vectors and bits.
+  __aicore__ inline LocalTensor<float> SetLane(Lane lane, const TileFacts& f) const {
+    return lanes[(f.set * kSetLanes + lane) * lane_count];
+  }
+  __aicore__ inline LocalTensor<float> operator[](Vector v) const { return lanes[v * lane_count]; }
+  __aicore__ inline LocalTensor<uint8_t> Hot(int64_t j) const { return hot[j * lane_count * 8]; }
+
+  // out[r] = the reduction of the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
+  // over these makes 8 of them all, and one more block reduction one. What is left of less than 64 columns is reduced
+  // by itself: in a block reduction it could leave blocks without any lane.
+  template <typename Reduction>
+  __aicore__ inline void ReduceTile(const LocalTensor<float>& out, const LocalTensor<float>& a, int64_t rows) const {
+    const int64_t blocks = cols / kLanes, tail = cols % kLanes;
+    for (int64_t j = 0; j < blocks; ++j) {
+      Reduction::OfBlocks(Part(j, rows), a[j * kLanes], rows, kLanes, RowStride());
+    }
+    if (tail != 0) {
+      Reduction::OfRepeats(blocks > 0 ? (*this)[kTail] : out, a[blocks * kLanes], rows, tail, RowStride());
+    }
+    PipeBarrier<PIPE_V>();
+    if (blocks == 0) {
+      return;
+    }
+    for (int64_t left = blocks; left > 1; left -= left / 2) {
+      Reduction::OfTwo(parts, parts, Part(left - left / 2, rows), left / 2 * rows * kBlock);
+      PipeBarrier<PIPE_V>();
+    }
+    const int64_t repeats = rows / kBlock, rest = rows % kBlock;
+    if (repeats > 0) {
+      Reduction::OfBlocks(out, parts, repeats, kLanes, kBlock);
+    }
+    if (rest > 0) {
+      Reduction::OfBlocks(out[repeats * kBlock], parts[repeats * kLanes], 1, rest * kBlock, kBlock);
+    }
+    PipeBarrier<PIPE_V>();
+    if (tail != 0) {
+      Reduction::OfTwo(out, out, (*this)[kTail], rows);
+      PipeBarrier<PIPE_V>();
+    }
+  }
+  __aicore__ inline LocalTensor<float> Part(int64_t j, int64_t rows) const { return parts[j * rows * kBlock]; }
+
+  // block[r] = v[r] eight times
+  __aicore__ inline void Spread(const LocalTensor<float>& v, int64_t rows) const {
+    AscendC::Brcb(block, v, div_up(rows, kBlock), AscendC::BrcbRepeatParams(1, 8));
+    PipeBarrier<PIPE_V>();
+  }
+  // out = a - v, v[r] from the whole of row r; and out = a v.
+  __aicore__ inline void SubLanes(const LocalTensor<float>& out, const LocalTensor<float>& a,
+                                  const LocalTensor<float>& v, int64_t rows) const {
+    Spread(v, rows);
+    for (int64_t j = 0; j < PaddedBlocks(); ++j) {
+      AscendC::Sub(out[j * kLanes], a[j * kLanes], block, PaddedWidth(j), rows,
+                   AscendC::BinaryRepeatParams(1, 1, 0, RowStride(), RowStride(), 1));
+    }
+    PipeBarrier<PIPE_V>();
+  }
+  __aicore__ inline void MulLanes(const LocalTensor<float>& out, const LocalTensor<float>& a,
+                                  const LocalTensor<float>& v, int64_t rows) const {
+    Spread(v, rows);
+    for (int64_t j = 0; j < PaddedBlocks(); ++j) {
+      AscendC::Mul(out[j * kLanes], a[j * kLanes], block, PaddedWidth(j), rows,
+                   AscendC::BinaryRepeatParams(1, 1, 0, RowStride(), RowStride(), 1));
+    }
+    PipeBarrier<PIPE_V>();
+  }
+
+  const int64_t cols, padded;  // of a row, and in UB
+  int64_t lane_count = 0;      // rows of a tile, rounded up to whole instructions
+
+  LocalTensor<float> x, exps;          // tiles: t x unless it is that already, and what becomes of it
+  LocalTensor<uint8_t> hot, mask;      // a bit an element: is it the target's? a bit a row
+  LocalTensor<float> columns, weight;  // column numbers and class weights
+  LocalTensor<float> parts, block;     // of reductions; a data block a row
+  LocalTensor<float> lanes;
+};
+
+}  // namespace npu_xent
