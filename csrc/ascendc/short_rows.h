@@ -44,7 +44,9 @@ class ShortRows {
         LoadTile(tile + 2);
       }
     }
-    statistics_.WaitStore();
+    if constexpr (kStats) {
+      statistics_.WaitStore();
+    }
     statistics_.Release(pipe_);
   }
 
@@ -87,11 +89,13 @@ class ShortRows {
   __aicore__ inline void ComputeTile(const TileFacts& f) {
     LocalTensor<T> in = copies_.TakeTile();
     WaitFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
-    statistics_.WaitStore();
+    if constexpr (kStats) {
+      statistics_.WaitStore();
+    }
     ClearUnread(in, f);
     const LocalTensor<float> x = Scaled(in, f.rows);
     if constexpr (kStats || kGrad) {
-      targets_.Find(tile_, x, f);
+      targets_.FindTargets(tile_, x, f);
     }
     if constexpr (kStats) {
       statistics_.Compute(tile_, x, f);

@@ -64,7 +64,7 @@ class ShortStatistics {
     PipeBarrier<PIPE_V>();
   }
 
-  // The lanes of the tile before have left.
+  // Waits until the lanes of the tile before have left, or, at the end, takes the flag that nobody else will.
   __aicore__ inline void WaitStore() {
     if (under_way_) {
       WaitFlag<HardEvent::MTE3_V>(left_);

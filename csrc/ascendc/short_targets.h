@@ -60,7 +60,7 @@ class ShortTargets {
 
   // On the vector unit, from t x: a bit at each row's target, and kPicked, t x there (0 for targets not of this shard),
   // by way of `exps`, which nothing else needs yet.
-  __aicore__ inline void Find(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
+  __aicore__ inline void FindTargets(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     v.Spread(v.SetLane(kColumnOf, f), f.rows);
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
       AscendC::Compare(v.Hot(j), v.columns[j * kLanes], v.block, AscendC::CMPMODE::EQ, kLanes, f.rows,
