@@ -1,12 +1,16 @@
-"""The documentation says what the code says: every error text is in docs/errors.md, and nothing else is.
+"""The documentation says what the code says.
 
-Messages are read out of the sources, with an ellipsis for whatever they fill in.
+Every error text is in docs/errors.md, and nothing else is; messages are read out of the sources, with an ellipsis for
+whatever they fill in. Launches and environment variables are listed, and programs in the pages run.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +20,7 @@ pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 ERRORS = ROOT / "docs" / "errors.md"
+ATLAS = ROOT / "docs" / "atlas.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "npu_xent").rglob("*.py"))]
 CXX = sorted(path for kind in ("*.h", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
 CMAKE = [
@@ -173,3 +178,45 @@ def test_every_error_is_documented() -> None:
 def test_every_documented_error_is_in_the_code() -> None:
     stale = [text for text in documented() if text not in spoken()]
     assert not stale, "in docs/errors.md, but no longer in the code:\n" + "\n".join(stale)
+
+
+# Names and programs ---------------------------------------------------------------------------------------------------
+
+
+def programs(path: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```$", path.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+def test_every_launch_is_listed() -> None:
+    launches = re.findall(r'kName = "(\w+)"', (ROOT / "csrc/npu/launch.h").read_text())
+    assert len(launches) == 5
+    listed = re.findall(r"^\| `(npu_xent_\w+)` \|", ATLAS.read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(launches)
+
+
+def test_every_environment_variable_is_documented() -> None:
+    reading = re.compile(r'(?:getenv\(|environ\.(?:get|setdefault)\(|environ\[)"(\w+)"')
+    read = {name for path in (*PYTHON, *CXX) for name in reading.findall(path.read_text())}
+    assert {"NPU_XENT_DEBUG", "NPU_XENT_HUGE_PAGES", "SOC_VERSION"} <= read
+    pages = ATLAS.read_text() + (ROOT / "README.md").read_text()
+    assert not {name for name in read if f"`{name}" not in pages}
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("atlas", "vendor"))])
+def test_programs_parse(page: str) -> None:
+    assert programs(ROOT / page)
+    for program in programs(ROOT / page):
+        ast.parse(program)
+
+
+def test_the_program_for_several_cards_runs(tmp_path: Path) -> None:
+    """Two processes on the CPU, which find the same weights and learn."""
+    program = next(text for text in programs(ATLAS) if text.startswith("# ddp.py"))
+    (tmp_path / "ddp.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ddp.py", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    losses = [float(loss) for loss in re.findall(r"^step \d+: (\S+)$", run.stdout, flags=re.MULTILINE)]
+    assert len(losses) == 20
+    assert losses[-1] < losses[0] - 1
