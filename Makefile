@@ -5,6 +5,7 @@
 #                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
 #   make test-aarch64
 #                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
+#   make docs     builds the documentation as a site, build/docs/index.html
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
@@ -33,10 +34,10 @@ SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeList
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 build check format clean
+.PHONY: help train test test-aarch64 docs build check format clean
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,12s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
@@ -84,6 +85,13 @@ ifneq ($(shell uname -m),aarch64)
 	@echo "== Building for aarch64, and testing under qemu"
 	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/aarch64/toolchain.cmake))
 endif
+
+# Warnings are errors: a link that leads nowhere, a docstring that does not parse.
+docs: $(VENV)/.docs $(VENV)/.build
+	@echo "== Building the documentation"
+	@rm -rf build/docs
+	@$(PY) -m sphinx -W --keep-going -q -b html -d build/doctrees -c docs . build/docs
+	@echo "Wrote build/docs/index.html"
 
 build: $(VENV)/.build
 
@@ -150,6 +158,11 @@ $(VENV)/.train: $(TORCH_STAMP)
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.created
+	@echo "== Installing what the documentation needs"
+	@$(PIP) install "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6"
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.created

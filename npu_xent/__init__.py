@@ -1,4 +1,4 @@
-"""Fused cross entropy for Huawei Atlas NPUs and for CPUs.
+"""Fused cross entropy for Huawei Atlas NPUs and for CPUs::
 
     npu_xent.cross_entropy              in the place of torch.nn.functional.cross_entropy
     npu_xent.CrossEntropyLoss           in the place of torch.nn.CrossEntropyLoss

@@ -45,7 +45,7 @@ def cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy between logits and classes or probabilities, as torch.nn.functional.cross_entropy computes it.
 
-    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights:
+    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights::
 
         l_n = k_n [ (1 - e) w[target_n] (-lp[n, target_n]) + e/C sum_c(-w_c lp[n, c]) ]
         "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]

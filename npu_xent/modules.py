@@ -15,8 +15,9 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
             state_dict.
-        ignore_index, reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits,
-            **deprecated: as `cross_entropy` takes them.
+        ignore_index: this and what follows, as `cross_entropy` takes them.
+        reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits: likewise.
+        **deprecated: likewise.
 
     Called as module(input, target), it returns and raises what `cross_entropy` does.
     """

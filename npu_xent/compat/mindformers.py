@@ -25,13 +25,14 @@ class CrossEntropyLoss(nn.Module):
         **kwargs: accepted and ignored, as in the original.
 
     Called as module(logits, label, input_mask):
-        logits: [N, C], float32, bfloat16, float16 or float64; computed in float32 (float64).
-        label: classes, [N] or any shape of N values, int32 or int64. Where input_mask is 0 it may be anything.
-        input_mask: the weight of each row, fractions included, N values in any shape.
 
-        With l = -log_softmax(logits)[label], numerator = sum(l * input_mask), denominator = sum(input_mask) + 1e-8.
-        Returns numerator / denominator, [1], float32 (float64 for a float64 mask or float64 logits); or with
-        calculate_per_token_loss the pair (numerator [], denominator [1]). All rows masked: 0, with gradient 0.
+    - logits: [N, C], float32, bfloat16, float16 or float64; computed in float32 (float64).
+    - label: classes, [N] or any shape of N values, int32 or int64. Where input_mask is 0 it may be anything.
+    - input_mask: the weight of each row, fractions included, N values in any shape.
+
+    With l = -log_softmax(logits)[label], numerator = sum(l * input_mask), denominator = sum(input_mask) + 1e-8. Returns
+    numerator / denominator, [1], float32 (float64 for a float64 mask or float64 logits); or with
+    calculate_per_token_loss the pair (numerator [], denominator [1]). All rows masked: 0, with gradient 0.
 
     Raises:
         NotImplementedError: model_parallel above 1.

@@ -28,9 +28,9 @@ def cross_entropy_loss(
         avg_token: mean over the tokens that take part, for each sequence by itself.
 
     Returns:
-        On the CPU, in the dtype of logits (float32 under autocast): [] with both means, [T] without avg_token, [B]
-        without avg_batch, [B, T] without either; T is one less with shift. With both means it is a mean of row means,
-        not a mean over tokens. A sequence without a token that takes part is NaN.
+        The loss, on the CPU, in the dtype of logits (float32 under autocast). Its shape is [] with both means, [T]
+        without avg_token, [B] without avg_batch, [B, T] without either; T is one less with shift. With both means it is
+        a mean of row means, not a mean over tokens. A sequence without a token that takes part is NaN.
 
     Raises:
         AssertionError: ranks, batch or length of logits and target_ids differ.

@@ -53,7 +53,7 @@ class PatchHandle:
 
 
 def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
-    """Put npu_xent.npu_cross_entropy_loss in the place of torch_npu.npu_cross_entropy_loss, for all who call it.
+    """Put npu_xent.npu_cross_entropy_loss in the place of torch_npu.npu_cross_entropy_loss, for all who call it::
 
         npu_xent.patch_torch_npu()              # from here on
 
