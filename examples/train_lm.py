@@ -30,7 +30,6 @@ from typing import Any
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lm.checkpoint import save_atomically, set_earlier_run_aside, storable
@@ -38,7 +37,7 @@ from lm.data import VALIDATION_BATCHES, Corpus, load_corpus, training_batch, val
 from lm.losses import make_loss
 from lm.model import GPT
 from lm.optimizer import learning_rate, make_optimizer
-from lm.processes import BACKENDS, StopSignal, World, open_device, peak_megabytes
+from lm.processes import StopSignal, World, open_device, peak_megabytes
 from lm.report import truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
@@ -78,10 +77,7 @@ class Run:
         from tqdm import tqdm
 
         settings, world, writes = self.settings, self.world, self.world.rank == 0
-        model: nn.Module = self.gpt
-        if world.grouped:
-            ids = None if self.device.type == "cpu" else [self.device.index]
-            model = nn.parallel.DistributedDataParallel(self.gpt, device_ids=ids)
+        model = world.share(self.gpt, self.device)
         tokens, stopped_by = settings.batch * settings.context * world.size, 0
         with (
             StopSignal() as stop,
@@ -107,9 +103,8 @@ class Run:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean loss over batches of held-out text."""
-        return statistics.fmean(
-            self.loss_of(self.gpt, *batch).item() for batch in validation_batches(self.corpus, self.settings)
-        )
+        batches = validation_batches(self.corpus, self.settings)
+        return statistics.fmean(self.loss_of(self.gpt, *batch).item() for batch in batches)
 
     def save(self) -> None:
         content = {
@@ -168,8 +163,7 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
     make_loss(settings.loss)  # a missing package should show now, not after the tokenising
     with importing("training", "pip install tqdm"):
         import tqdm  # noqa: F401
-    if world.grouped:
-        dist.init_process_group(BACKENDS[device.type])
+    world.join(device)
 
     run = Run(settings, load_corpus(settings, world), device, world)
     say(
@@ -197,9 +191,7 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
         )
     elif world.rank == 0:
         run.report()
-    if world.grouped:
-        dist.barrier()
-        dist.destroy_process_group()
+    world.leave()
     return 128 + stopped_by if stopped_by else 0
 
 

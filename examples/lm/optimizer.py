@@ -9,9 +9,9 @@ from torch import nn
 
 from lm.settings import Settings
 
-# The embeddings start small, and the first block's normalisation multiplies their gradients by some 30. At the peak
-# rate after fewer steps, Adam changes them by a tenth a step: predictions flip and gradients of norm 100 follow. Such a
-# step also makes much of last-bit differences between devices.
+# The embeddings start so small that a step at the default peak rate changes them by a tenth, and the first block's
+# normalisation multiplies their gradients by some 30. At that rate after fewer steps, the loss jumps and the gradient's
+# norm rises to 100. Such steps also blow up differences between devices, from the last bit to a hundredth.
 SHORTEST_WARMUP = 30
 
 

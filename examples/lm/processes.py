@@ -12,6 +12,7 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from lm.settings import SettingError, importing
 
@@ -35,6 +36,22 @@ class World:
         return World(
             number("RANK", 0), number("LOCAL_RANK", 0), number("WORLD_SIZE", 1), grouped="WORLD_SIZE" in os.environ
         )
+
+    def join(self, device: torch.device) -> None:
+        """Waits for the other processes, to which later calls talk."""
+        if self.grouped:
+            dist.init_process_group(BACKENDS[device.type])
+
+    def leave(self) -> None:
+        if self.grouped:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def share(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model, its gradients averaged over the processes."""
+        if not self.grouped:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
 
     def say(self, message: str) -> None:
         if self.rank == 0:
