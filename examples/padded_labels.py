@@ -12,7 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import matplotlib
 import torch
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 import npu_xent
@@ -33,18 +37,16 @@ def explain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Print each step; return log-probabilities [rows, classes] and the loss of each row [rows]."""
     torch.set_printoptions(precision=4, sci_mode=False, linewidth=120)
     batch, time, classes = logits.shape
-    rows, targets = logits.reshape(-1, classes), labels.reshape(-1)
+    rows, targets = logits.view(-1, classes), labels.view(-1)
     print(f"1. Flatten: logits [{batch}, {time}, {classes}] become {list(rows.shape)}: one row a token.")
     print(f"   labels: {targets.tolist()}")
 
-    log_prob = npu_xent.npu_cross_entropy_loss(rows, targets)[1]
+    _, log_prob, _, _ = npu_xent.npu_cross_entropy_loss(rows, targets)
     print("2. log_softmax of each row, so that the exponentials of a row add up to 1:")
     print(log_prob)
 
-    kept = targets != IGNORE
-    print(
-        f"3. Rows that count (label is not {IGNORE}): {kept.nonzero().flatten().tolist()}, {int(kept.sum())} of them."
-    )
+    kept = (targets != IGNORE).nonzero().flatten().tolist()
+    print(f"3. Rows that count (label is not {IGNORE}): {kept}, {len(kept)} of them.")
 
     losses = npu_xent.cross_entropy(rows, targets, reduction="none")
     print("4. The loss of a row is minus its log-probability at the label; 0 where the label is padding:")
@@ -52,9 +54,8 @@ def explain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         picked = "padding" if target == IGNORE else f"-log_prob[{row}, {target}]"
         print(f"   row {row}: {loss:.4f}   {picked}")
 
-    loss = npu_xent.cross_entropy(rows, targets)
-    count = int(kept.sum())
-    print(f"5. The mean is over the {count} rows that count: {losses.sum():.4f} / {count} = {losses.sum() / count:.4f}")
+    total, count, loss = losses.sum(), len(kept), npu_xent.cross_entropy(rows, targets)
+    print(f"5. The mean is over the {count} rows that count: {total:.4f} / {count} = {total / count:.4f}")
     print(f"   npu_xent.cross_entropy(logits.view(-1, {classes}), labels.view(-1)) = {loss:.4f}")
     print(f"   (A mean over all {len(targets)} rows would be {losses.mean():.4f}: padding would flatter the model.)")
     return log_prob, losses
@@ -62,50 +63,48 @@ def explain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
     """The log-probabilities as a heat map with the labels marked, and the loss of each row beside it."""
-    import matplotlib
-
     matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    targets = labels.flatten().tolist()
-    kept = [target != IGNORE for target in targets]
-    rows, classes = log_prob.shape
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
     )
-    image = left.imshow(log_prob, cmap="viridis", aspect="auto")
-    figure.colorbar(image, ax=left, label="log-probability")
-    for row, target in enumerate(targets):
-        for column in range(classes):
-            value = float(log_prob[row, column])
-            color = "black" if value > -2 else "white"
-            left.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
-        if kept[row]:
-            left.add_patch(
-                pyplot.Rectangle((target - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2.5)
-            )
-    names = [f"{row}: {'padding' if target == IGNORE else f'label {target}'}" for row, target in enumerate(targets)]
+    targets = labels.flatten().tolist()
+    rows, classes = log_prob.shape
+    draw_log_prob(left, log_prob, targets)
     left.set(xlabel="class", title="log_softmax; red: the label's class", xticks=range(classes))
-    left.set_yticks(range(rows), names)
+    names = ["padding" if target == IGNORE else f"label {target}" for target in targets]
+    left.set_yticks(range(rows), [f"{row}: {name}" for row, name in enumerate(names)])
+    figure.colorbar(left.images[0], ax=left, label="log-probability")
 
-    mean = float(losses.sum() / sum(kept))
-    right.barh(range(rows), losses.tolist(), color=["tab:red" if keep else "lightgray" for keep in kept])
-    for row, keep in enumerate(kept):
-        value = float(losses[row])
-        right.text(
-            value + 0.05,
-            row,
-            f"{value:.2f}" if keep else "does not count",
-            va="center",
-            fontsize=9,
-            bbox=BOX,
-        )
-    right.axvline(mean, color="black", linestyle="--", zorder=0)
+    mean = draw_losses(right, losses.tolist(), [target != IGNORE for target in targets])
     right.set(xlabel="loss: minus the log-probability at the label", xlim=(0, float(losses.max()) * 1.25))
     right.set_title(f"dashed: the mean, {mean:.4f}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"Drawn into {path}")
+
+
+def draw_log_prob(axes: Axes, log_prob: Tensor, targets: list[int]) -> None:
+    """A row of squares for each token, each with its value; a red frame around the label's."""
+    axes.imshow(log_prob, cmap="viridis", aspect="auto")
+    for row, values in enumerate(log_prob.tolist()):
+        for column, value in enumerate(values):
+            color = "black" if value > -2 else "white"
+            axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=color)
+    frame = {"width": 1, "height": 1, "fill": False, "edgecolor": "red", "linewidth": 2.5}
+    for row, target in enumerate(targets):
+        if target != IGNORE:
+            axes.add_patch(Rectangle((target - 0.5, row - 0.5), **frame))
+
+
+def draw_losses(axes: Axes, losses: list[float], kept: list[bool]) -> float:
+    """A bar for each row, gray where it does not count, and their mean, which is returned."""
+    mean = sum(losses) / sum(kept)  # the losses of the others are 0
+    axes.barh(range(len(losses)), losses, color=["tab:red" if keep else "lightgray" for keep in kept])
+    for row, (loss, keep) in enumerate(zip(losses, kept, strict=True)):
+        text = f"{loss:.2f}" if keep else "does not count"
+        axes.text(loss + 0.05, row, text, va="center", fontsize=9, bbox=BOX)
+    axes.axvline(mean, color="black", linestyle="--", zorder=0)
+    return mean
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -228,6 +229,11 @@ def loss_and_grad(
     return loss.detach(), leaf.grad
 
 
+def as_tuple(outputs: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """What cross_entropy returned, as a tuple."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
 def consuming(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` with consume_logits=True, which takes the output of an operation: a copy of what it is called with."""
 
@@ -287,3 +293,15 @@ def pairwise(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def case_id(case: Mapping[str, Any]) -> str:
     """A case as a test id: the values alone, joined."""
     return "-".join(str(value).removeprefix("torch.").replace(" ", "_") for value in case.values())
+
+
+# The two ways to a gradient -------------------------------------------------------------------------------------------
+
+# One sweep and two: "mean" and "sum" take the first, "none" and fp16 the second.
+PATHS = [
+    *((torch.float32, reduction) for reduction in REDUCTIONS),
+    (torch.bfloat16, "mean"),
+    (torch.float16, "mean"),
+    (torch.float64, "mean"),
+]
+paths = pytest.mark.parametrize("dtype, reduction", PATHS, ids=lambda value: str(value).removeprefix("torch."))

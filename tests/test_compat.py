@@ -352,6 +352,7 @@ def test_nnsight_beside_the_original(shift: bool, avg_batch: bool, avg_token: bo
 
 def test_padded_labels_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """examples/padded_labels.py arrives at the tutorial's number."""
+    pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
     padded_labels = importlib.import_module("padded_labels")
     padded_labels.explain(*padded_labels.make_batch())

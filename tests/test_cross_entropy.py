@@ -1,9 +1,10 @@
-"""npu_xent.cross_entropy and its module: values, gradients and what else comes out, over dtypes, shapes and options.
+"""npu_xent.cross_entropy: values, gradients and what else comes out, over dtypes, shapes and options.
 
 Everything is compared with the float64 truth of reference.py, which takes the inputs as rounded in their dtype. The
 tolerance is what correct rounding allows: one rounding of the result to its dtype (two for a gradient when the upstream
 gradient is not 1, since the one-sweep path stores the gradient before it scales it) and a few units in the last place
-of the statistics' dtype, float32. Corner cases are in test_corners.py, more on the backward in test_backward.py.
+of the statistics' dtype, float32. Corner cases are in test_corners.py, more on the backward in test_backward.py, the
+module in test_module.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from reference import (
     LAYOUTS,
     LOW_PRECISION,
     REDUCTIONS,
+    as_tuple,
     assert_near,
     assert_same_bits,
     case_id,
@@ -322,11 +324,6 @@ def test_modes_without_gradients(options: dict[str, Any], device: torch.device) 
             assert_same_bits(actual, expected)
 
 
-def as_tuple(outputs: Tensor | npu_xent.CrossEntropyOutput) -> tuple[Tensor, ...]:
-    """What cross_entropy returned, as a tuple."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
-
-
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_autocast_gives_a_float32_loss(dtype: torch.dtype, reduction: str, device: torch.device) -> None:
@@ -387,75 +384,3 @@ def test_training_allocates_the_gradient_alone(
         loss.backward(torch.full_like(loss, 0.5))
 
     assert big(allocations(train)) == [ROWS * CLASSES * dtype.itemsize]
-
-
-# The module -----------------------------------------------------------------------------------------------------------
-
-
-def test_module_computes_what_the_function_does(device: torch.device) -> None:
-    logits, target = make_logits(6, 9, torch.float32, device), make_target(6, 9, device, ignore_index=3)
-    weight = make_weight(9, torch.float32, device)
-    for options in pairwise(
-        {
-            "ignore_index": (-100, 3),  # a class of the target
-            "reduction": REDUCTIONS,
-            "label_smoothing": (0.0, 0.1),
-            "lse_square_scale": (0.0, 0.1),
-            "return_lse": (False, True),
-            "return_z_loss": (False, True),
-        }
-    ):
-        for w in (None, weight):
-            actual = npu_xent.CrossEntropyLoss(w, **options)(logits, target)
-            expected = npu_xent.cross_entropy(logits, target, w, **options)
-            for a, b in zip(as_tuple(actual), as_tuple(expected), strict=True):
-                assert (a is None and b is None) or torch.equal(a, b)
-
-
-def test_modules_weight_is_a_buffer(device: torch.device) -> None:
-    weight = make_weight(9, torch.float32, device)
-    module = npu_xent.CrossEntropyLoss(weight)
-    assert list(module.parameters()) == []
-    assert list(module.state_dict()) == ["weight"]
-    other = npu_xent.CrossEntropyLoss(torch.ones(9, device=device))
-    other.load_state_dict(module.state_dict())
-    assert_same_bits(other.weight, weight)
-    assert module.to(torch.bfloat16).weight.dtype == torch.bfloat16
-    assert npu_xent.CrossEntropyLoss().state_dict() == {}
-    # torch's module has the same names: checkpoints fit.
-    assert list(torch.nn.CrossEntropyLoss(weight).state_dict()) == ["weight"]
-
-
-def test_module_prints_what_is_not_default(device: torch.device) -> None:
-    assert repr(npu_xent.CrossEntropyLoss()) == "CrossEntropyLoss()"
-    options = {
-        "ignore_index": 0,
-        "reduction": "sum",
-        "label_smoothing": 0.1,
-        "lse_square_scale": 0.5,
-        "return_lse": True,
-        "return_z_loss": True,
-        "consume_logits": True,
-    }
-    printed = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    assert repr(npu_xent.CrossEntropyLoss(**options)) == f"CrossEntropyLoss({printed})"
-    weighted = npu_xent.CrossEntropyLoss(torch.ones(3, device=device), reduction="none")
-    assert repr(weighted) == "CrossEntropyLoss(weight=..., reduction='none')"
-
-
-def test_module_consumes_logits_if_told_to(device: torch.device) -> None:
-    leaf = make_logits(3, 4, torch.float32, device).requires_grad_()
-    logits, target = leaf * 1, make_target(3, 4, device)
-    npu_xent.CrossEntropyLoss(consume_logits=True)(logits, target).backward()
-    assert_same_bits(logits, leaf.grad)
-
-
-@pytest.mark.parametrize("name", ["size_average", "reduce"])
-@pytest.mark.parametrize("function", [npu_xent.cross_entropy, npu_xent.CrossEntropyLoss], ids=["function", "module"])
-def test_deprecated_arguments_are_a_type_error_that_names_reduction(
-    function: Callable[..., Any], name: str, device: torch.device
-) -> None:
-    logits, target = make_logits(3, 4, torch.float32, device), make_target(3, 4, device)
-    arguments = (logits, target) if function is npu_xent.cross_entropy else ()
-    with pytest.raises(TypeError, match="reduction"):
-        function(*arguments, **{name: True})

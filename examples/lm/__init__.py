@@ -1,0 +1,7 @@
+"""The parts of train_lm.py, a module for each.
+
+settings    the command line                         data        text -> token ids -> windows
+processes   ranks, devices, signals                  model       the transformer
+losses      npu_xent's, and PyTorch's                optimizer   AdamW and its learning rate
+checkpoint  saving and going on                      report      metrics, summary, plot
+"""

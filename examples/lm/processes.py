@@ -1,0 +1,106 @@
+"""Processes and devices: which of several processes this is, its device, and the signals that it is sent."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lm.settings import SettingError, importing
+
+BACKENDS = {"cpu": "gloo", "npu": "hccl", "cuda": "nccl"}
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is. Without torchrun there is one, and no process group."""
+
+    rank: int
+    local_rank: int
+    size: int
+    grouped: bool
+
+    @staticmethod
+    def from_environment() -> World:
+        def number(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
+
+        return World(
+            number("RANK", 0), number("LOCAL_RANK", 0), number("WORLD_SIZE", 1), grouped="WORLD_SIZE" in os.environ
+        )
+
+    def join(self, device: torch.device) -> None:
+        """Waits for the other processes, to which later calls talk."""
+        if self.grouped:
+            dist.init_process_group(BACKENDS[device.type])
+
+    def leave(self) -> None:
+        if self.grouped:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def share(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """The model, its gradients averaged over the processes."""
+        if not self.grouped:
+            return model
+        return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+
+    def say(self, message: str) -> None:
+        if self.rank == 0:
+            print(message, flush=True)
+
+    def sum(self, values: list[float], device: torch.device) -> list[float]:
+        if not self.grouped:
+            return values
+        total = torch.tensor(values, dtype=torch.float32, device=device)
+        dist.all_reduce(total)
+        return [float(value) for value in total.tolist()]
+
+
+def open_device(name: str, world: World) -> torch.device:
+    match = re.fullmatch(r"(cpu|npu|cuda)(:\d+)?", name)
+    if not match:
+        raise SettingError(f"--device {name}: unknown; use cpu, npu or cuda")
+    kind, index = match.groups()
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind == "npu":
+        with importing("--device npu", "install torch_npu and CANN and source CANN's set_env.sh, or use --device cpu"):
+            import torch_npu  # noqa: F401  (registers the device)
+    if not getattr(torch, kind).is_available():
+        raise SettingError(f"--device {name}: torch finds no such device; use --device cpu")
+    device = torch.device(name if index and not world.grouped else f"{kind}:{world.local_rank}")
+    getattr(torch, kind).set_device(device)
+    return device
+
+
+def peak_megabytes(device: torch.device) -> float:
+    if device.type != "cpu":
+        return float(getattr(torch, device.type).max_memory_allocated(device)) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere
+
+
+class StopSignal:
+    """While entered, holds back the first SIGINT or SIGTERM, so that the step can end and be saved."""
+
+    number = 0
+
+    def __enter__(self) -> StopSignal:
+        self.previous = {n: signal.signal(n, self.receive) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, _: FrameType | None) -> None:
+        self.number = self.number or number
