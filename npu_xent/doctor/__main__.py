@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     found = environment.gather()
     simulated = device.type == "npu" and environment.is_simulated(found)
-    report = Report(str(device), found, simulated, options.quick)
+    report = Report(str(device), found, simulated, options.quick, chosen)
     _say([f"npu_xent doctor on {chosen}", *([SIMULATED] if simulated else []), "", "environment"])
     _say(environment.lines(found))
     if obstacle and device.type == "npu":

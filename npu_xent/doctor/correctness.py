@@ -41,9 +41,9 @@ def check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) ->
     problem = make_problem(case, shape.rows, shape.classes, dtype)
     seen = observe(problem, device)
     with one_thread():
-        expected, slack = truth(problem), slack_of(dtype, device)
+        expected, slack = truth(problem), slack_of(device)
         parts, failures = compare_all(seen, expected, slack)
-        own = {name: value for name, value in composed(problem, dtype).items() if name in seen}
+        own = {name: value for name, value in composed(problem).items() if name in seen}
         own_parts, _ = compare_all(own, expected, slack)
     return Result({"part_of_allowed_error": parts, "torch_on_cpu": own_parts}, failures)
 

@@ -79,6 +79,7 @@ class Report:
     environment: dict[str, Any]
     simulated: bool  # the toolkit's version says that there is no device behind it
     quick: bool = False
+    chosen: str = ""  # why this device
     checks: list[Check] = field(default_factory=list)
     stopped: str | None = None  # why the rest was not run
     seconds: float = 0.0
@@ -112,6 +113,7 @@ class Report:
             "schema_version": SCHEMA_VERSION,
             "program": "npu_xent.doctor",
             "device": self.device,
+            "device_chosen": self.chosen,
             "simulated": self.simulated,
             "quick": self.quick,
             "seconds": round(self.seconds, 3),
@@ -154,7 +156,8 @@ def ending(report: Report, file: Path | None) -> list[str]:
     if len(report.failed) > LONGEST_LIST:
         lines.append(f"      and {len(report.failed) - LONGEST_LIST} more, in {file}")
     notes = [note for check in report.checks for note in check.result.notes]
-    lines += [f"note: {note}" for note in dict.fromkeys(notes)]
+    said = " (simulated)" if report.simulated else ""
+    lines += [f"note{said}: {note}" for note in dict.fromkeys(notes)]
     if report.failed:
         lines += [
             "",

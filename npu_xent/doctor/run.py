@@ -61,6 +61,7 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
         if check.failed:
             report.stopped = NO_KERNELS
             return
+        say([f"  {'NPU kernels':<14} loaded"])
     for tasks, describe in sections(device, report.quick):
         done = len(report.checks)
         for task in tasks:
@@ -108,12 +109,16 @@ def answers(device: torch.device) -> bool:
 
 def listed(report: Report, section: str) -> list[str]:
     """The names of a section's checks with their outcomes, those of one name in a line."""
+    checks = report.of(section)
+    skipped = {check.result.skipped for check in checks}
+    if len(skipped) == 1 and None not in skipped:
+        return [f"  {skipped.pop()}"]
     lines = []
-    for name in dict.fromkeys(check.name for check in report.of(section)):
-        checks = [check for check in report.of(section) if check.name == name]
-        failed = sum(check.failed for check in checks)
-        skipped = next((check.result.skipped for check in checks if check.result.skipped), None)
-        outcome = f"{failed} of {len(checks)} FAILED" if failed else skipped or "ok"
-        count = f" ({len(checks)} times)" if len(checks) > 1 and outcome == "ok" else ""
+    for name in dict.fromkeys(check.name for check in checks):
+        group = [check for check in checks if check.name == name]
+        failed = sum(check.failed for check in group)
+        reason = next((check.result.skipped for check in group if check.result.skipped), None)
+        outcome = f"{failed} of {len(group)} FAILED" if failed else reason or "ok"
+        count = f" ({len(group)} times)" if len(group) > 1 and outcome == "ok" else ""
         lines.append(f"  {name:<40} {outcome}{count}")
     return lines
