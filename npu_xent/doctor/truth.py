@@ -90,8 +90,8 @@ def truth(problem: Problem) -> dict[str, Expected]:
     p = (1 + size + lse_size) * p + one_hot
     of_loss = own * p + e / classes * (weight.sum() * p + weight)
     gradient_terms = slope.abs() * upstream.abs() * (of_loss / by_weight + 2 * scale * lse_size * p / by_rows)
-    smoothed = e / classes * ((size + lse_size) @ weight)[:, None]
-    loss_terms = (own * (lse_size + size.gather(1, target)) + smoothed) / by_weight + rows_z_loss
+    smoothed_terms = e / classes * ((size + lse_size) @ weight)[:, None]
+    loss_terms = (own * (lse_size + size.gather(1, target)) + smoothed_terms) / by_weight + rows_z_loss
 
     def reduced(values: Tensor) -> Tensor:
         values = torch.where(kept, values, 0.0)[:, 0]
