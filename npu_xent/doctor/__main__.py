@@ -21,41 +21,40 @@ SIMULATED = "SIMULATED: the toolkit's version says that no NPU is behind it. Tim
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and prints the report. 0: all is right; 1: something is not; 2 is argparse's, for wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m npu_xent.doctor", description="Is everything right? Installation, results, times, in a minute."
+        prog="python -m npu_xent.doctor", description="Is everything right? Looks at installation, results, times."
     )
     parser.add_argument("--device", type=_device, help="cpu, npu or npu:1; default: an NPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to FILE, for programs and reports")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to FILE, as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out long rows and large shapes")
     options = parser.parse_args(arguments)
-    faulthandler.enable()  # a driver that takes the process along leaves a Python stack
-    start = time.monotonic()
-
-    device = options.device
-    obstacle = environment.import_torch_npu() if device is None or device.type == "npu" else None
-    if device is None:
-        device = torch.device("cpu" if obstacle else "npu")
-        chosen = f"{device.type}, " + (f"because {obstacle}" if obstacle else "because there is one")
-    else:
-        chosen = f"{device}, as asked for"
-    if device.type == "npu" and not obstacle:
-        index, count = device.index or 0, torch.npu.device_count()
-        if index >= count:
-            parser.error(f"argument --device: {device}, but torch_npu sees {count} NPU" + "s" * (count > 1))
-        device = torch.device("npu", index)
-        torch.npu.set_device(device)
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"argument --json: {options.json.absolute().parent} is not a folder")
+    start = time.monotonic()
+
+    asked = options.device
+    obstacle = None if asked == "cpu" else environment.import_torch_npu()
+    chosen = f"{asked}, as asked for"
+    if asked is None:
+        asked = "cpu" if obstacle else "npu"
+        chosen = f"{asked}, because {obstacle or 'there is one'}"
+    on_npu = asked != "cpu"
+    if on_npu and not obstacle:
+        asked = asked if ":" in asked else "npu:0"
+        count = torch.npu.device_count()
+        if int(asked[4:]) >= count:
+            parser.error(f"argument --device: {asked}, but torch_npu sees {count} NPU" + "s" * (count > 1))
+        torch.npu.set_device(asked)
 
     found = environment.gather()
-    simulated = device.type == "npu" and environment.is_simulated(found)
-    report = Report(str(device), found, simulated, options.quick, chosen)
+    simulated = on_npu and environment.is_simulated(found)
+    report = Report(asked, found, simulated, options.quick, chosen)
     _say([f"npu_xent doctor on {chosen}", *([SIMULATED] if simulated else []), "", "environment"])
     _say(environment.lines(found))
-    if obstacle and device.type == "npu":
+    if on_npu and obstacle:
         report.checks.append(Check("environment", "torch_npu sees an NPU", {}, Result(failures=[Failure(obstacle)])))
         report.stopped = "no NPU"
     else:
-        run_all(report, device, _say)
+        run_all(report, torch.device(asked), _say)
 
     report.seconds = time.monotonic() - start
     file = options.json or (Path(DEFAULT_FILE).absolute() if report.failed else None)
@@ -68,14 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.failed else 0
 
 
-def _device(text: str) -> torch.device:
+def _device(text: str) -> str:
+    """Under the name of npu torch knows the device once torch_npu is imported, so it stays a name here."""
     if not re.fullmatch(r"cpu|npu(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, npu, npu:0, npu:1, ...")
-    # Under this name torch knows the device once torch_npu is imported, which is left to main.
-    kind, _, index = text.partition(":")
-    if kind == "npu":
-        environment.import_torch_npu()
-    return torch.device(kind, int(index)) if index else torch.device(kind)
+    return text
 
 
 def _say(lines: list[str]) -> None:
@@ -83,4 +79,5 @@ def _say(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()  # a driver that takes the process along leaves a Python stack
     sys.exit(main())

@@ -17,7 +17,7 @@ def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     """
     case = problem.case
     weight = None if problem.weight is None else problem.weight.to(device)
-    leaf = laid_out(case.layout, problem.logits, device).requires_grad_(case.grad)
+    leaf = laid_out(case.layout, problem.logits, device).detach().requires_grad_(case.grad)
     target = problem.target
     if case.layout == "classes second":
         target = target.view(leaf.shape[0], leaf.shape[2])

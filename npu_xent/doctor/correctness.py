@@ -22,7 +22,7 @@ def dtypes(device: torch.device) -> list[torch.dtype]:
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
     """By row mode, then option, then dtype. The quick way leaves out what only long rows tell."""
-    for index in range(2 if quick else len(shapes(torch.float32, device))):
+    for index, _ in enumerate(shapes(torch.float32, device)[: 2 if quick else None]):
         for case in CASES:
             for dtype in dtypes(device):
                 shape = shapes(dtype, device)[index]
