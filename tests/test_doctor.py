@@ -327,6 +327,34 @@ def test_a_device_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     assert report.stopped == run.DEVICE_LOST
 
 
+FAILING_LAUNCH = """
+import sys
+import npu_xent
+from cann_sim import acl
+from npu_xent.doctor.__main__ import main
+
+npu_xent.load_npu()
+with acl.fail("launch:npu_xent_row_stats_grad", acl.KERNEL_ERROR, skip=5):
+    sys.exit(main(["--quick"]))
+"""
+
+
+@pytest.mark.npu
+@pytest.mark.simulated
+def test_a_launch_that_fails_ends_the_run(tmp_path: Path) -> None:
+    """torch_npu launches nothing after it, and says so once: all that followed would be measured on old memory."""
+    command = [sys.executable, "-m", "cann_sim", "-c", FAILING_LAUNCH]
+    variables = VARIABLES | {"PYTHONPATH": os.pathsep.join([VARIABLES["PYTHONPATH"], str(ROOT / "cann_sim")])}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=variables, timeout=600)
+    assert result.returncode == 1, result.stdout + result.stderr
+    found = json.loads((tmp_path / "npu_xent_doctor.json").read_text())
+    (failed,) = [check for check in found["checks"] if check["outcome"] == "failed"]
+    assert found["checks"][-1] == failed
+    assert "npu_xent_row_stats_grad" in failed["traceback"]
+    assert found["stopped"] == run.DEVICE_LOST
+    assert f"; stopped: {run.DEVICE_LOST}" in result.stdout.splitlines()[-1]
+
+
 @pytest.mark.npu
 def test_a_device_that_answers(device: torch.device) -> None:
     assert run.answers(device)

@@ -57,7 +57,7 @@ CASES = (
     Case("classes second", {"reduction": "none", **SMOOTHING}, layout="classes second"),
     Case("strided rows", ALL, weight=True, ignored=True, layout="strided"),
     Case("npu_cross_entropy_loss", contract=True),
-    Case("the same, all options", CONTRACT_ALL, weight=True, ignored=True, contract=True),
+    Case("npu_cross_entropy_loss, all", CONTRACT_ALL, weight=True, ignored=True, contract=True),
 )
 
 

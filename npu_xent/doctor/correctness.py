@@ -60,10 +60,10 @@ def table(report: Report) -> list[str]:
         sizes = list(dict.fromkeys(check.where["shape"] for check in group))
         mode = group[0].where["row mode"]
         lines += [""] * (index > 0) + [f"  {' and '.join(sizes)}" + (f", {mode} rows" if mode else "")]
-        lines.append(f"    {'':<26}" + "".join(f"{name:>17}" for name in columns))
+        lines.append(f"    {'':<28}" + "".join(f"{name:>17}" for name in columns))
         for option in dict.fromkeys(check.name for check in group):
             cells = {check.where["dtype"]: _cell(check) for check in group if check.name == option}
-            lines.append(f"    {option:<26}" + "".join(f"{cells.get(name, '-'):>17}" for name in columns))
+            lines.append(f"    {option:<28}" + "".join(f"{cells.get(name, '-'):>17}" for name in columns))
     return lines
 
 

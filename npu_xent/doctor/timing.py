@@ -8,6 +8,7 @@ the CPU the running sum of the allocations and releases that torch.profiler reco
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -135,6 +136,7 @@ def synchronize(device: torch.device) -> None:
 
 def peak_memory(step: Step, device: torch.device) -> int:
     """Bytes that a step has in use at the most, beyond those in use before."""
+    gc.collect()  # what an exception still holds would be in use before, and not afterwards
     if device.type == "npu":
         synchronize(device)
         torch.npu.reset_peak_memory_stats(device)
