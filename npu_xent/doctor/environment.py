@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -44,7 +45,7 @@ def gather() -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.executable})",
         "npu_xent": f"{npu_xent.__version__} ({Path(npu_xent.__file__).parent})",
         "torch": torch.__version__,
-        "torch_npu": None,
+        "torch_npu": _installed("torch_npu"),
         "cann": _toolkit.version(toolkit) if toolkit else None,
         "cann_home": str(toolkit) if toolkit else None,
         "driver": _driver(),
@@ -87,7 +88,7 @@ def lines(environment: dict[str, Any]) -> list[str]:
         "python": environment["python"],
         "npu_xent": environment["npu_xent"],
         "torch": environment["torch"],
-        "torch_npu": environment["torch_npu"] or "not imported",
+        "torch_npu": environment["torch_npu"] or "not installed",
         "CANN": f"{environment['cann'] or 'version not found'} ({environment['cann_home']})"
         if environment["cann_home"]
         else "ASCEND_HOME_PATH is not set",
@@ -105,6 +106,14 @@ def lines(environment: dict[str, Any]) -> list[str]:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says, or its type."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _installed(package: str) -> str | None:
+    """The version, whether or not it can be imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _distribution() -> str:

@@ -77,9 +77,8 @@ def truth(problem: Problem) -> dict[str, Expected]:
     by_weight = by_rows = 1.0
     if reduction == "mean":
         by_weight, by_rows = float((weight[target] * kept).sum()), float(kept.sum())
-    rows_loss = (
-        -own * log_prob.gather(1, target) - e / classes * (log_prob * weight).sum(dim=1, keepdim=True)
-    ) / by_weight
+    smoothed = e / classes * (weight * log_prob).sum(dim=1, keepdim=True)
+    rows_loss = -(own * log_prob.gather(1, target) + smoothed) / by_weight
     rows_z_loss = scale * lse.square() / by_rows
     upstream = problem.upstream.double().expand(rows)[:, None]
     of_loss = own * (p - one_hot) + e / classes * (weight.sum() * p - weight)
