@@ -280,6 +280,35 @@ def test_behaviour_is_judged(name: str, check: Callable, device: torch.device, m
     assert check(device), name
 
 
+def vendors(**changed: Any) -> types.SimpleNamespace:
+    """torch_npu with an operator that means what ours does, but for some arguments."""
+
+    def operator(logits: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None, **options: Any) -> Any:
+        arguments = {"weight": weight, **options, "strict": False} | changed
+        return npu_xent.npu_cross_entropy_loss(logits, target, **arguments)
+
+    return types.SimpleNamespace(npu_cross_entropy_loss=operator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_vendors_operator_is_compared(
+    dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its roundings are its own; an option that means something else is a failure; not to be there is none."""
+    problems = [make_problem(case, *vendor.SHAPE, dtype) for case in vendor.CASES]
+    monkeypatch.setitem(sys.modules, "torch_npu", vendors())
+    assert not any(vendor.check(problem, device).failures for problem in problems)
+    for changed, cases in (({"weight": None}, [1, 2, 3]), ({"label_smoothing": 0.0}, [3])):
+        monkeypatch.setitem(sys.modules, "torch_npu", vendors(**changed))
+        for index in cases:
+            failed = vendor.check(problems[index], device).failures
+            assert failed[0].words.startswith("torch_npu's loss")
+    monkeypatch.setitem(sys.modules, "torch_npu", types.SimpleNamespace())
+    result = vendor.check(problems[0], device)
+    assert result.skipped.startswith("not available: ")
+    assert not result.failures
+
+
 # The environment and the device ---------------------------------------------------------------------------------------
 
 
@@ -391,6 +420,18 @@ def test_shapes_that_take_too_long_are_left_out() -> None:
     budget.seconds_each = 1e-6
     result = timing.measure(1000, 1000000, torch.float32, torch.device("cpu"), 7, budget)
     assert result.skipped == "would take some 8000 s here"
+
+
+def test_peak_memory_is_what_is_in_use_at_a_time(device: torch.device) -> None:
+    """Not what was there before, and not the sum of what came one after the other."""
+    before = torch.empty(2**22, dtype=torch.uint8, device=device)
+
+    def step() -> torch.Tensor:
+        for _ in range(3):
+            torch.empty(2**20, dtype=torch.uint8, device=device)
+        return before
+
+    assert 2**20 <= timing.peak_memory(step, device) <= 1.01 * 2**20
 
 
 @pytest.mark.cpu

@@ -1,29 +1,32 @@
 """Agreement with torch_npu's own operator, as far as the contracts overlap.
 
 It looks for a difference of meaning: an option that the two take differently. Rounding is not judged here, ours was
-before and the vendor's is the vendor's. So 2 % of the terms of a result are allowed.
+before and the vendor's is the vendor's: 1 % of the terms of a result is allowed, for a gradient made of a log_prob in
+16 bits among others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from .cases import IGNORE, Case, Problem, make_problem
 from .correctness import SHORT_NAMES, dtypes
 from .environment import first_line
-from .report import Failure, Result, Task
+from .report import Result, Task
 from .truth import compare_all, one_thread, truth
 
 SECTION = "agreement with torch_npu.npu_cross_entropy_loss"
 SHAPE = (96, 1000)
-MEANING = 0.02
+MEANING = 0.01
 CASES = (
     Case("mean"),
     Case("sum, weight, ignore_index", {"reduction": "sum"}, weight=True, ignored=True),
     Case("none, weight, ignore_index", {"reduction": "none"}, weight=True, ignored=True),
-    Case("label_smoothing, loss alone", {"label_smoothing": 0.1}, weight=True, ignored=True, grad=False),
+    # Row by row: over many rows a loss with smoothing comes out much as one without.
+    Case("label_smoothing, loss alone", {"reduction": "none", "label_smoothing": 0.1}, weight=True, grad=False),
 )
 
 
@@ -56,5 +59,4 @@ def check(problem: Problem, device: torch.device) -> Result:
         return Result(skipped=f"not available: {first_line(error)}")
     with one_thread():
         parts, failures = compare_all(seen, truth(problem), MEANING / torch.finfo(torch.float32).eps)
-    said = [Failure(f"torch_npu's {failure.words}", failure.output, failure.element) for failure in failures]
-    return Result({"part_of_allowed_error": parts}, said)
+    return Result({"part_of_allowed_error": parts}, [replace(f, words=f"torch_npu's {f.words}") for f in failures])
