@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent
 PACKAGE = "npu_xent"
 
 
-def load_soc_names() -> ModuleType:
-    """npu_xent/_soc.py, without the package around it, which is not built yet."""
-    spec = importlib.util.spec_from_file_location("npu_xent_soc", ROOT / PACKAGE / "_soc.py")
+def load_module(name: str) -> ModuleType:
+    """A module of npu_xent, without the package around it, which is not built yet."""
+    spec = importlib.util.spec_from_file_location(f"npu_xent{name}", ROOT / PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -64,14 +64,8 @@ class NpuPart:
 
     @property
     def toolkit_version(self) -> str | None:
-        """As the toolkit's own files tell it: `toolkit_running_version=[7.6.0.1.220:8.0.0]`, or `Version=8.0.0`."""
-        for name in ("version.cfg", "compiler/version.info", "opp/version.info"):
-            text = (self.toolkit / name).read_text() if (self.toolkit / name).exists() else ""
-            versions = dict(re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE))
-            found = versions.get("toolkit_running_version") or next(iter(versions.values()), None)
-            if found:
-                return found.rpartition(":")[2]  # the release's own number, after an internal one
-        return None
+        """As the toolkit's own files tell it."""
+        return load_module("_toolkit").version(self.toolkit)
 
 
 def find_npu_part(torch_version: str) -> NpuPart | None:
@@ -80,7 +74,7 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
     if wanted == "0":
         return None
     spec = importlib.util.find_spec("torch_npu")
-    home = os.environ.get("ASCEND_HOME_PATH") or os.environ.get("ASCEND_TOOLKIT_HOME")
+    home = load_module("_toolkit").home()
     missing = [
         *(["torch_npu is not installed"] if spec is None else []),
         *(["ASCEND_HOME_PATH is not set (source the toolkit's set_env.sh)"] if not home else []),
@@ -97,7 +91,7 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
             f"torch_npu {version} goes with torch {release(version)}, but torch {torch_version} is installed: install "
             f"torch_npu=={release(torch_version)}, or set NPU_XENT_BUILD_NPU=0 to build without the part for NPUs"
         )
-    soc = load_soc_names()
+    soc = load_module("_soc")
     names = os.environ.get("SOC_VERSION") or soc.detect()
     if not names:
         raise SystemExit(
@@ -109,7 +103,7 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
         soc_versions = soc.parse_list(names)
     except ValueError as error:
         raise SystemExit(f"SOC_VERSION: {error}") from None
-    return NpuPart(Path(spec.origin).parent, version, Path(home).resolve(), soc_versions)
+    return NpuPart(Path(spec.origin).parent, version, home.resolve(), soc_versions)
 
 
 def remove_npu_part(folder: Path) -> None:

@@ -53,10 +53,10 @@ def choose(running: str, built: tuple[str, ...]) -> str | None:
 
 def detect() -> str | None:
     """The SoC of the first NPU that npu-smi reports, or None."""
-    for line in (_npu_smi("info", "-m") or "").splitlines():
+    for line in (npu_smi("info", "-m") or "").splitlines():
         ids = re.match(r"\s*(\d+)\s+(\d+)\s+\d+\s", line)  # NPU, chip and logic id: controllers have no logic id
         if ids:
-            return from_board(_npu_smi("info", "-t", "board", "-i", ids[1], "-c", ids[2]) or "")
+            return from_board(npu_smi("info", "-t", "board", "-i", ids[1], "-c", ids[2]) or "")
     return None
 
 
@@ -70,7 +70,8 @@ def from_board(report: str) -> str | None:
         return None
 
 
-def _npu_smi(*arguments: str) -> str | None:
+def npu_smi(*arguments: str) -> str | None:
+    """What npu-smi prints; None if it is not there, fails, or does not answer."""
     try:
         return subprocess.run(["npu-smi", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):

@@ -1,0 +1,83 @@
+"""python -m npu_xent.doctor [--device cpu|npu[:i]] [--json FILE] [--quick]."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import environment
+from .report import DEFAULT_FILE, Check, Failure, Report, Result, ending
+from .run import run_all
+
+SIMULATED = "SIMULATED: the toolkit's version says that no NPU is behind it. Times and memory below are simulated, too."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs everything and prints the report. 0: all is right; 1: something is not; 2 is argparse's, for wrong usage."""
+    parser = argparse.ArgumentParser(
+        prog="python -m npu_xent.doctor", description="Is everything right? Looks at installation, results, times."
+    )
+    parser.add_argument("--device", type=_device, help="cpu, npu or npu:1; default: an NPU if there is one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to FILE, as JSON")
+    parser.add_argument("--quick", action="store_true", help="leave out long rows and large shapes")
+    options = parser.parse_args(arguments)
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"argument --json: {options.json.absolute().parent} is not a folder")
+    start = time.monotonic()
+
+    asked = options.device
+    obstacle = None if asked == "cpu" else environment.import_torch_npu()
+    chosen = f"{asked}, as asked for"
+    if asked is None:
+        asked = "cpu" if obstacle else "npu"
+        chosen = f"{asked}, because {obstacle or 'there is one'}"
+    on_npu = asked != "cpu"
+    if on_npu and not obstacle:
+        asked = asked if ":" in asked else "npu:0"
+        count = torch.npu.device_count()
+        if int(asked[4:]) >= count:
+            parser.error(f"argument --device: {asked}, but torch_npu sees {count} NPU" + "s" * (count > 1))
+        torch.npu.set_device(asked)
+
+    found = environment.gather()
+    simulated = on_npu and environment.is_simulated(found)
+    report = Report(asked, found, simulated, options.quick, chosen)
+    _say([f"npu_xent doctor on {chosen}", *([SIMULATED] if simulated else []), "", "environment"])
+    _say(environment.lines(found))
+    if on_npu and obstacle:
+        report.checks.append(Check("environment", "torch_npu sees an NPU", {}, Result(failures=[Failure(obstacle)])))
+        report.stopped = "no NPU"
+    else:
+        run_all(report, torch.device(asked), _say)
+
+    report.seconds = time.monotonic() - start
+    file = options.json or (Path(DEFAULT_FILE).absolute() if report.failed else None)
+    if file is not None:
+        try:
+            report.write(file)
+        except OSError as error:
+            _say([f"{file} could not be written: {error}"])
+    _say(["", *ending(report, file)])
+    return 1 if report.failed else 0
+
+
+def _device(text: str) -> str:
+    """Under the name of npu torch knows the device once torch_npu is imported, so it stays a name here."""
+    if not re.fullmatch(r"cpu|npu(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, npu, npu:0, npu:1, ...")
+    return text
+
+
+def _say(lines: list[str]) -> None:
+    print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    faulthandler.enable()  # a driver that takes the process along leaves a Python stack
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""What the operators do with values, memory and streams that are out of the ordinary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+import npu_xent
+
+from .calls import laid_out
+from .cases import IGNORE, Case, make_problem, shapes
+from .report import Failure, Result, Task
+
+NAN, INF = float("nan"), float("inf")
+LOSS_OF_ROWS = Case("none", {"reduction": "none"})
+CHECKS: list[tuple[str, Callable[[torch.device], list[Failure]]]] = []
+
+
+def tasks(device: torch.device) -> Iterator[Task]:
+    """Those that the device has a meaning for."""
+    for name, check in CHECKS:
+        if device.type == "npu" or check not in NPU_ONLY:
+            yield Task("behaviour", name, lambda check=check: Result(failures=check(device)))
+    if device.type == "npu":
+        for other in range(torch.npu.device_count()):
+            if other != device.index:
+                name = f"the same bits on npu:{other}"
+                yield Task("behaviour", name, lambda other=other: Result(failures=same_on(device, other)))
+
+
+def named(name: str) -> Callable:
+    """Puts a check on the list, by a name for the report."""
+
+    def add(check: Callable) -> Callable:
+        CHECKS.append((name, check))
+        return check
+
+    return add
+
+
+def step(logits: Tensor, target: Tensor, device: torch.device, **options: object) -> tuple[Tensor, Tensor]:
+    """The loss and the gradient of its sum, by the device and back on the CPU."""
+    return tuple(tensor.cpu() for tensor in step_there(logits.to(device), target.to(device), **options))
+
+
+def step_there(logits: Tensor, target: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+    """The same where the tensors are."""
+    leaf = logits.detach().requires_grad_()
+    loss = npu_xent.cross_entropy(leaf, target, **options)
+    loss.backward(torch.ones(loss.shape).to(loss.device))
+    return loss.detach(), leaf.grad
+
+
+def inputs(device: torch.device, index: int = 0) -> tuple[Tensor, Tensor]:
+    """Logits and targets of one of the shapes for a device, by its number; on the CPU."""
+    shape = shapes(torch.float32, device)[index]
+    problem = make_problem(LOSS_OF_ROWS, shape.rows, shape.classes, torch.float32)
+    return problem.logits, problem.target
+
+
+def expect(condition: bool, words: str) -> list[Failure]:
+    """A failure in words unless the condition holds."""
+    return [] if condition else [Failure(words)]
+
+
+def same_bits(name: str, seen: Tensor, expected: Tensor) -> list[Failure]:
+    """A failure unless every bit is the same. NaN is NaN: its other bits have no meaning."""
+    first, second = (t.detach().cpu().reshape(-1) for t in (seen, expected))
+    first, second = (torch.where(t.isnan(), NAN, t) for t in (first, second))
+    if seen.dtype == expected.dtype and seen.shape == expected.shape:
+        different = (first.view(torch.uint8) != second.view(torch.uint8)).view(-1, seen.element_size()).any(dim=1)
+        if not bool(different.any()):
+            return []
+        at = int(different.nonzero()[0])
+        values = float(first[at]), float(second[at])
+        element = [int(i) for i in torch.unravel_index(torch.tensor(at), seen.shape)]
+        words = (
+            f"{name}{element or ''}: {values[0]:.9g} and {values[1]:.9g}; "
+            f"{int(different.sum())} of {len(different)} elements differ"
+        )
+        return [Failure(words, name, element, *values, 0.0)]
+    return [Failure(f"{name}: {seen.dtype} {list(seen.shape)}, and {expected.dtype} {list(expected.shape)}", name)]
+
+
+@named("a target that is no class")
+def bad_target(device: torch.device) -> list[Failure]:
+    """Looking at it would make an NPU wait: there its row is NaN, and no other. NPU_XENT_DEBUG=1 looks."""
+    logits, target = inputs(device)
+    loss, gradient = step(logits, target, device, reduction="none")
+    target[5] = logits.shape[1]
+    if device.type == "cpu" or os.environ.get("NPU_XENT_DEBUG") == "1":
+        try:
+            step(logits, target, device, reduction="none")
+        except IndexError:
+            return []
+        return [Failure(f"target[5] is {target[5]}, which is no class, and no IndexError was raised")]
+    bad_loss, bad_gradient = step(logits, target, device, reduction="none")
+    loss[5] = NAN
+    gradient[5] = NAN
+    return [*same_bits("loss", bad_loss, loss), *same_bits("gradient", bad_gradient, gradient)]
+
+
+@named("NaN in ignored rows")
+def nan_in_ignored_rows(device: torch.device) -> list[Failure]:
+    """Their gradient is 0, and everything else what it is without NaN."""
+    found = []
+    for index in (0, 1):
+        logits, target = inputs(device, index)
+        target[1::3] = IGNORE
+        loss, gradient = step(logits, target, device)
+        logits[1::3] = NAN
+        spoiled_loss, spoiled_gradient = step(logits, target, device)
+        found += same_bits("loss", spoiled_loss, loss) + same_bits("gradient", spoiled_gradient, gradient)
+        found += expect(not bool(spoiled_gradient[1::3].any()), "gradient of ignored rows: not 0")
+    return found
+
+
+@named("NaN, infinities and masked classes")
+def special_values(device: torch.device) -> list[Failure]:
+    """NaN and +inf spoil their row alone; -inf is a class of probability 0, and a row of nothing else has none."""
+    found = []
+    for index in (0, 1):
+        logits, target = inputs(device, index)
+        loss, gradient = step(logits, target, device, reduction="none")
+        logits[1, -1], logits[4, 0], logits[7] = NAN, INF, -INF
+        logits[10, 1::2], target[10] = -INF, 2
+        special_loss, special_gradient = step(logits, target, device, reduction="none")
+        masked = torch.nn.functional.cross_entropy(logits[10:11].double(), target[10:11])
+        error = abs(float(special_loss[10]) - float(masked))
+        words = f"loss[10], with half of the classes at -inf: {float(special_loss[10])}, expected {float(masked)}"
+        found += expect(error < 1e-4, words)
+        found += expect(not bool(special_gradient[10, 1::2].any()), "gradient[10] of classes at -inf: not 0")
+        special_loss[10], special_gradient[10] = loss[10], gradient[10]  # looked at; what is left is exact
+        loss[[1, 4, 7]] = NAN
+        gradient[[1, 4, 7]] = NAN
+        found += same_bits("loss", special_loss, loss) + same_bits("gradient", special_gradient, gradient)
+    return found
+
+
+@named("rows with a stride")
+def strided_rows(device: torch.device) -> list[Failure]:
+    """What lies between rows, NaN here, is neither read nor written; the order of arithmetic is that of dense rows."""
+    found = []
+    for index in (0, 1):
+        logits, target = inputs(device, index)
+        strided = laid_out("strided", logits, device)
+        seen, expected = step(strided, target, device), step(logits, target, device)
+        found += same_bits("loss", seen[0], expected[0]) + same_bits("gradient", seen[1], expected[1])
+    return found
+
+
+@named("logits are left alone, or consumed")
+def written_logits(device: torch.device) -> list[Failure]:
+    """Only consume_logits writes over them, and not between rows that have a stride."""
+    logits, target = inputs(device, 1)
+    there = logits.to(device)
+    _, gradient = step_there(there, target.to(device))
+    found = same_bits("logits after the call", there, logits)
+    leaf = logits.to(device).requires_grad_()
+    consumed = leaf.clone()
+    npu_xent.cross_entropy(consumed, target.to(device), consume_logits=True)
+    return found + same_bits("logits after consume_logits", consumed, gradient)
+
+
+@named("several streams")
+def several_streams(device: torch.device) -> list[Failure]:
+    """Three side streams at a time give what the current stream gives."""
+    problems = [[tensor.to(device) for tensor in inputs(device, index)] for index in range(3)]
+    expected = [step_there(*problem) for problem in problems]
+    main, seen = torch.npu.current_stream(device), []
+    for problem in problems:
+        side = torch.npu.Stream(device)
+        side.wait_stream(main)
+        with torch.npu.stream(side):
+            seen.append((side, step_there(*problem)))
+        for tensor in problem:
+            tensor.record_stream(side)
+    found = []
+    for (side, results), values in zip(seen, expected, strict=True):
+        main.wait_stream(side)
+        for name, result, value in zip(("loss", "gradient"), results, values, strict=True):
+            result.record_stream(main)
+            found += same_bits(name, result, value)
+    return found
+
+
+def same_on(device: torch.device, other: int) -> list[Failure]:
+    """One loaded library of kernels serves every device of the process."""
+    logits, target = inputs(device, 1)
+    here = step(logits, target, device)
+    with torch.npu.device(other):
+        there = step(logits, target, torch.device("npu", other))
+    return same_bits("loss", there[0], here[0]) + same_bits("gradient", there[1], here[1])
+
+
+NPU_ONLY = (several_streams,)

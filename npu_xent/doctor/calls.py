@@ -1,0 +1,60 @@
+"""Calls the operators as a case says, on a device, and brings back what comes out in the shape of plain rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import npu_xent
+
+from .cases import Case, Problem
+
+
+def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
+    """The outputs by name, on the CPU: loss, and what the case asks for of z_loss, lse, log_prob and gradient.
+
+    The device is left to do what is looked at; all else happens on the CPU.
+    """
+    case = problem.case
+    weight = None if problem.weight is None else problem.weight.to(device)
+    leaf = laid_out(case.layout, problem.logits, device).detach().requires_grad_(case.grad)
+    target = problem.target
+    if case.layout == "classes second":
+        target = target.view(leaf.shape[0], leaf.shape[2])
+    found = (_contract if case.contract else _ours)(case, leaf, target.to(device), weight)
+    loss = found["loss"]
+    if case.grad:
+        loss.backward(problem.upstream.view(loss.shape).to(device))
+        found["gradient"] = leaf.grad
+    found = {name: value.detach().cpu() for name, value in found.items()}
+    if case.grad and case.layout == "classes second":
+        found["gradient"] = found["gradient"].movedim(1, -1).flatten(0, 1)
+    shape = problem.upstream.shape
+    return {name: value.view(shape) if name in ("loss", "z_loss") else value for name, value in found.items()}
+
+
+def laid_out(layout: str, rows: Tensor, device: torch.device) -> Tensor:
+    """[N, C] on the CPU as `Case.layout` says, on the device."""
+    if layout == "classes second":
+        return rows.view(3, -1, rows.shape[1]).movedim(-1, 1).contiguous().to(device)
+    if layout == "strided":
+        wider = torch.full((rows.shape[0], rows.shape[1] + 5), float("nan"), dtype=rows.dtype)
+        wider[:, 2:-3] = rows
+        return wider.to(device)[:, 2:-3]
+    return rows.to(device)
+
+
+def _ours(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    # consume_logits takes the output of an operation.
+    logits = leaf.clone() if case.options.get("consume_logits") else leaf
+    result = npu_xent.cross_entropy(logits, target, weight, **case.options)
+    if isinstance(result, Tensor):
+        return {"loss": result}
+    found = {"loss": result.loss, "lse": result.lse, "z_loss": result.z_loss}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _contract(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    loss, log_prob, z_loss, _ = npu_xent.npu_cross_entropy_loss(leaf, target, weight, **case.options)
+    found = {"loss": loss, "log_prob": log_prob}
+    return found | ({"z_loss": z_loss} if case.options.get("return_zloss") else {})

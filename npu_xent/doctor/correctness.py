@@ -1,0 +1,93 @@
+"""Every option, dtype and row mode against the truth: one check for each, and a table of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .calls import observe
+from .cases import CASES, Case, Shape, make_problem, shapes
+from .report import Check, Report, Result, Task
+from .truth import compare_all, composed, one_thread, slack_of, truth
+
+SECTION = "correctness"
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    """Those that the operators take on a device."""
+    return [d for d in SHORT_NAMES if d != torch.float64 or device.type == "cpu"]
+
+
+def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
+    """By row mode, then option, then dtype. The quick way leaves out what only long rows tell."""
+    for index, _ in enumerate(shapes(torch.float32, device)[: 2 if quick else None]):
+        for case in CASES:
+            for dtype in dtypes(device):
+                shape = shapes(dtype, device)[index]
+                if (shape.long and not case.everywhere) or (dtype == torch.float64 and _is_strict(case)):
+                    continue
+
+                def run(case: Case = case, shape: Shape = shape, dtype: torch.dtype = dtype) -> Result:
+                    return check(case, shape, dtype, device)
+
+                where = {"shape": str(shape), "dtype": SHORT_NAMES[dtype], "row mode": shape.row_mode}
+                yield Task(SECTION, case.name, run, where)
+
+
+def check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Result:
+    """Compares each output with the truth; beside it what torch's own, in the same dtype, would be in this."""
+    problem = make_problem(case, shape.rows, shape.classes, dtype)
+    seen = observe(problem, device)
+    with one_thread():
+        expected, slack = truth(problem), slack_of(device)
+        parts, failures = compare_all(seen, expected, slack)
+        own = {name: value for name, value in composed(problem).items() if name in seen}
+        own_parts, _ = compare_all(own, expected, slack)
+    return Result({"part_of_allowed_error": parts, "torch_on_cpu": own_parts}, failures)
+
+
+def table(report: Report) -> list[str]:
+    """Options down, dtypes across, a table for each row mode."""
+    checks = report.of(SECTION)
+    lines = [
+        "  The largest error of loss, gradient and other outputs, as a part of what is allowed: more than 1 is wrong.",
+        "  In brackets: torch's own error, in the same dtype on the CPU, as a part of the same.",
+    ]
+    for index, group in enumerate(_by_shape(checks)):
+        columns = list(dict.fromkeys(check.where["dtype"] for check in group))
+        sizes = list(dict.fromkeys(check.where["shape"] for check in group))
+        mode = group[0].where["row mode"]
+        lines += [""] * (index > 0) + [f"  {' and '.join(sizes)}" + (f", {mode} rows" if mode else "")]
+        lines.append(f"    {'':<28}" + "".join(f"{name:>17}" for name in columns))
+        for option in dict.fromkeys(check.name for check in group):
+            cells = {check.where["dtype"]: _cell(check) for check in group if check.name == option}
+            lines.append(f"    {option:<28}" + "".join(f"{cells.get(name, '-'):>17}" for name in columns))
+    return lines
+
+
+def _by_shape(checks: list[Check]) -> list[list[Check]]:
+    """Groups of consecutive checks, from one first option to the next."""
+    groups: list[list[Check]] = []
+    for check in checks:
+        if not groups or (check.name == CASES[0].name and groups[-1][-1].name != CASES[0].name):
+            groups.append([])
+        groups[-1].append(check)
+    return groups
+
+
+def _cell(check: Check) -> str:
+    if "part_of_allowed_error" not in check.result.numbers:
+        return "raised"
+    ours = max(check.result.numbers["part_of_allowed_error"].values())
+    own = max(check.result.numbers["torch_on_cpu"].values())
+    return f"{'FAIL ' if check.failed else ''}{_short(ours)} ({_short(own)})"
+
+
+def _short(part: float) -> str:
+    return f"{part:.2g}" if part < 99.5 else ">99"
+
+
+def _is_strict(case: Case) -> bool:
+    return case.contract and case.options.get("strict", True)

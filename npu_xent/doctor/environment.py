@@ -1,0 +1,143 @@
+"""What the doctor's run ran on: machine, versions, how the extension was built, what the environment says."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import npu_xent
+from npu_xent import _C, _build, _soc, _toolkit
+
+DRIVER = Path("/usr/local/Ascend/driver/version.info")
+VARIABLES = re.compile(
+    r"NPU_XENT_.*|ASCEND_.*|CANN_.*|ATEN_CPU_CAPABILITY|TORCH_DEVICE_BACKEND_AUTOLOAD|SOC_VERSION|OMP_NUM_THREADS"
+    r"|TASK_QUEUE_ENABLE|PYTORCH_NPU_ALLOC_CONF|LD_LIBRARY_PATH"
+)
+
+
+def import_torch_npu() -> str | None:
+    """Import torch_npu, which the kernels need. What stands in the way of an NPU, if anything does."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return "torch_npu is not installed"
+    try:
+        torch_npu = importlib.import_module("torch_npu")
+        count = torch_npu.npu.device_count()
+    except Exception as error:  # a library that is missing, another torch: whatever it is, it is to be told
+        return f"torch_npu cannot be imported: {first_line(error)}"
+    return None if count else "torch_npu sees no NPU"
+
+
+def gather() -> dict[str, Any]:
+    """All of it, by name. Imports nothing; torch_npu is asked if it is there."""
+    toolkit = _toolkit.home()
+    found: dict[str, Any] = {
+        "system": f"{platform.platform()}, {_distribution()}",
+        "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "npu_xent": f"{npu_xent.__version__} ({Path(npu_xent.__file__).parent})",
+        "torch": torch.__version__,
+        "torch_npu": _installed("torch_npu"),
+        "cann": _toolkit.version(toolkit) if toolkit else None,
+        "cann_home": str(toolkit) if toolkit else None,
+        "driver": _driver(),
+        "soc": None,
+        "devices": 0,
+        "built": {
+            "version": _build.VERSION,
+            "torch": _build.TORCH_VERSION,
+            "torch_npu": getattr(_build, "TORCH_NPU_VERSION", None),
+            "cann": getattr(_build, "CANN_VERSION", None),
+            "soc": list(getattr(_build, "SOC_VERSIONS", ())),
+            "compiler": _C.compiler,
+        },
+        "cpu_capability": _C.cpu_capability(),
+        "compiled_cpu_capabilities": _C.compiled_cpu_capabilities(),
+        "threads": torch.get_num_threads(),
+        "variables": {name: os.environ[name] for name in sorted(os.environ) if VARIABLES.fullmatch(name)},
+        "npu_smi": _soc.npu_smi("info"),
+        "logs": os.environ.get("ASCEND_PROCESS_LOG_PATH", str(Path.home() / "ascend" / "log")),
+    }
+    torch_npu = sys.modules.get("torch_npu")
+    if torch_npu is not None and hasattr(torch_npu, "npu"):
+        found["torch_npu"] = torch_npu.__version__
+        found["devices"] = torch_npu.npu.device_count()
+        found["soc"] = torch_npu.npu.get_device_name() if found["devices"] else None
+    return found
+
+
+def is_simulated(environment: dict[str, Any]) -> bool:
+    """Whether a toolkit's version, the running one's or that of the build, says that nothing of it is a device."""
+    return any("simulated" in (version or "") for version in (environment["cann"], environment["built"]["cann"]))
+
+
+def lines(environment: dict[str, Any]) -> list[str]:
+    """For people."""
+    built = environment["built"]
+    rows = {
+        "system": environment["system"],
+        "machine": environment["machine"],
+        "python": environment["python"],
+        "npu_xent": environment["npu_xent"],
+        "torch": environment["torch"],
+        "torch_npu": environment["torch_npu"] or "not installed",
+        "CANN": f"{environment['cann'] or 'version not found'} ({environment['cann_home']})"
+        if environment["cann_home"]
+        else "ASCEND_HOME_PATH is not set",
+        "driver": environment["driver"] or "not found",
+        "NPUs": f"{environment['devices']} x {environment['soc']}" if environment["devices"] else "none",
+        "built against": f"torch {built['torch']}, torch_npu {built['torch_npu']}, CANN {built['cann']}, "
+        f"for {', '.join(built['soc']) or 'no NPU'}, by g++ {built['compiler']}",
+        "CPU kernels": f"{environment['cpu_capability']}, of {environment['compiled_cpu_capabilities']}; "
+        f"{environment['threads']} threads",
+    }
+    text = [f"  {name:<14} {value}" for name, value in rows.items()]
+    return text + [f"  {name}={value}" for name, value in environment["variables"].items()]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an exception says, or its type."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+
+
+def _installed(package: str) -> str | None:
+    """The version, whether or not it can be imported."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _distribution() -> str:
+    try:
+        return platform.freedesktop_os_release().get("PRETTY_NAME", "")
+    except OSError:
+        return "unknown distribution"
+
+
+def _processor() -> str:
+    """Of /proc/cpuinfo: "model name" on x86-64; Arm tells numbers."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return "unknown processor"
+    fields = dict(re.findall(r"^(model name|CPU implementer|CPU part)\s*:\s*(.*)$", text, re.MULTILINE))
+    return fields.get("model name") or ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _driver() -> str | None:
+    """The version that the driver's own file tells, else that of npu-smi, which comes with it."""
+    if DRIVER.exists():
+        found = re.search(r"^\s*Version\s*=\s*(\S+)", DRIVER.read_text(), re.MULTILINE | re.IGNORECASE)
+        if found:
+            return found[1]
+    found = re.search(r"Version:\s*(\S+)", _soc.npu_smi("info") or "")
+    return found[1] if found else None

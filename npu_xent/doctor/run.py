@@ -1,0 +1,129 @@
+"""Runs the checks one by one, each on its own: what one of them raises is its failure, and the others go on."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+
+import npu_xent
+
+from . import behaviour, correctness, repeatability, timing, vendor
+from .environment import first_line
+from .report import Check, Failure, Report, Result, Task
+
+DEVICE_LOST = "the device computes nothing any more; a new process is needed"
+NO_KERNELS = "without the NPU kernels there is nothing to check on an NPU"
+
+
+class Progress:
+    """On standard error: the check under way on a terminal, elsewhere a line for each section."""
+
+    def __init__(self) -> None:
+        self.on_terminal = sys.stderr.isatty()
+        self.section = ""
+
+    def show(self, number: int, task: Task) -> None:
+        """`task` begins. Should it hang, or take the process along, this is the last that is seen."""
+        if self.on_terminal:
+            where = " ".join(str(value) for value in task.where.values() if value is not None)
+            print(f"\r\033[K[{number}] {task.section}: {task.name} {where}", end="", file=sys.stderr, flush=True)
+        elif task.section != self.section:
+            print(f"npu_xent.doctor: {task.section} ...", file=sys.stderr, flush=True)
+        self.section = task.section
+
+    def clear(self) -> None:
+        """Before something else is printed."""
+        if self.on_terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def sections(device: torch.device, quick: bool) -> Iterator[tuple[Iterable[Task], Callable[[Report], list[str]]]]:
+    """Tasks, and how to print what came of them, in the order of the report."""
+    yield correctness.tasks(device, quick), correctness.table
+    yield behaviour.tasks(device), lambda report: listed(report, "behaviour")
+    yield repeatability.tasks(device, quick), lambda report: listed(report, "repeatability")
+    if device.type == "npu":
+        yield vendor.tasks(device), lambda report: listed(report, vendor.SECTION)
+    yield timing.tasks(device, quick), timing.table
+
+
+def run_all(report: Report, device: torch.device, say: Callable[[list[str]], None]) -> None:
+    """Fills the report, and says each section when it is done."""
+    progress = Progress()
+    if device.type == "npu":
+        check = run_task(Task("environment", "the NPU kernels are loaded", load_kernels))
+        report.checks.append(check)
+        if check.failed:
+            report.stopped = NO_KERNELS
+            return
+        say([f"  {'NPU kernels':<14} loaded"])
+    for tasks, describe in sections(device, report.quick):
+        done = len(report.checks)
+        for task in tasks:
+            progress.show(len(report.checks) + 1, task)
+            check = run_task(task)
+            report.checks.append(check)
+            doubtful = check.traceback is not None or check.result.skipped is not None
+            if doubtful and device.type == "npu" and not answers(device):
+                report.stopped = DEVICE_LOST
+                break
+        progress.clear()
+        if len(report.checks) > done:
+            say(["", report.checks[-1].section, *describe(report)])
+        if report.stopped:
+            return
+
+
+def run_task(task: Task) -> Check:
+    """The check, come what may."""
+    start, trace = time.perf_counter(), None
+    try:
+        result = task.run()
+    except Exception as error:
+        trace = traceback.format_exc()
+        result = Result(failures=[Failure(f"raised {type(error).__name__}: {first_line(error)}")])
+    return Check(task.section, task.name, task.where, result, time.perf_counter() - start, trace)
+
+
+def load_kernels() -> Result:
+    """Without them npu tensors are served by torch operations, and all that follows would be about those."""
+    try:
+        npu_xent.load_npu()
+    except RuntimeError as error:
+        return Result(failures=[Failure(str(error))])
+    return Result()
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes: after some errors nothing does until the process ends, at times in silence.
+
+    A kernel of torch's and one of ours, which goes another way to the device: loading has seen it work.
+    """
+    with contextlib.suppress(Exception):
+        torch.npu.synchronize(device)
+        numbers = torch.ones(8).to(device) + 1
+        torch.ops.npu_xent.scale_(numbers, torch.tensor(3.0).to(device))
+        return bool(numbers.cpu().eq(6).all())
+    return False
+
+
+def listed(report: Report, section: str) -> list[str]:
+    """The names of a section's checks with their outcomes, those of one name in a line."""
+    checks = report.of(section)
+    skipped = {check.result.skipped for check in checks}
+    if len(skipped) == 1 and None not in skipped:
+        return [f"  {skipped.pop()}"]
+    lines = []
+    for name in dict.fromkeys(check.name for check in checks):
+        group = [check for check in checks if check.name == name]
+        failed = sum(check.failed for check in group)
+        reason = next((check.result.skipped for check in group if check.result.skipped), None)
+        outcome = f"{failed} of {len(group)} FAILED" if failed else reason or "ok"
+        count = f" ({len(group)} times)" if len(group) > 1 and outcome == "ok" else ""
+        lines.append(f"  {name:<40} {outcome}{count}")
+    return lines

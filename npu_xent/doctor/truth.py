@@ -1,0 +1,176 @@
+"""The results in float64, written out from their formulas, and how far from them an operator may be.
+
+What is allowed. npu_xent computes in float32 (float64 for float64) and rounds each result once, a gradient that is
+scaled afterwards twice. So an element may be off by one unit in the last place of its own dtype, and by some units of
+float32 on the terms that it is made of: an exponential of x - lse carries the roundings of x and of lse, and a
+probability that the target or the smoothing is taken off is no more accurate than before.
+
+  CPU   4 units: all tests are held to them. Up to 1.5 have been seen; torch's own float32 makes up to 6.
+  npu   32 units: of exact functions the kernels make less than 2, but nobody has measured the device's Exp and Ln. 32
+        leaves them a relative error of some 1e-5.
+
+Wrong kernels are far outside: what they lose is a class, a chunk, a weight, a row, and `make_problem` sees to it that
+each is a part of some result that is larger than 1e-2. Element by element, because next to the target's gradient
+everybody else's is small. For bfloat16 and float16 the bound is tighter than torch's own error, which rounds log_prob
+to 16 bits and loses up to some percent; the report has that error beside ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .cases import IGNORE, Problem
+from .report import Failure
+
+
+def slack_of(device: torch.device) -> float:
+    """Units in the last place of the statistics' dtype, of the terms of a result."""
+    return 32.0 if device.type == "npu" else 4.0
+
+
+INF = float("inf")
+
+
+class Expected(NamedTuple):
+    """A result in float64, and the size of the terms that were added up to make it."""
+
+    value: Tensor
+    terms: Tensor
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """For the operations here, which are small: several threads would spend their time waiting for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def truth(problem: Problem) -> dict[str, Expected]:
+    """What is right, by name: loss, z_loss, lse, log_prob, gradient. Shares nothing with what it judges."""
+    options = problem.case.options
+    reduction, e, scale = options.get("reduction", "mean"), options.get("label_smoothing", 0.0), z_scale(problem)
+    rows, classes = problem.logits.shape
+    kept = (problem.target != IGNORE)[:, None]
+    target = torch.where(kept, problem.target[:, None], 0)
+    weight = torch.ones(classes, dtype=torch.float64) if problem.weight is None else problem.weight.double()
+
+    leaf = problem.logits.double().requires_grad_()
+    x = problem.case.transform(leaf)
+    (slope,) = torch.autograd.grad(x.sum(), leaf)  # of the transform, element by element
+    x = x.detach()
+    top = x.amax(dim=1, keepdim=True)
+    lse = top + (x - top).exp().sum(dim=1, keepdim=True).log()
+    log_prob = x - lse
+    p, one_hot = log_prob.exp(), torch.zeros_like(x).scatter_(1, target, 1.0)
+
+    own = (1 - e) * weight[target]  # [N, 1], as all that follows for a row
+    by_weight = by_rows = 1.0
+    if reduction == "mean":
+        by_weight, by_rows = float((weight[target] * kept).sum()), float(kept.sum())
+    smoothed = e / classes * (weight * log_prob).sum(dim=1, keepdim=True)
+    rows_loss = -(own * log_prob.gather(1, target) + smoothed) / by_weight
+    rows_z_loss = scale * lse.square() / by_rows
+    upstream = problem.upstream.double().expand(rows)[:, None]
+    of_loss = own * (p - one_hot) + e / classes * (weight.sum() * p - weight)
+    gradient = slope * upstream * (of_loss / by_weight + 2 * scale * lse * p / by_rows)
+
+    # The sizes of the terms: what is added up above, taken as positive, with the roundings of x and lse.
+    size, lse_size = x.abs(), lse.abs()
+    p = (1 + size + lse_size) * p + one_hot
+    of_loss = own * p + e / classes * (weight.sum() * p + weight)
+    gradient_terms = slope.abs() * upstream.abs() * (of_loss / by_weight + 2 * scale * lse_size * p / by_rows)
+    smoothed_terms = e / classes * ((size + lse_size) @ weight)[:, None]
+    loss_terms = (own * (lse_size + size.gather(1, target)) + smoothed_terms) / by_weight + rows_z_loss
+
+    def reduced(values: Tensor) -> Tensor:
+        values = torch.where(kept, values, 0.0)[:, 0]
+        return values if reduction == "none" else values.sum()
+
+    loss, z_loss, loss_terms = reduced(rows_loss + rows_z_loss), reduced(rows_z_loss), reduced(loss_terms)
+    return {
+        "loss": Expected(loss, loss_terms),
+        "z_loss": Expected(z_loss, loss_terms),
+        "lse": Expected(lse[:, 0], 1 + lse_size[:, 0]),
+        "log_prob": Expected(log_prob, 1 + size + lse_size),
+        "gradient": Expected(torch.where(kept, gradient, 0.0), torch.where(kept, gradient_terms, 0.0)),
+    }
+
+
+def composed(problem: Problem) -> dict[str, Tensor]:
+    """The same by torch's operations in the dtype of the logits, on the CPU: what torch's own errors are."""
+    options, dtype = problem.case.options, problem.logits.dtype
+    reduction = options.get("reduction", "mean")
+    leaf = problem.logits.detach().requires_grad_()
+    kept = problem.target != IGNORE
+    logits = problem.case.transform(leaf)
+    lse = logits.logsumexp(dim=1)
+    loss = F.cross_entropy(
+        logits,
+        problem.target,
+        None if problem.weight is None else problem.weight.to(dtype),
+        ignore_index=IGNORE,
+        label_smoothing=options.get("label_smoothing", 0.0),
+        reduction=reduction,
+    )
+    z_loss = torch.where(kept, z_scale(problem) * lse.square(), 0.0)
+    if reduction != "none":
+        z_loss = z_loss.sum() / (kept.sum() if reduction == "mean" else 1)
+    loss = loss + z_loss
+    loss.backward(problem.upstream)
+    found = {"loss": loss, "z_loss": z_loss, "lse": lse, "log_prob": logits.log_softmax(dim=1), "gradient": leaf.grad}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def z_scale(problem: Problem) -> float:
+    """The scale of the z-loss, by either name."""
+    options = problem.case.options
+    return options.get("lse_square_scale", options.get("lse_square_scale_for_zloss", 0.0))
+
+
+def allowed_error(expected: Expected, dtype: torch.dtype, slack: float) -> Tensor:
+    """How far a result in `dtype` may be from what is expected, element by element. The file's first lines say why."""
+    result, stats = torch.finfo(dtype), torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    rounded = result.eps * (expected.value.abs() + result.tiny)
+    return rounded + slack * stats.eps * expected.terms + stats.tiny
+
+
+def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[float, Failure | None]:
+    """The largest error as a part of what is allowed, and the first element that is wrong, if any is."""
+    if seen.shape != expected.value.shape:
+        words = f"{name}: shape {list(seen.shape)}, expected {list(expected.value.shape)}"
+        return INF, Failure(words, name)
+    allowed = allowed_error(expected, seen.dtype, slack)
+    values = seen.double()
+    same = (values == expected.value) | (values.isnan() & expected.value.isnan())
+    ratio = torch.where(same, 0.0, (values - expected.value).abs() / allowed)
+    ratio = ratio.nan_to_num(nan=INF, posinf=INF)
+    worst = float(ratio.max())
+    wrong = ratio > 1
+    if not bool(wrong.any()):
+        return worst, None
+    first = [int(i) for i in wrong.nonzero()[0]]
+    at = tuple(first)
+    numbers = float(values[at]), float(expected.value[at]), float(allowed[at])
+    place = f"{name}{first if first else ''}"
+    rows = f" in {int(wrong.any(dim=1).sum())} of {len(wrong)} rows" if wrong.dim() == 2 else ""
+    words = (
+        f"{place}: seen {numbers[0]:.9g}, expected {numbers[1]:.9g}, allowed error {numbers[2]:.2g}; "
+        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong{rows}, the worst by {worst:.3g} times that"
+    )
+    return worst, Failure(words, name, first, *numbers)
+
+
+def compare_all(seen: Mapping[str, Tensor], expected: Mapping[str, Expected], slack: float) -> tuple[dict, list]:
+    """`compare` for each output that was seen: the parts by name, and what is wrong."""
+    found = {name: compare(name, tensor, expected[name], slack) for name, tensor in seen.items()}
+    return {name: part for name, (part, _) in found.items()}, [wrong for _, wrong in found.values() if wrong]
