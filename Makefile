@@ -5,6 +5,9 @@
 #                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
 #   make test-aarch64
 #                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
+#   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
+#                 cann_sim's sdist and wheel
+#   make smoke    installs these wheels where there is no compiler, and tries them
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
@@ -33,10 +36,10 @@ SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeList
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 build check format clean
+.PHONY: help train test test-aarch64 wheel smoke build check format clean
 
 help:
-	@sed -n '3,11s/^# \{0,1\}//p' Makefile
+	@sed -n '3,14s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
@@ -84,6 +87,26 @@ ifneq ($(shell uname -m),aarch64)
 	@echo "== Building for aarch64, and testing under qemu"
 	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/aarch64/toolchain.cmake))
 endif
+
+# The part for NPUs is built by CANN where its set_env.sh was sourced, else by cann_sim: then the wheel's version says
+# "simulated". The local version is there to tell wheels apart, so the sdists have none. Objects in build/ are used again.
+MAKE_DIST := $(PY) -m build --no-isolation --outdir dist
+wheel: $(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu
+	@rm -rf dist
+	@echo "== Building the sdist"
+	@$(MAKE_DIST) --sdist >/dev/null
+	@echo "== Building the wheel with the part for NPUs"
+	@if [ -z "$$ASCEND_HOME_PATH" ]; then \
+	  export ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3; fi; \
+	  NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1 $(MAKE_DIST) --wheel >/dev/null
+	@echo "== Building the wheel for CPUs"
+	@NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0 $(MAKE_DIST) --wheel >/dev/null
+	@echo "== Building cann_sim's sdist and wheel"
+	@$(MAKE_DIST) --sdist --wheel cann_sim >/dev/null
+	@ls -l dist
+
+smoke: wheel
+	@.ci/smoke_test dist
 
 build: $(VENV)/.build
 
@@ -150,6 +173,11 @@ $(VENV)/.train: $(TORCH_STAMP)
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@touch $@
+
+$(VENV)/.wheel: $(TORCH_STAMP)
+	@echo "== Installing what builds wheels"
+	@$(PIP) install build
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.created
