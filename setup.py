@@ -76,9 +76,9 @@ def torch_requirement() -> str:
     hidden = (hidden_version("torch") or version).partition("+")[0]
     if hidden != version:
         raise SystemExit(
-            f"torch {hidden} is installed here, but this isolated build has got torch {version}, and what it builds would "
-            f"replace yours. To keep torch {hidden}: pip install --no-build-isolation . (with cmake and ninja installed). "
-            f"To have torch {version}: pip install torch=={version} first."
+            f"torch {hidden} is installed here, but this isolated build has got torch {version}, and what it builds "
+            f"would replace yours. To keep torch {hidden}: pip install --no-build-isolation . (with cmake and ninja "
+            f"installed). To have torch {version}: pip install torch=={version} first."
         )
     return f"torch=={version}"
 
