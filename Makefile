@@ -90,19 +90,19 @@ endif
 
 # The part for NPUs is built by CANN where its set_env.sh was sourced, else by cann_sim: then the wheel's version says
 # "simulated". The local version is there to tell wheels apart, so the sdists have none. Objects in build/ are used again.
-MAKE_DIST := $(PY) -m build --no-isolation --outdir dist
+make_dist = $(PY) -m build --no-isolation --outdir dist $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 wheel: $(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu
-	@rm -rf dist
+	@rm -rf dist && mkdir -p build
 	@echo "== Building the sdist"
-	@$(MAKE_DIST) --sdist >/dev/null
+	@$(call make_dist,--sdist)
 	@echo "== Building the wheel with the part for NPUs"
 	@if [ -z "$$ASCEND_HOME_PATH" ]; then \
 	  export ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3; fi; \
-	  NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1 $(MAKE_DIST) --wheel >/dev/null
+	  export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1; $(call make_dist,--wheel)
 	@echo "== Building the wheel for CPUs"
-	@NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0 $(MAKE_DIST) --wheel >/dev/null
+	@export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0; $(call make_dist,--wheel)
 	@echo "== Building cann_sim's sdist and wheel"
-	@$(MAKE_DIST) --sdist --wheel cann_sim >/dev/null
+	@$(call make_dist,--sdist --wheel cann_sim)
 	@ls -l dist
 
 smoke: wheel

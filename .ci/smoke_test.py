@@ -67,7 +67,7 @@ def check_losses(device: str) -> None:
     weight = torch.rand(CLASSES) + 0.5
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
         for options in ({}, {"weight": weight, "label_smoothing": 0.1}, {"reduction": "sum"}):
-            expected = values.to(dtype).float().requires_grad_()
+            expected = values.to(dtype, copy=True).float().requires_grad_()
             loss = F.cross_entropy(expected, target, **options)
             loss.backward()
             logits = values.to(device, dtype).requires_grad_()
