@@ -70,7 +70,7 @@ def check_losses(device: str) -> None:
             expected = values.to(dtype, copy=True).float().requires_grad_()
             loss = F.cross_entropy(expected, target, **options)
             loss.backward()
-            logits = values.to(device, dtype).requires_grad_()
+            logits = values.to(device, dtype, copy=True).requires_grad_()
             moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
             ours = npu_xent.cross_entropy(logits, target.to(device), **moved)
             ours.backward()
@@ -83,7 +83,7 @@ def check_losses(device: str) -> None:
     expected = values.clone().requires_grad_()
     loss = F.cross_entropy(expected, target)
     loss.backward()
-    logits = values.to(device).requires_grad_()
+    logits = values.to(device, copy=True).requires_grad_()
     ours, log_prob, _, _ = npu_xent.npu_cross_entropy_loss(logits, target.to(device))
     ours.sum().backward()
     torch.testing.assert_close(ours.detach().cpu(), loss.detach().reshape(1))
