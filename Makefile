@@ -6,6 +6,9 @@
 #   make test-aarch64
 #                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
 #   make docs     builds the documentation as a site, build/docs/index.html
+#   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
+#                 cann_sim's sdist and wheel
+#   make smoke    installs these wheels where there is no compiler, and tries them
 #   make build    only builds, into .venv
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
@@ -34,10 +37,10 @@ SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeList
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 docs build check format clean
+.PHONY: help train test test-aarch64 docs wheel smoke build check format clean
 
 help:
-	@sed -n '3,12s/^# \{0,1\}//p' Makefile
+	@sed -n '3,15s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
@@ -92,6 +95,26 @@ docs: $(VENV)/.docs $(VENV)/.build
 	@rm -rf build/docs
 	@$(PY) -m sphinx -W --keep-going -q -b html -d build/doctrees -c docs . build/docs
 	@echo "Wrote build/docs/index.html"
+
+# The part for NPUs is built by CANN where its set_env.sh was sourced, else by cann_sim: then the wheel's version says
+# "simulated". The local version is there to tell wheels apart, so the sdists have none. Objects in build/ are used again.
+make_dist = $(PY) -m build --no-isolation --outdir dist $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+wheel: $(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu
+	@rm -rf dist && mkdir -p build
+	@echo "== Building the sdist"
+	@$(call make_dist,--sdist)
+	@echo "== Building the wheel with the part for NPUs"
+	@if [ -z "$$ASCEND_HOME_PATH" ]; then \
+	  export ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3; fi; \
+	  export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1; $(call make_dist,--wheel)
+	@echo "== Building the wheel for CPUs"
+	@export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0; $(call make_dist,--wheel)
+	@echo "== Building cann_sim's sdist and wheel"
+	@$(call make_dist,--sdist --wheel cann_sim)
+	@ls -l dist
+
+smoke: wheel
+	@.ci/smoke_test dist
 
 build: $(VENV)/.build
 
@@ -163,6 +186,11 @@ $(VENV)/.test: $(VENV)/.train
 $(VENV)/.docs: $(VENV)/.created
 	@echo "== Installing what the documentation needs"
 	@$(PIP) install "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6"
+	@touch $@
+
+$(VENV)/.wheel: $(TORCH_STAMP)
+	@echo "== Installing what builds wheels"
+	@$(PIP) install build
 	@touch $@
 
 $(VENV)/.check: $(VENV)/.created

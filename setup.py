@@ -5,6 +5,8 @@ Needs torch, cmake and ninja in the building environment: `pip install --no-buil
 The part for NPUs is built as well where torch_npu is installed and ASCEND_HOME_PATH is set (by the toolkit's
 set_env.sh). SOC_VERSION says for which chips, one or several (`SOC_VERSION="ascend910b1;ascend910_9391"`); unset,
 npu-smi is asked. NPU_XENT_BUILD_NPU=0 leaves that part out, NPU_XENT_BUILD_NPU=1 makes its absence an error.
+
+NPU_XENT_LOCAL_VERSION=1 puts what the extension is built against into the version, as `make wheel` does.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 # With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
@@ -46,6 +50,46 @@ def find_tool(name: str) -> str:
     if found is None:
         raise SystemExit(f"{name} is needed to build {PACKAGE} and was not found: pip install {name}")
     return found
+
+
+def hidden_version(name: str) -> str | None:
+    """The version of a package that is installed here, but that pip hides from this build, which it runs in isolation.
+
+    pip puts what an isolated build may see into a temporary folder in front of everything else.
+    """
+    if not any("pip-build-env-" in folder for folder in sys.path):
+        return None
+    folders = list({sysconfig.get_path("purelib"), sysconfig.get_path("platlib")})
+    return next((found.version for found in importlib.metadata.distributions(name=name, path=folders)), None)
+
+
+def torch_requirement() -> str:
+    """What the wheel requires: the torch that it is built against, since it loads with no other release.
+
+    Any build of that release does: CPU and CUDA builds have the same C++ interface. Where there is no torch, as when an
+    sdist is made, it is what the code is written for.
+    """
+    try:
+        version = importlib.metadata.version("torch").partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return "torch>=2.10"
+    hidden = (hidden_version("torch") or version).partition("+")[0]
+    if hidden != version:
+        raise SystemExit(
+            f"torch {hidden} is installed here, but this isolated build has got torch {version}, and what it builds "
+            f"would replace yours. To keep torch {hidden}: pip install --no-build-isolation . (with cmake and ninja "
+            f"installed). To have torch {version}: pip install torch=={version} first."
+        )
+    return f"torch=={version}"
+
+
+def local_version(torch_version: str, npu: NpuPart | None) -> str:
+    """What tells wheels of one version apart: torch2.13.0.cpu, or torch2.13.0.cann8.5.0 with the part for NPUs.
+
+    Letters and digits, separated by dots. The chips are not in it: kernels built for one run on all of the family.
+    """
+    part = "cpu" if npu is None else f"cann{npu.toolkit_version or ''}"
+    return re.sub(r"[^a-z0-9]+", ".", f"torch{torch_version.partition('+')[0]}.{part}".lower())
 
 
 def release(version: str) -> str:
@@ -79,6 +123,12 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
         *(["torch_npu is not installed"] if spec is None else []),
         *(["ASCEND_HOME_PATH is not set (source the toolkit's set_env.sh)"] if not home else []),
     ]
+    if home and spec is None and (hidden := hidden_version("torch_npu")):
+        raise SystemExit(
+            f"torch_npu {hidden} is installed, but pip hides it from an isolated build: pip install "
+            "--no-build-isolation . (with torch, cmake and ninja installed), or set NPU_XENT_BUILD_NPU=0 to build "
+            "without the part for NPUs"
+        )
     if missing:
         text = f"{PACKAGE}: the part for NPUs is left out: {' and '.join(missing)}"
         if wanted == "1":
@@ -113,6 +163,32 @@ def remove_npu_part(folder: Path) -> None:
         library.unlink()
 
 
+class LabelledVersion(egg_info):
+    """egg_info, with local_version() in the version where that is wanted.
+
+    Wheels that lie side by side need names of their own, and can then be asked for by their versions: flash-attn and
+    torchvision do the same (2.8.3+cu12torch2.8, 0.28.0+cpu). A build tag would be in the name of the file alone, and
+    gone once that is installed. It is not done unasked: pip refuses an sdist whose build has another version.
+    """
+
+    def finalize_options(self) -> None:
+        """Tag the version with it."""
+        if os.environ.get("NPU_XENT_LOCAL_VERSION") == "1":
+            torch_version = importlib.metadata.version("torch")
+            self.tag_build = "+" + local_version(torch_version, find_npu_part(torch_version))
+        super().finalize_options()
+
+
+class FreshBuildPy(build_py):
+    """build_py into an empty folder: setuptools packs all it finds there, also what an earlier build has left."""
+
+    def run(self) -> None:
+        """Remove what is there, then copy the package."""
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     """Configures and builds CMakeLists.txt; libraries land where setuptools expects the extensions."""
 
@@ -137,17 +213,19 @@ class CMakeBuild(build_ext):
         remove_npu_part(output)  # of an earlier build
         if self.npu is not None:
             self.build_kernels(self.npu, output / "kernels")
+        # Without that part its target is left alone, but not taken away: CMake would delete its objects.
+        npu_options = [f"-DTORCH_NPU_DIR={self.npu.torch_npu}"] if self.npu else []
         self.run_cmake(
             ROOT,
             ROOT / "build" / tag,
-            *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}"),
+            *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", *npu_options),
             f"-DTORCH_INCLUDE_DIRS={';'.join(include_paths())}",
             f"-DTORCH_LIBRARY_DIRS={';'.join(library_paths())}",
             f"-DPYTHON_INCLUDE_DIR={sysconfig.get_path('include')}",
             f"-DEXTENSION_SUFFIX={sysconfig.get_config_var('EXT_SUFFIX')}",
             f"-DNPU_XENT_OUTPUT_DIR={output}",
-            f"-DTORCH_NPU_DIR={self.npu.torch_npu if self.npu else ''}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            targets=("_C", "_npu") if self.npu else ("_C",),
         )
         self.write_record(output / "_build.py", torch.__version__)
 
@@ -166,19 +244,19 @@ class CMakeBuild(build_ext):
             (output / soc).mkdir(parents=True)
             shutil.copy(built, output / soc / library)
 
-    def run_cmake(self, source: Path, build: Path, *options: str) -> None:
-        """Configure and build."""
+    def run_cmake(self, source: Path, build: Path, *options: str, targets: tuple[str, ...] = ("all",)) -> None:
+        """Configure, and build the targets."""
         build.mkdir(parents=True, exist_ok=True)
         subprocess.run([find_tool("cmake"), "-S", source, "-B", build, *options], check=True)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count() or 1))
-        subprocess.run([find_tool("cmake"), "--build", build, "--parallel", jobs], check=True)
+        subprocess.run([find_tool("cmake"), "--build", build, "--parallel", jobs, "--target", *targets], check=True)
 
     def write_record(self, path: Path, torch_version: str) -> None:
         """What was built against what. It is read before a library is loaded, which could fail without a word."""
         npu = self.npu
         path.write_text(
             '"""Written by the build: this version, and what the extension was compiled against."""\n\n'
-            f'VERSION = "{self.distribution.get_version()}"\n'
+            f'VERSION = "{self.get_finalized_command("egg_info").egg_version}"\n'
             f'TORCH_VERSION = "{torch_version}"\n'
             "# None: built without the part for NPUs.\n"
             f"TORCH_NPU_VERSION = {(npu.torch_npu_version if npu else None)!r}\n"
@@ -200,4 +278,8 @@ extensions = [
     Extension(f"{PACKAGE}._C", sources=[]),
     Extension(f"{PACKAGE}._npu", sources=[], optional=True),
 ]
-setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy, "egg_info": LabelledVersion},
+    install_requires=[torch_requirement()],
+)

@@ -1,10 +1,11 @@
-"""What setup.py finds out: the chips to build for, the toolkit, what is missing. Nothing is built."""
+"""What setup.py finds out: the chips to build for, the toolkit, torch, what is missing. Nothing is built."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
 import sys
+import sysconfig
 import types
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,77 @@ def test_the_toolkit_tells_its_version(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     assert build.NpuPart(tmp_path, "2.13.0", tmp_path, ("Ascend910B1",)).toolkit_version == version
+
+
+@pytest.mark.parametrize(
+    "toolkit, label",
+    [
+        (None, "torch2.13.0.cpu"),
+        ("8.5.0", "torch2.13.0.cann8.5.0"),
+        ("0.1.0-simulated", "torch2.13.0.cann0.1.0.simulated"),
+        ("8.5.RC1", "torch2.13.0.cann8.5.rc1"),
+    ],
+)
+def test_wheels_are_told_apart(toolkit: str | None, label: str, build: types.ModuleType, tmp_path: Path) -> None:
+    npu = None
+    if toolkit is not None:
+        (tmp_path / "version.cfg").write_text(f"version={toolkit}\n")
+        npu = build.NpuPart(tmp_path, "2.13.0", tmp_path, ("Ascend910B1",))
+    assert build.local_version("2.13.0+cpu", npu) == label
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.14.0.dev20261101"])
+def test_the_torch_built_against_is_required(
+    version: str, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: f"{version}+cu130")
+    assert build.torch_requirement() == f"torch=={version}"
+
+
+def test_without_torch_the_oldest_is_required(build: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert build.torch_requirement() == "torch>=2.10"
+
+
+@pytest.fixture
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of what is installed, where pip builds in isolation and lets a build see other packages."""
+    monkeypatch.syspath_prepend(str(tmp_path / "pip-build-env-x1y2z3" / "overlay" / "site-packages"))
+    installed = tmp_path / "site-packages"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(installed))
+    return installed
+
+
+def install(name: str, version: str, folder: Path) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_an_isolated_build_does_not_replace_torch(
+    isolated: Path, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.14.1")
+    assert build.torch_requirement() == "torch==2.14.1"  # none is there
+    install("torch", "2.13.0+cpu", isolated)
+    with pytest.raises(
+        SystemExit, match=r"torch 2\.13\.0 is installed .* To keep .*--no-build-isolation \. .*==2\.14\.1"
+    ):
+        build.torch_requirement()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.13.0+cu130")
+    assert build.torch_requirement() == "torch==2.13.0"
+
+
+def test_an_isolated_build_does_not_leave_the_npu_part_out_unsaid(
+    isolated: Path, build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert build.find_npu_part("2.13.0") is None
+    install("torch_npu", "2.13.0.post1", isolated)
+    with pytest.raises(SystemExit, match=r"torch_npu 2\.13\.0\.post1 is installed, but pip hides it .*--no-build-isol"):
+        build.find_npu_part("2.13.0")
+    monkeypatch.setenv("NPU_XENT_BUILD_NPU", "0")
+    assert build.find_npu_part("2.13.0") is None
