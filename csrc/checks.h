@@ -30,6 +30,13 @@ inline Reduction parse_reduction(std::string_view name) {
   return Reduction::none;
 }
 
+inline void check_softcap(std::optional<double> softcap) {
+  // The range keeps the softcap and its quotient with a logit scale of everyday size within float32.
+  TORCH_CHECK_VALUE(!softcap || (*softcap >= 1e-6 && *softcap <= 1e6),
+                    "npu_xent: softcap must lie in [1e-6, 1e6], but is ", softcap.value_or(0),
+                    "; leave it at None for no softcap.");
+}
+
 inline void check_scales(double logit_scale, std::optional<double> grad_scale) {
   TORCH_CHECK_VALUE(std::isfinite(logit_scale), "npu_xent: logit_scale must be finite, but is ", logit_scale, ".");
   TORCH_CHECK_VALUE(std::isfinite(grad_scale.value_or(1)), "npu_xent: grad_scale must be finite, but is ", *grad_scale,
@@ -82,7 +89,9 @@ inline void check_npu_dtype(const Tensor& tensor, const char* name) {
 
 // The arguments that every sweep has. Returns the number of classes of all shards.
 inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                              const c10::SymInt& class_start, const std::optional<c10::SymInt>& num_classes) {
+                              std::optional<double> softcap, const c10::SymInt& class_start,
+                              const std::optional<c10::SymInt>& num_classes) {
+  check_softcap(softcap);
   TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
                     " dimensions: ", logits.sym_sizes(), ".");
   const auto dtype = logits.scalar_type();
@@ -157,10 +166,10 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
 inline void check_row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                            const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                            const OptionalTensor& grad_z_loss, Reduction reduction, double label_smoothing,
-                           double lse_square_scale, const c10::SymInt& class_start,
+                           double lse_square_scale, std::optional<double> softcap, const c10::SymInt& class_start,
                            const std::optional<c10::SymInt>& num_classes) {
   check_options(label_smoothing, lse_square_scale);
-  check_rows(logits, target, weight, class_start, num_classes);
+  check_rows(logits, target, weight, softcap, class_start, num_classes);
   check_stats(lse, "lse", logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
   if (lse_low) {
     check_stats(*lse_low, "lse_low", logits.sym_size(0), lse.scalar_type(), logits.device());
@@ -172,9 +181,9 @@ inline void check_row_grad(const Tensor& logits, const Tensor& target, const Opt
 
 inline void check_row_stats_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                  const Tensor& totals, Reduction reduction, double label_smoothing,
-                                 double lse_square_scale) {
+                                 double lse_square_scale, std::optional<double> softcap) {
   check_options(label_smoothing, lse_square_scale);
-  check_rows(logits, target, weight, 0, std::nullopt);
+  check_rows(logits, target, weight, softcap, 0, std::nullopt);
   check_totals(totals, logits.device());
   TORCH_CHECK_VALUE(reduction != Reduction::none,
                     "npu_xent: row_stats_grad needs the upstream gradient beforehand, so reduction must be \"mean\" or "

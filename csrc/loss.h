@@ -15,7 +15,7 @@ struct LossOptions {
   std::string reduction;
   int64_t ignore_index;
   double label_smoothing, lse_square_scale, logit_scale;
-  std::optional<double> grad_scale;
+  std::optional<double> softcap, grad_scale;
   at::ScalarType loss_dtype;
   bool need_lse, need_log_prob, differentiable_z_loss;
 
@@ -26,7 +26,7 @@ struct LossOptions {
 inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const LossOptions& o) {
   parse_reduction(o.reduction);
   check_options(o.label_smoothing, o.lse_square_scale);
-  check_rows(logits, target, weight, 0, std::nullopt);
+  check_rows(logits, target, weight, o.softcap, 0, std::nullopt);
   check_scales(o.logit_scale, o.grad_scale);
   check_loss_dtype(o.loss_dtype);
   TORCH_CHECK(!(weight && weight->requires_grad() && at::GradMode::is_enabled()),
@@ -58,9 +58,9 @@ struct LossAndStats {
 inline LossAndStats loss_by_reading(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                     const LossOptions& o) {
   auto totals = totals_of(logits, target, weight, o);
-  auto [lse, lse_low, picked, wsum, log_prob] =
-      row_stats(logits, target, weight, o.ignore_index, o.logit_scale, 0, std::nullopt, o.need_wsum(), o.need_log_prob,
-                /*read_ignored=*/o.need_lse || o.need_log_prob);
+  auto [lse, lse_low, picked, wsum, log_prob] = row_stats(logits, target, weight, o.ignore_index, o.logit_scale,
+                                                          o.softcap, 0, std::nullopt, o.need_wsum(), o.need_log_prob,
+                                                          /*read_ignored=*/o.need_lse || o.need_log_prob);
   auto [loss, z_loss] = loss_of(logits, target, weight, lse, lse_low, picked, wsum, totals, o);
   return {loss, z_loss, lse, lse_low, log_prob, totals};
 }

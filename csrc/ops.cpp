@@ -6,6 +6,7 @@
 //
 //   ignore_index   rows with this target take no part; their logits are read only if `read_ignored`
 //   logit_scale    t: the softmax is that of t x
+//   softcap        c > 0: the softmax is that of c tanh(t x / c)
 //   grad_scale     u: the outermost factor of the gradient, t unless given
 //   class_start    the class of column 0, and num_classes the classes of all shards together, when the logits are one
 //                  shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here.
@@ -25,6 +26,7 @@ TORCH_LIBRARY(npu_xent, m) {
   // One sweep that reads: row -> lse, lse_low, picked, wsum, and log_prob [N, C] in the logits' dtype.
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight=None, *, int ignore_index=-100, float logit_scale=1.0, "
+      "float? softcap=None, "
       "SymInt class_start=0, SymInt? num_classes=None, bool need_wsum=False, bool need_log_prob=False, "
       "bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)",
       tags);
@@ -35,27 +37,31 @@ TORCH_LIBRARY(npu_xent, m) {
       "row_grad(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
       "grad_loss, "
       "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
-      "float lse_square_scale=0.0, float logit_scale=1.0, float? grad_scale=None, SymInt class_start=0, "
+      "float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt "
+      "class_start=0, "
       "SymInt? num_classes=None) -> Tensor",
       tags);
   m.def(
       "row_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
       "grad_loss, "
       "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
-      "float lse_square_scale=0.0, float logit_scale=1.0, float? grad_scale=None, SymInt class_start=0, "
+      "float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt "
+      "class_start=0, "
       "SymInt? num_classes=None) -> ()",
       tags);
 
   // Both in one sweep, for reductions "mean" and "sum", as if the gradient of the loss were 1.
   m.def(
       "row_stats_grad(Tensor logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
+      "softcap=None, "
       "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, "
       "Tensor grad)",
       tags);
   m.def(
       "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
+      "softcap=None, "
       "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)",
       tags);
 
@@ -78,13 +84,15 @@ TORCH_LIBRARY(npu_xent, m) {
   // gradient, during the forward, or for fp16 and reduction "none" during the backward.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
+      "softcap=None, "
       "float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, bool need_log_prob=False, "
       "bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor log_prob)",
       tags);
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight=None, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
+      "softcap=None, "
       "float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, bool need_log_prob=False, "
       "bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor log_prob)",
       tags);
@@ -101,55 +109,57 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
                                                              const OptionalTensor& weight, int64_t ignore_index,
-                                                             double logit_scale, c10::SymInt class_start,
+                                                             double logit_scale, std::optional<double> softcap,
+                                                             c10::SymInt class_start,
                                                              std::optional<c10::SymInt> num_classes, bool need_wsum,
                                                              bool need_log_prob, bool read_ignored) {
   static const auto op = find<decltype(row_stats)>("npu_xent::row_stats");
-  return op.call(logits, target, weight, ignore_index, logit_scale, std::move(class_start), std::move(num_classes),
-                 need_wsum, need_log_prob, read_ignored);
+  return op.call(logits, target, weight, ignore_index, logit_scale, softcap, std::move(class_start),
+                 std::move(num_classes), need_wsum, need_log_prob, read_ignored);
 }
 
 Tensor row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                 const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                 const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
+                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
+                std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
   static const auto op = find<decltype(row_grad)>("npu_xent::row_grad");
   return op.call(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction, ignore_index,
-                 label_smoothing, lse_square_scale, logit_scale, grad_scale, std::move(class_start),
+                 label_smoothing, lse_square_scale, logit_scale, softcap, grad_scale, std::move(class_start),
                  std::move(num_classes));
 }
 
 void row_grad_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-               c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
+               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
+               std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
   static const auto op = find<decltype(row_grad_)>("npu_xent::row_grad_");
   op.call(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction, ignore_index,
-          label_smoothing, lse_square_scale, logit_scale, grad_scale, std::move(class_start), std::move(num_classes));
+          label_smoothing, lse_square_scale, logit_scale, softcap, grad_scale, std::move(class_start),
+          std::move(num_classes));
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
                                                                   const OptionalTensor& weight, const Tensor& totals,
                                                                   std::string_view reduction, int64_t ignore_index,
                                                                   double label_smoothing, double lse_square_scale,
-                                                                  double logit_scale, std::optional<double> grad_scale,
-                                                                  bool read_ignored) {
+                                                                  double logit_scale, std::optional<double> softcap,
+                                                                  std::optional<double> grad_scale, bool read_ignored) {
   static const auto op = find<decltype(row_stats_grad)>("npu_xent::row_stats_grad");
   return op.call(logits, target, weight, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
-                 logit_scale, grad_scale, read_ignored);
+                 logit_scale, softcap, grad_scale, read_ignored);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
                                                            const OptionalTensor& weight, const Tensor& totals,
                                                            std::string_view reduction, int64_t ignore_index,
                                                            double label_smoothing, double lse_square_scale,
-                                                           double logit_scale, std::optional<double> grad_scale,
-                                                           bool read_ignored) {
+                                                           double logit_scale, std::optional<double> softcap,
+                                                           std::optional<double> grad_scale, bool read_ignored) {
   static const auto op = find<decltype(row_stats_grad_)>("npu_xent::row_stats_grad_");
   return op.call(logits, target, weight, totals, reduction, ignore_index, label_smoothing, lse_square_scale,
-                 logit_scale, grad_scale, read_ignored);
+                 logit_scale, softcap, grad_scale, read_ignored);
 }
 
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
@@ -168,21 +178,19 @@ void scale_(const Tensor& self, const Tensor& factor) {
   op.call(self, factor);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(bool inplace, const Tensor& logits, const Tensor& target,
-                                                         const OptionalTensor& weight, std::string_view reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         double lse_square_scale, double logit_scale,
-                                                         std::optional<double> grad_scale,
-                                                         std::optional<at::ScalarType> loss_dtype, bool need_lse,
-                                                         bool need_log_prob, bool differentiable_z_loss) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
+    bool inplace, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, std::string_view reduction,
+    int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
+    std::optional<double> softcap, std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
+    bool need_lse, bool need_log_prob, bool differentiable_z_loss) {
   using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
       const Tensor&, const Tensor&, const OptionalTensor&, std::string_view, int64_t, double, double, double,
-      std::optional<double>, std::optional<at::ScalarType>, bool, bool, bool);
+      std::optional<double>, std::optional<double>, std::optional<at::ScalarType>, bool, bool, bool);
   static const auto fresh = find<Signature>("npu_xent::cross_entropy");
   static const auto over_logits = find<Signature>("npu_xent::cross_entropy_");
   return (inplace ? over_logits : fresh)
-      .call(logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale,
-            loss_dtype, need_lse, need_log_prob, differentiable_z_loss);
+      .call(logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, logit_scale, softcap,
+            grad_scale, loss_dtype, need_lse, need_log_prob, differentiable_z_loss);
 }
 
 }  // namespace npu_xent

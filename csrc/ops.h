@@ -18,37 +18,38 @@ using OptionalTensor = std::optional<Tensor>;
 // (lse, lse_low, picked, wsum, log_prob)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
                                                              const OptionalTensor& weight, int64_t ignore_index,
-                                                             double logit_scale, c10::SymInt class_start,
+                                                             double logit_scale, std::optional<double> softcap,
+                                                             c10::SymInt class_start,
                                                              std::optional<c10::SymInt> num_classes, bool need_wsum,
                                                              bool need_log_prob, bool read_ignored);
 
 Tensor row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                 const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                 const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
+                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
+                std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
 
 void row_grad_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-               c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
+               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
+               std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
 
 // (lse, lse_low, picked, wsum, grad)
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
                                                                   const OptionalTensor& weight, const Tensor& totals,
                                                                   std::string_view reduction, int64_t ignore_index,
                                                                   double label_smoothing, double lse_square_scale,
-                                                                  double logit_scale, std::optional<double> grad_scale,
-                                                                  bool read_ignored);
+                                                                  double logit_scale, std::optional<double> softcap,
+                                                                  std::optional<double> grad_scale, bool read_ignored);
 
 // (lse, lse_low, picked, wsum)
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
                                                            const OptionalTensor& weight, const Tensor& totals,
                                                            std::string_view reduction, int64_t ignore_index,
                                                            double label_smoothing, double lse_square_scale,
-                                                           double logit_scale, std::optional<double> grad_scale,
-                                                           bool read_ignored);
+                                                           double logit_scale, std::optional<double> softcap,
+                                                           std::optional<double> grad_scale, bool read_ignored);
 
 // (loss, z_loss, totals)
 std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
@@ -61,13 +62,11 @@ std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const Optio
 void scale_(const Tensor& self, const Tensor& factor);
 
 // (loss, z_loss, lse, log_prob); `inplace` calls cross_entropy_, which leaves the gradient in the logits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(bool inplace, const Tensor& logits, const Tensor& target,
-                                                         const OptionalTensor& weight, std::string_view reduction,
-                                                         int64_t ignore_index, double label_smoothing,
-                                                         double lse_square_scale, double logit_scale,
-                                                         std::optional<double> grad_scale,
-                                                         std::optional<at::ScalarType> loss_dtype, bool need_lse,
-                                                         bool need_log_prob, bool differentiable_z_loss);
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
+    bool inplace, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, std::string_view reduction,
+    int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
+    std::optional<double> softcap, std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
+    bool need_lse, bool need_log_prob, bool differentiable_z_loss);
 
 // fp32, or fp64 for fp64.
 inline at::ScalarType stats_dtype(at::ScalarType dtype) {

@@ -7,6 +7,8 @@
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
 //
+// With a softcap c, z = c tanh(t x / c) stands in the place of t x throughout, and u (1 - (z/c)^2) in that of u.
+//
 // lse is kept as two numbers, `lse` and `lse_low`, whose sum it is, and wsum is taken from lse: logits far from 0
 // would otherwise take the digits of the loss. G is what reaches the row's l and Z what reaches its z; u is t unless
 // the caller asks for another factor. Plain C++17 without torch, shared by every implementation that is not made of
@@ -23,6 +25,16 @@ enum class Reduction : int64_t { none, mean, sum };
 
 // N-sized facts that the rows share, in this order in the `totals` tensor.
 enum Totals : int64_t { kKeptWeight, kKeptRows, kClassWeight, kTotals };
+
+// What the softmax sees of a logit, scaled already; no softcap is 0.
+inline double capped_logit(double scaled, double softcap) {
+  return softcap == 0 ? scaled : softcap * std::tanh(scaled / softcap);
+}
+
+// The derivative of that, where it has the value `capped`.
+inline double softcap_slope(double capped, double softcap) {
+  return softcap == 0 ? 1 : (1 - capped / softcap) * (1 + capped / softcap);
+}
 
 struct RowOptions {
   Reduction reduction;

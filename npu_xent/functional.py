@@ -38,6 +38,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
+    softcap: float | None = None,
     return_lse: bool = False,
     return_z_loss: bool = False,
     consume_logits: bool = False,
@@ -67,6 +68,9 @@ def cross_entropy(
         label_smoothing: e above, in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to
             the loss**; "mean" divides it by the number of kept rows. (PaLM, https://arxiv.org/abs/2204.02311, sec. 5.)
+        softcap: c in [1e-6, 1e6], or None. softcap * tanh(input / softcap) takes the place of input throughout: in the
+            loss, lse and z-loss, and in the gradient, which is that of the uncapped input. An infinite logit counts as
+            c or -c, so -inf masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
         return_lse: also return logsumexp of every row, ignored ones included.
         return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already: adding it would
             count it twice.
@@ -85,8 +89,9 @@ def cross_entropy(
         NaN, with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
 
     Raises:
-        ValueError: a shape, reduction, label_smoothing or lse_square_scale that breaks the rules above; consume_logits
-            for a leaf, for memory that is not contiguous, with class probabilities, or where no gradient is needed.
+        ValueError: a shape, reduction, label_smoothing, lse_square_scale or softcap that breaks the rules above;
+            consume_logits for a leaf, for memory that is not contiguous, with class probabilities, or where no
+            gradient is needed.
         TypeError: a dtype that is not listed; size_average or reduce.
         IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
             of bounds either, but looking would mean waiting: the row's loss and gradient are NaN. (On an NPU, the
@@ -111,6 +116,7 @@ def cross_entropy(
             reduction,
             label_smoothing,
             lse_square_scale,
+            softcap,
             return_lse,
             return_z_loss,
         )
@@ -126,6 +132,7 @@ def cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
+        softcap=softcap,
         need_lse=return_lse,
     )
     if reduction == "none":
@@ -290,6 +297,7 @@ def _by_torch_operations(
     reduction: str,
     label_smoothing: float,
     lse_square_scale: float,
+    softcap: float | None,
     return_lse: bool,
     return_z_loss: bool,
 ) -> Tensor | CrossEntropyOutput:
@@ -298,6 +306,10 @@ def _by_torch_operations(
         raise ValueError(f"npu_xent: label_smoothing must lie in [0, 1], but is {label_smoothing}.")
     if not 0.0 <= lse_square_scale < math.inf:
         raise ValueError(f"npu_xent: lse_square_scale must be finite and not negative, but is {lse_square_scale}.")
+    if softcap is not None and not 1e-6 <= softcap <= 1e6:
+        raise ValueError(
+            f"npu_xent: softcap must lie in [1e-6, 1e6], but is {softcap}; leave it at None for no softcap."
+        )
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dtype not in _LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")
@@ -317,6 +329,9 @@ def _by_torch_operations(
     loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
     class_dim = min(input.dim() - 1, 1)
     logits = input.to(dtype)
+    if softcap is not None:
+        logits = (logits / softcap).tanh() * softcap
+    lse = logits.detach().logsumexp(class_dim) if return_lse else None
     if target.is_floating_point():
         target = target.to(dtype)
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
@@ -343,8 +358,4 @@ def _by_torch_operations(
     loss = loss.to(loss_dtype)
     if not (return_lse or return_z_loss):
         return loss
-    return CrossEntropyOutput(
-        loss,
-        input.detach().to(dtype).logsumexp(class_dim) if return_lse else None,
-        z_loss.detach().to(loss_dtype) if return_z_loss else None,
-    )
+    return CrossEntropyOutput(loss, lse, z_loss.detach().to(loss_dtype) if return_z_loss else None)

@@ -16,7 +16,7 @@ class CrossEntropyLoss(nn.Module):
         weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
             state_dict.
         ignore_index: this and what follows, as `cross_entropy` takes them.
-        reduction, label_smoothing, lse_square_scale, return_lse, return_z_loss, consume_logits: likewise.
+        reduction, label_smoothing, lse_square_scale, softcap, return_lse, return_z_loss, consume_logits: likewise.
         **deprecated: likewise.
 
     Called as module(input, target), it returns and raises what `cross_entropy` does.
@@ -32,6 +32,7 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         lse_square_scale: float = 0.0,
+        softcap: float | None = None,
         return_lse: bool = False,
         return_z_loss: bool = False,
         consume_logits: bool = False,
@@ -44,6 +45,7 @@ class CrossEntropyLoss(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.lse_square_scale = lse_square_scale
+        self.softcap = softcap
         self.return_lse = return_lse
         self.return_z_loss = return_z_loss
         self.consume_logits = consume_logits
@@ -58,6 +60,7 @@ class CrossEntropyLoss(nn.Module):
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
             lse_square_scale=self.lse_square_scale,
+            softcap=self.softcap,
             return_lse=self.return_lse,
             return_z_loss=self.return_z_loss,
             consume_logits=self.consume_logits,
@@ -70,6 +73,7 @@ class CrossEntropyLoss(nn.Module):
             "reduction": "mean",
             "label_smoothing": 0.0,
             "lse_square_scale": 0.0,
+            "softcap": None,
             "return_lse": False,
             "return_z_loss": False,
             "consume_logits": False,

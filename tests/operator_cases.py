@@ -32,13 +32,15 @@ def problem(
     ignore_index: int | None = None,
     layout: str = "contiguous",
     logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> dict[str, Any]:
     """Every argument that an operator can have a tensor for, by name: logits, statistics, upstream gradients."""
     logits = make_logits(rows, classes, dtype, device, layout=layout)
     target = make_target(rows, classes, device, ignore_index=ignore_index)
     weight = make_weight(classes, torch.float32, device) if weighted else None
     ignored = -100 if ignore_index is None else ignore_index
-    stats = named("row_stats", logits, target, weight, ignore_index=ignored, logit_scale=logit_scale, need_wsum=True)
+    mapped = {"logit_scale": logit_scale, "softcap": softcap}
+    stats = named("row_stats", logits, target, weight, ignore_index=ignored, **mapped, need_wsum=True)
     totals = named(
         "reduce_rows", target, weight, ignore_index=ignored, num_classes=classes, loss_dtype=stats_dtype(dtype)
     )
@@ -80,6 +82,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "label_smoothing": (0.0, 0.1),
     "lse_square_scale": (0.0, 0.1),
     "logit_scale": (1.0, 0.7),
+    "softcap": (None, 4.0),
     "grad_scale": (None, 3.0),
     "lse_low": (True, False),
     "layout": ("contiguous", "columns of a wider tensor", "transposed"),
@@ -105,6 +108,7 @@ def prepared(name: str, case: dict[str, Any], device: torch.device) -> dict[str,
         **{key: options.pop(key) for key in ("dtype", "weighted", "layout")},
         ignore_index=options["ignore_index"],
         logit_scale=options["logit_scale"],
+        softcap=options["softcap"],
     )
     if not options.pop("lse_low"):
         made["lse_low"] = None

@@ -47,6 +47,7 @@ def truth(
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     logit_scale: float = 1.0,
+    softcap: float | None = None,
     grad_scale: float | None = None,
     grad_loss: Tensor | float = 1.0,
     grad_z_loss: Tensor | float = 0.0,
@@ -56,6 +57,10 @@ def truth(
     Targets must be classes or ignore_index. A row whose log sum exp is not finite has no distribution: NaN.
     """
     x = logits.detach().cpu().double() * logit_scale
+    slope = torch.ones_like(x)
+    if softcap is not None:
+        slope = (x / softcap).cosh().square().reciprocal()  # the derivative of softcap * tanh(x / softcap)
+        x = softcap * (x / softcap).tanh()
     y = target.detach().cpu().long()
     n_classes = x.shape[1]
     w = torch.ones(n_classes, dtype=torch.float64) if weight is None else weight.detach().cpu().double()
@@ -101,7 +106,7 @@ def truth(
     if zs:
         grad = grad + (from_loss + from_z_loss) / by_rows * 2 * zs * lse[:, None] * p
     u = logit_scale if grad_scale is None else grad_scale
-    grad = (grad * u).masked_fill(~kept[:, None], 0)
+    grad = (grad * slope * u).masked_fill(~kept[:, None], 0)
 
     # Sizes of terms. An exponential of x - lse carries the rounding of x and of lse; the target's entry may be made as
     # a difference of coefficients.

@@ -229,6 +229,7 @@ def test_loss_scale_saves_fp16_gradients_from_underflow(device: torch.device) ->
             "ignore_index": (-100, 1),
             "label_smoothing": (0.0, 0.1),
             "lse_square_scale": (0.0, 0.1),
+            "softcap": (None, 2.0),
         }
     ),
     ids=case_id,

@@ -49,6 +49,7 @@ CASES = pairwise(
         "ignore": ("nothing ignored", "-100 ignored", "a class ignored"),
         "label_smoothing": (0.0, 0.1, 1.0),
         "lse_square_scale": (0.0, 0.01),
+        "softcap": (None, 4.0),
         "upstream": ("upstream 1", "upstream random"),
     }
 )
@@ -76,6 +77,7 @@ def test_loss_and_gradient(case: dict[str, Any], device: torch.device) -> None:
         "ignore_index": -100 if ignore_index is None else ignore_index,
         "label_smoothing": case["label_smoothing"],
         "lse_square_scale": case["lse_square_scale"],
+        "softcap": case["softcap"],
     }
     expected = truth(logits, target, weight, **options, grad_loss=upstream)
 
@@ -89,15 +91,22 @@ def test_loss_and_gradient(case: dict[str, Any], device: torch.device) -> None:
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "case",
-    pairwise({"dtype": DTYPES, "shape": [(3, 32000), (3, 128256), (1, 300000)], "reduction": ["mean", "none"]}),
+    pairwise(
+        {
+            "dtype": DTYPES,
+            "shape": [(3, 32000), (3, 128256), (1, 300000)],
+            "reduction": ["mean", "none"],
+            "softcap": [None, 4.0],
+        }
+    ),
     ids=case_id,
 )
 def test_large_vocabularies(case: dict[str, Any], device: torch.device) -> None:
     """All options at once. Exponentials of 300000 classes are not kept from one pass over a row to the next."""
-    dtype, shape, reduction = case.values()
+    dtype, shape, reduction, softcap = case.values()
     logits, weight = make_logits(*shape, dtype, device), make_weight(shape[1], torch.float32, device)
     target = make_target(*shape, device, ignore_index=-100)
-    options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 1e-3}
+    options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 1e-3, "softcap": softcap}
     expected = truth(logits, target, weight, **options)
     loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options)
     assert_near(loss, expected.loss, expected.loss_terms, name="loss")
@@ -108,13 +117,14 @@ def test_the_tolerance_is_tight_enough_to_see_each_option(device: torch.device) 
     """The comparison above has teeth: an option that is slightly off fails it."""
     logits, target = make_logits(97, 17, torch.float32, device), make_target(97, 17, device, ignore_index=3)
     weight = make_weight(17, torch.float32, device)
-    options = {"reduction": "none", "ignore_index": 3, "label_smoothing": 0.1, "lse_square_scale": 0.01}
+    options = {"reduction": "none", "ignore_index": 3, "label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 4.0}
     loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options)
     for wrong in (
         {"ignore_index": 4},
         {"label_smoothing": 0.1001},
         {"lse_square_scale": 0.01001},
         {"logit_scale": 1.00001},
+        {"softcap": 4.00005},
         {"weight": weight.double() * 1.00001},
     ):
         off = truth(logits, target, **{"weight": weight} | options | wrong)

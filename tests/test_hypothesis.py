@@ -38,11 +38,12 @@ class Problem:
     reduction: str
     label_smoothing: float
     lse_square_scale: float
+    softcap: float | None
     upstream: Tensor
 
     def options(self) -> dict[str, object]:
         """The keyword arguments."""
-        names = ("ignore_index", "reduction", "label_smoothing", "lse_square_scale")
+        names = ("ignore_index", "reduction", "label_smoothing", "lse_square_scale", "softcap")
         return {name: getattr(self, name) for name in names}
 
 
@@ -78,6 +79,7 @@ def problems(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> Problem:
         reduction=reduction,
         label_smoothing=draw(st.sampled_from([0.0, 0.1, 1.0]), label="label_smoothing"),
         lse_square_scale=draw(st.sampled_from([0.0, 0.01]), label="lse_square_scale"),
+        softcap=draw(st.sampled_from([None, None, 3.0]), label="softcap"),
         upstream=torch.full(shape, draw(upstreams, label="upstream"), dtype=dtype),
     )
 

@@ -98,6 +98,7 @@ CASES = pairwise(
         "reduction": REDUCTIONS,
         "label_smoothing": (0.0, 0.1),
         "lse_square_scale": (0.0, 0.01),
+        "softcap": (None, 2.0),
         "weighted": (False, True),
         "ignore_index": (-100, None),
     }
@@ -113,7 +114,7 @@ def everything(case: dict[str, Any]) -> dict[str, Tensor]:
     logits = make_logits(rows, classes, case["dtype"], device, spread=1.0)
     target = make_target(rows, classes, device, ignore_index=case["ignore_index"])
     weight = make_weight(classes, torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
     shape = (rows,) if case["reduction"] == "none" else ()
     upstream = torch.full(shape, 0.3, dtype=case["dtype"])
 
@@ -123,7 +124,7 @@ def everything(case: dict[str, Any]) -> dict[str, Tensor]:
             function, logits, target, weight, **options, upstream=upstream
         )
     ops = torch.ops.npu_xent
-    stats = named("row_stats", logits, target, weight, need_wsum=True, need_log_prob=True)
+    stats = named("row_stats", logits, target, weight, softcap=case["softcap"], need_wsum=True, need_log_prob=True)
     arguments = {"logits": logits, "target": target, "weight": weight, "grad_loss": upstream, **options, **stats}
     arguments["totals"] = ops.reduce_rows(target, weight, num_classes=classes, loss_dtype=stats["lse"].dtype)[2]
     found |= stats | {"totals": arguments["totals"], "row_grad": ops.row_grad(**known("row_grad", arguments))}

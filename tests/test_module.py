@@ -29,6 +29,7 @@ def test_module_computes_what_the_function_does(device: torch.device) -> None:
             "reduction": REDUCTIONS,
             "label_smoothing": (0.0, 0.1),
             "lse_square_scale": (0.0, 0.1),
+            "softcap": (None, 2.0),
             "return_lse": (False, True),
             "return_z_loss": (False, True),
         }
@@ -61,6 +62,7 @@ def test_module_prints_what_is_not_default(device: torch.device) -> None:
         "reduction": "sum",
         "label_smoothing": 0.1,
         "lse_square_scale": 0.5,
+        "softcap": 30.0,
         "return_lse": True,
         "return_z_loss": True,
         "consume_logits": True,

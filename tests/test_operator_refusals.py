@@ -104,6 +104,7 @@ REFUSALS = {
     "lse_square_scale below 0": Refusal(
         "row_grad", lambda p: {"lse_square_scale": -1.0}, ValueError, "lse_square_scale must be finite and not negative"
     ),
+    "softcap of 0": Refusal("row_grad", lambda p: {"softcap": 0.0}, ValueError, "softcap must lie in [1e-6, 1e6]"),
     "an unknown reduction": Refusal(
         "row_grad",
         lambda p: {"reduction": "avg"},

@@ -115,23 +115,29 @@ def test_composite_makes_a_row_nan_for_a_bad_target(
 # Class shards ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("with_composite", [False, True], ids=["kernels", "composite"])
 @pytest.mark.parametrize("borders", [(0, 21), (0, 5, 21), (0, 1, 2, 20, 21)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_class_shards_make_up_the_whole(
-    dtype: torch.dtype, borders: tuple[int, ...], with_composite: bool, device: torch.device, composite: Composite
+    dtype: torch.dtype,
+    borders: tuple[int, ...],
+    with_composite: bool,
+    softcap: float | None,
+    device: torch.device,
+    composite: Composite,
 ) -> None:
     """Statistics of shards, merged; and gradients of shards, put side by side."""
     with composite() if with_composite else nullcontext():
-        check_shards(dtype, borders, device)
+        check_shards(dtype, borders, softcap, device)
 
 
-def check_shards(dtype: torch.dtype, borders: tuple[int, ...], device: torch.device) -> None:
+def check_shards(dtype: torch.dtype, borders: tuple[int, ...], softcap: float | None, device: torch.device) -> None:
     """Shards between the borders, against the truth for all classes."""
     n, c = 7, 21
     logits, target = make_logits(n, c, dtype, device), make_target(n, c, device, ignore_index=-100)
     weight = make_weight(c, torch.float32, device)
-    scales = {"logit_scale": 0.7}
+    scales = {"logit_scale": 0.7, "softcap": softcap}
     smoothing = {"label_smoothing": 0.1, "lse_square_scale": 0.05}
     shards = list(itertools.pairwise(borders))
 

@@ -34,16 +34,30 @@ CASES = pairwise(
         "label_smoothing": (0.0, 0.1, 1.0),
         "lse_square_scale": (0.0, 0.01),
         "logit_scale": (1.0, 0.5),
+        "softcap": (None, 2.0),
         "dtype": (torch.float64, torch.bfloat16),
     }
 )
 
 
+def mapped(logits: Tensor, logit_scale: float, softcap: float | None) -> Tensor:
+    """What the softmax sees."""
+    x = logit_scale * logits
+    return x if softcap is None else softcap * (x / softcap).tanh()
+
+
 def torch_loss(
-    logits: Tensor, y: Tensor, w: Tensor | None, *, lse_square_scale: float, logit_scale: float, **options: Any
+    logits: Tensor,
+    y: Tensor,
+    w: Tensor | None,
+    *,
+    lse_square_scale: float,
+    logit_scale: float,
+    softcap: float | None,
+    **options: Any,
 ) -> Tensor:
     """The loss by torch's own functions, z-loss included."""
-    x = logit_scale * logits
+    x = mapped(logits, logit_scale, softcap)
     loss = F.cross_entropy(x, y, w, **options)
     z = lse_square_scale * x.logsumexp(1).square() * (y != options["ignore_index"])
     if options["reduction"] == "none":
@@ -67,9 +81,9 @@ def test_truth_is_torch_in_float64(case: dict[str, Any]) -> None:
     loss.backward(upstream)
     assert max_error(loss, found.loss) < 1e-12
     assert max_error(leaf.grad, found.grad) < 1e-13
-    scaled = leaf.detach() * options["logit_scale"]
-    assert max_error(scaled.logsumexp(1), found.lse) < 1e-13
-    assert max_error(scaled.log_softmax(1), found.log_prob) < 1e-13
+    z = mapped(leaf.detach(), options["logit_scale"], options["softcap"])
+    assert max_error(z.logsumexp(1), found.lse) < 1e-13
+    assert max_error(z.log_softmax(1), found.log_prob) < 1e-13
 
 
 def test_truth_gives_the_z_loss_and_its_gradient() -> None:

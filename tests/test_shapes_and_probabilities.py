@@ -143,9 +143,17 @@ def test_shapes_that_do_not_match(
 
 
 def probabilities_truth(
-    logits: Tensor, q: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float, lse_square_scale: float
+    logits: Tensor,
+    q: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """The loss in float64, differentiable: l = -sum_c w_c q'_c lp_c, plus the z-loss of every row."""
+    if softcap is not None:
+        logits = softcap * (logits / softcap).tanh()
     dim = min(logits.dim() - 1, 1)
     c = logits.shape[dim]
     w = torch.ones(c, dtype=torch.float64) if weight is None else weight.cpu().double()
@@ -168,6 +176,7 @@ def probabilities_truth(
             "weighted": (False, True),
             "label_smoothing": (0.0, 0.1, 1.0),
             "lse_square_scale": (0.0, 0.1),
+            "softcap": (None, 2.0),
         }
     ),
     ids=case_id,
@@ -179,7 +188,7 @@ def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None
     logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
     q = torch.rand(shape, generator=generator).softmax(min(len(shape) - 1, 1)).to(device, dtype).requires_grad_()
     weight = make_weight(5, torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
 
     loss = npu_xent.cross_entropy(logits, q, weight, **options)
     loss.sum().backward()
@@ -201,7 +210,7 @@ def test_errors_with_probabilities_are_no_larger_than_torchs(
     logits = make_logits(8, 4000, dtype, device)
     q = make_logits(8, 4000, torch.float32, device, spread=1.0).softmax(1).to(dtype)
     exact = logits.double().cpu().requires_grad_()
-    expected = probabilities_truth(exact, q.cpu().double(), None, reduction, 0.0, 0.0)
+    expected = probabilities_truth(exact, q.cpu().double(), None, reduction)
     expected.sum().backward()
     ours, torchs = (loss_and_grad(f, logits, q, reduction=reduction) for f in (npu_xent.cross_entropy, F.cross_entropy))
     for our, theirs, true in zip(ours, torchs, (expected.detach(), exact.grad), strict=True):
@@ -245,6 +254,7 @@ def test_what_probabilities_do_not_go_with(device: torch.device) -> None:
     for options, words in (
         ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]"),
         ({"lse_square_scale": -1.0}, "lse_square_scale must be finite and not negative"),
+        ({"softcap": 0.0}, r"softcap must lie in \[1e-6, 1e6\], but is 0.0; leave it at None"),
         ({"reduction": "batchmean"}, "batchmean"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -25,6 +25,7 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": npu_xent.cross_entropy,
     "none": lambda x, y: npu_xent.cross_entropy(x, y, reduction="none").sum(),
     "z-loss": lambda x, y: npu_xent.cross_entropy(x, y, lse_square_scale=0.1, return_lse=True).loss,
+    "softcap": lambda x, y: npu_xent.cross_entropy(x, y, softcap=2.0),
     "consumed": lambda x, y: npu_xent.cross_entropy(x * 1.0, y, consume_logits=True),
     "K-dim": lambda x, y: npu_xent.cross_entropy(x.t().unsqueeze(0), y.unsqueeze(0), label_smoothing=0.1),
     "probabilities": lambda x, y: npu_xent.cross_entropy(x, F.one_hot(y.clamp(min=0), x.shape[1]).to(x.dtype)),

@@ -61,7 +61,7 @@ class Args(ctypes.Structure):
         )
     ] + [
         (name, ctypes.c_float)
-        for name in ("logit_scale", "grad_scale", "target_share", "class_share", "lse_square_scale", "reserved")
+        for name in ("logit_scale", "grad_scale", "target_share", "class_share", "lse_square_scale", "softcap")
     ]
 
 
@@ -101,9 +101,9 @@ class Device:
     forced: dict[str, int] = field(default_factory=dict)  # fields of the plan to set
     config_of: int | None = None  # the one launch, counted from 0, that `config` is for; None: all
 
-    def plan(self, logits: torch.Tensor) -> Plan:
+    def plan(self, logits: torch.Tensor, softcap: float | None = None) -> Plan:
         """The planner's plan for these logits, with what the test forces."""
-        plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype])
+        plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype], softcap=softcap is not None)
         return Plan(**{name: self.forced.get(name, plan[name]) for name, _ in Plan._fields_})
 
     def launch(self, kernel: str, work: int, plan: Plan | None, args: Args, **tensors: object) -> None:
@@ -145,6 +145,7 @@ class Device:
         *,
         ignore_index=-100,
         logit_scale=1.0,
+        softcap=None,
         class_start=0,
         num_classes=None,
         need_wsum=False,
@@ -153,7 +154,7 @@ class Device:
     ):
         """(lse, lse_low, picked, wsum, log_prob)"""
         n, c = logits.shape
-        plan = self.plan(logits)
+        plan = self.plan(logits, softcap)
         args = self._args(
             logits,
             class_start=class_start,
@@ -161,6 +162,7 @@ class Device:
             ignore_index=ignore_index,
             read_ignored=read_ignored or need_log_prob,
             logit_scale=logit_scale,
+            softcap=softcap or 0.0,
             grad_scale=logit_scale,
         )
         rows = {"logits": logits, "target": target, "weight": weight}
@@ -201,13 +203,16 @@ class Device:
         operands = {name: rows[name] for name in ("target", "weight")}
         self.launch("reduce_rows", n, plan, args, **operands, **parts, **self._outputs(**stats))
 
-    def _grad_args(self, logits, grad, reduction, label_smoothing, lse_square_scale, logit_scale, grad_scale, **fields):
+    def _grad_args(
+        self, logits, grad, reduction, label_smoothing, lse_square_scale, logit_scale, softcap, grad_scale, **fields
+    ):
         classes = fields["num_classes"]
         return self._args(
             logits,
             output_stride=grad.stride(0),
             reduction=REDUCTIONS[reduction],
             logit_scale=logit_scale,
+            softcap=softcap or 0.0,
             grad_scale=logit_scale if grad_scale is None else grad_scale,
             target_share=1 - label_smoothing,
             class_share=label_smoothing / classes,
@@ -231,6 +236,7 @@ class Device:
         label_smoothing=0.0,
         lse_square_scale=0.0,
         logit_scale=1.0,
+        softcap=None,
         grad_scale=None,
         class_start=0,
         num_classes=None,
@@ -239,7 +245,7 @@ class Device:
     ):
         """The gradient; over the logits if in_place."""
         n, c = logits.shape
-        plan = self.plan(logits)
+        plan = self.plan(logits, softcap)
         grad = logits if in_place else torch.empty(n, c, dtype=logits.dtype)
         args = self._grad_args(
             logits,
@@ -248,6 +254,7 @@ class Device:
             label_smoothing,
             lse_square_scale,
             logit_scale,
+            softcap,
             grad_scale,
             class_start=class_start,
             num_classes=num_classes or class_start + c,
@@ -274,13 +281,14 @@ class Device:
         label_smoothing=0.0,
         lse_square_scale=0.0,
         logit_scale=1.0,
+        softcap=None,
         grad_scale=None,
         read_ignored=False,
         in_place=False,
     ):
         """(lse, lse_low, picked, wsum, grad)"""
         n, c = logits.shape
-        plan = self.plan(logits)
+        plan = self.plan(logits, softcap)
         grad = logits if in_place else torch.empty(n, c, dtype=logits.dtype)
         rows = {"logits": logits, "target": target, "weight": weight}
         stats = self._new_stats(n, label_smoothing != 0)
@@ -291,6 +299,7 @@ class Device:
             label_smoothing,
             lse_square_scale,
             logit_scale,
+            softcap,
             grad_scale,
             num_classes=c,
             ignore_index=ignore_index,
@@ -302,7 +311,7 @@ class Device:
             grad = self.row_grad(
                 logits, target, weight, stats["lse"], stats["lse_low"], totals, None, reduction=reduction,
                 ignore_index=ignore_index, label_smoothing=label_smoothing, lse_square_scale=lse_square_scale,
-                logit_scale=logit_scale, grad_scale=grad_scale, in_place=in_place, unit_upstream=True,
+                logit_scale=logit_scale, softcap=softcap, grad_scale=grad_scale, in_place=in_place, unit_upstream=True,
             )  # fmt: skip
         else:
             self.launch(

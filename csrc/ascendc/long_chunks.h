@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ascendc/row_kernel.h"
+#include "ascendc/softcap.h"
 
 namespace npu_xent {
 
@@ -12,13 +13,18 @@ class LongChunks {
 
  public:
   __aicore__ inline LongChunks(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
-      : plan_(plan), args_(args), gm_(tensors) {}
+      : plan_(plan), args_(args), gm_(tensors), softcap_(args) {}
 
   __aicore__ inline void Allocate(UnifiedBuffer& ub, const LongBuffers& b, int64_t slots) {
     slots_ = slots;
     ring_ = ub.GetWithOffset<T>(slots * plan_.chunk_cols, b.ring);
     work_ = ub.GetWithOffset<float>(2 * plan_.chunk_cols, b.work);
     weight_ = ub.GetWithOffset<float>(plan_.chunk_cols, b.weight);
+    if (softcap_.IsOn()) {
+      const int64_t half = plan_.chunk_cols / 2;
+      cap_ = ub.GetWithOffset<float>(plan_.chunk_cols, b.cap);
+      softcap_.Allocate(cap_, cap_[half], ub.GetWithOffset<uint8_t>(half / 8, b.cap_mask), half);
+    }
   }
 
   __aicore__ inline int64_t Slots() const { return slots_; }
@@ -48,28 +54,36 @@ class LongChunks {
     return weight_;
   }
 
-  // t x in fp32: in the slot itself when it is that already, else in `work`.
-  __aicore__ inline bool IsInPlace() const { return kIsFp32<T> && args_.logit_scale == 1.0f; }
-  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& slot, const LocalTensor<float>& work,
-                                              int64_t n) const {
-    const LocalTensor<float> x = ScaledLogits(slot, work, args_.logit_scale, n);
-    if (!IsInPlace()) {
+  // What the softmax sees of the logits, in fp32: in the slot itself when it is that already, else in `work`. With a
+  // softcap Slope receives the slope, if that is wanted.
+  __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& slot, const LocalTensor<float>& work, int64_t n,
+                                              bool with_slope = false) const {
+    const LocalTensor<float> x = ScaledLogits(slot, work, args_, n);
+    if (!IsScaledAlready<T>(args_)) {
       PipeBarrier<PIPE_V>();
+    }
+    if (softcap_.IsOn()) {
+      with_slope ? softcap_.Apply(x, cap_, n) : softcap_.Apply(x, n);
     }
     return x;
   }
-  // The same where Scaled has been before.
-  __aicore__ inline LocalTensor<float> ScaledBefore(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
-    return IsInPlace() ? Fp32Of(slot, work) : work;
+  // The same where Mapped has been before.
+  __aicore__ inline LocalTensor<float> MappedBefore(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
+    return IsScaledAlready<T>(args_) ? Fp32Of(slot, work) : work;
   }
+
+  __aicore__ inline const Softcap& Cap() const { return softcap_; }
+  // The slope of a chunk, until Mapped is called again.
+  __aicore__ inline LocalTensor<float> Slope() const { return cap_; }
 
  private:
   const XentPlan plan_;
   const XentArgs args_;
   const RowTensors gm_;
   int64_t slots_ = 0;
+  Softcap softcap_;
   LocalTensor<T> ring_;
-  LocalTensor<float> work_, weight_;
+  LocalTensor<float> work_, weight_, cap_;
 };
 
 }  // namespace npu_xent

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ascendc/long_pieces.h"
+#include "ascendc/softcap.h"
 
 namespace npu_xent {
 
@@ -28,6 +29,9 @@ class LongFacts {
     lse_low_ = ub.GetWithOffset<float>(kFactRows, b.lse_low);
     grad_loss_ = ub.GetWithOffset<float>(kFactRows, b.grad_loss);
     grad_z_loss_ = ub.GetWithOffset<float>(kFactRows, b.grad_z_loss);
+    if (args_.softcap != 0.0f) {
+      capped_ = ub.GetWithOffset<float>(kFactRows, b.capped);
+    }
   }
   // What all rows share.
   __aicore__ inline void Prepare() {
@@ -37,7 +41,7 @@ class LongFacts {
   }
 
   // Targets and the rest of a block, to be read by the scalar unit.
-  __aicore__ inline void Stage(LongPieces<kStats>& pieces) {
+  __aicore__ inline void Stage(LongPieces<kStats>& pieces, const Softcap& softcap) {
     pieces.CopyTargetsIn(gm_.target);
     if (!kStats) {
       CopyOperandIn(lse_, gm_.lse, pieces);
@@ -62,26 +66,29 @@ class LongFacts {
     }
     SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
     WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    if (softcap.IsOn()) {
+      CapPicked(pieces, softcap);
+    }
   }
 
-  // Of piece `index`, which has its row's target: t x there, in fp32.
-  __aicore__ inline float ScaledPicked(int64_t index) const {
-    return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
+  // Of piece `index`, which has its row's target: what the softmax sees of the logit there, in fp32.
+  __aicore__ inline float MappedPicked(int64_t index) const {
+    return args_.softcap != 0.0f ? capped_.GetValue(index) : ScaledPicked(index);
   }
   // `picked` of row_math.h, and NaN for a target that is no class.
   __aicore__ inline float Picked(const LongPieces<kStats>& pieces, int64_t index) const {
     const Piece piece = pieces.At(index);
-    return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? ScaledPicked(index) : 0.0f;
+    return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? MappedPicked(index) : 0.0f;
   }
 
   // From statistics that are operands.
-  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, int64_t index) const {
+  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, const Softcap& softcap, int64_t index) const {
     const int64_t fact = pieces.At(index).row - pieces.FirstRow();
     const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
-    return MakeState(pieces, index, lse_.GetValue(fact), lse_low);
+    return MakeState(pieces, softcap, index, lse_.GetValue(fact), lse_low);
   }
-  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, int64_t index, float lse,
-                                       float lse_low) const {
+  __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, const Softcap& softcap, int64_t index,
+                                       float lse, float lse_low) const {
     const Piece piece = pieces.At(index);
     RowState s;
     s.lse = lse;
@@ -106,19 +113,35 @@ class LongFacts {
     s.target = pieces.TargetColumn(piece);
     s.target_known = false;
     s.target_step = -k.b;
-    const float picked = s.target >= 0 ? ScaledPicked(index) : 0.0f;
+    const float picked = s.target >= 0 ? MappedPicked(index) : 0.0f;
     if (s.target >= 0 && IsFinite(picked)) {
       // a p - b would cancel for a confident prediction, where p is near 1.
-      const float below = (picked - lse) - lse_low;
+      const float below = (picked - lse) - lse_low, slope = softcap.SlopeAt(picked);
       s.target_known = below > kNearZero;
       if (s.target_known) {
-        s.target_value = k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight;
+        s.target_value = slope * (k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight);
       }
+      s.target_step *= slope;
     }
     return s;
   }
 
  private:
+  __aicore__ inline float ScaledPicked(int64_t index) const {
+    return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
+  }
+  // The scalar unit has no exp: the targets' logits of a block go through the vector unit, all at a time.
+  __aicore__ inline void CapPicked(const LongPieces<kStats>& pieces, const Softcap& softcap) const {
+    for (int64_t i = 0; i < kFactRows; ++i) {
+      const bool has_target = i < pieces.Count() && pieces.TargetColumn(pieces.At(i)) >= 0;
+      capped_.SetValue(i, has_target ? ScaledPicked(i) : 0.0f);
+    }
+    SetFlag<HardEvent::S_V>(EVENT_ID4);
+    WaitFlag<HardEvent::S_V>(EVENT_ID4);
+    softcap.Apply(capped_, kFactRows);
+    SetFlag<HardEvent::V_S>(EVENT_ID4);
+    WaitFlag<HardEvent::V_S>(EVENT_ID4);
+  }
   __aicore__ inline void CopyOperandIn(const LocalTensor<float>& to, GM_ADDR from, const LongPieces<kStats>& pieces) {
     if (from != nullptr) {
       CopyIn(to, Gm<float>(from, pieces.FirstRow()), pieces.RowCount());
@@ -141,6 +164,7 @@ class LongFacts {
   Upstream upstream_{};
   LocalTensor<T> picked_;                                       // a data block a piece
   LocalTensor<float> target_weight_;                            // likewise
+  LocalTensor<float> capped_;                                   // with a softcap: picked logits, by piece
   LocalTensor<float> lse_, lse_low_, grad_loss_, grad_z_loss_;  // operands, by row
 };
 

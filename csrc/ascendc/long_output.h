@@ -26,7 +26,7 @@ class LongOutput {
     if (s.zero || s.undefined) {
       AscendC::Duplicate(y, s.zero ? 0.0f : NaN(), n);
     } else {
-      AscendC::Adds(y, chunks.Scaled(slot, work, n), -s.lse, n);
+      AscendC::Adds(y, chunks.Mapped(slot, work, n, kOutput == Output::grad), -s.lse, n);
       PipeBarrier<PIPE_V>();
       if constexpr (kOutput == Output::log_prob) {
         AscendC::Adds(y, y, -s.lse_low, n);
@@ -64,8 +64,8 @@ class LongOutput {
   }
 
  private:
-  // y, from x - lse to the gradient of a chunk in fp32, all but its rounding: scale exp(y) - offset w, and what the
-  // target's element differs by.
+  // y, from x - lse to the gradient of a chunk in fp32, all but its rounding: scale exp(y) - offset w, with a softcap
+  // times its slope, and what the target's element differs by.
   __aicore__ inline void MakeGrad(const LocalTensor<float>& y, const LongChunks<T>& chunks, int64_t chunk,
                                   const RowState& s) {
     const int64_t n = chunks.Size(chunk);
@@ -74,6 +74,10 @@ class LongOutput {
     AscendC::Muls(y, y, s.scale, n);
     if (args_.class_share != 0.0f) {
       SubtractOffset(y, chunks, chunk, s.offset);
+    }
+    if (chunks.Cap().IsOn()) {
+      PipeBarrier<PIPE_V>();
+      chunks.Cap().MultiplyBySlope(y, chunks.Slope(), n);
     }
     const int64_t target = s.target - chunks.FirstColumn(chunk);
     if (s.target >= 0 && target >= 0 && target < n) {

@@ -54,7 +54,7 @@ class LongRows {
  private:
   __aicore__ inline void Allocate() {
     slots_ = resident_ ? plan_.slots : smaller(plan_.slots, kStreamSlots);
-    const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_);
+    const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_, args_.softcap != 0.0f);
     pipe_.InitBuffer(ub_, b.total);
     pieces_.Allocate(ub_, b);
     facts_.Allocate(ub_, b);
@@ -65,7 +65,7 @@ class LongRows {
   }
 
   __aicore__ inline void RunBlock() {
-    facts_.Stage(pieces_);
+    facts_.Stage(pieces_, chunks_.Cap());
     loads_ = pieces_.CountReadChunks();
     if constexpr (kStats) {
       statistics_.Begin();
@@ -134,7 +134,7 @@ class LongRows {
       SumHeld();
       FinishPending();
     } else {
-      states_[at.ordinal % 2] = facts_.MakeState(pieces_, at.index);
+      states_[at.ordinal % 2] = facts_.MakeState(pieces_, chunks_.Cap(), at.index);
     }
   }
 
@@ -201,7 +201,8 @@ class LongRows {
     const RowStatistics row = statistics_.TakeRow();
     results_.Set(pending_.index, row, facts_.Picked(pieces_, pending_.index));
     if constexpr (kHasOutput) {
-      states_[pending_.ordinal % 2] = facts_.MakeState(pieces_, pending_.index, row.lse.high, row.lse.low);
+      states_[pending_.ordinal % 2] =
+          facts_.MakeState(pieces_, chunks_.Cap(), pending_.index, row.lse.high, row.lse.low);
     }
     pending_.index = -1;
   }

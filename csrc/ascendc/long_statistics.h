@@ -51,7 +51,7 @@ class LongStatistics {
     const event_t flag = static_cast<event_t>(load % 2);
     const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
     PipeBarrier<PIPE_V>();  // what was left to do in this work
-    const LocalTensor<float> x = chunks.Scaled(chunks.Slot(load), chunks.Work(load), n);
+    const LocalTensor<float> x = chunks.Mapped(chunks.Slot(load), chunks.Work(load), n);
     if (n != padded) {
       PadTail(x, n, padded, -kFloatMax);
       PipeBarrier<PIPE_V>();
@@ -81,7 +81,7 @@ class LongStatistics {
     chunk_max_.SetValue(lane, max);
     joined_.max = max > joined_.max ? max : joined_.max;
 
-    AscendC::Adds(work, chunks.ScaledBefore(chunks.Slot(load), work), -max, padded);
+    AscendC::Adds(work, chunks.MappedBefore(chunks.Slot(load), work), -max, padded);
     PipeBarrier<PIPE_V>();
     if (smoothing_) {
       SumWeighted(chunks, work, lane, at.chunk);

@@ -146,21 +146,25 @@ __aicore__ inline void BoundVector(const LocalTensor<float>& out, const LocalTen
   PipeBarrier<PIPE_V>();
 }
 
-// n logits as every row mode takes them, t x in fp32: `logits` itself where it is that already, else `work`, to be
-// followed by a barrier.
+// n logits as every row mode takes them, t x in fp32: `logits` itself where it is that already and a softcap is not to
+// change it, else `work`, to be followed by a barrier.
+template <typename T>
+__aicore__ inline bool IsScaledAlready(const XentArgs& args) {
+  return kIsFp32<T> && args.logit_scale == 1.0f && args.softcap == 0.0f;
+}
 template <typename T>
 __aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, const LocalTensor<float>& work,
-                                                  float logit_scale, int64_t n) {
+                                                  const XentArgs& args, int64_t n) {
   if constexpr (kIsFp32<T>) {
-    if (logit_scale == 1.0f) {
+    if (IsScaledAlready<T>(args)) {
       return logits;
     }
-    AscendC::Muls(work, logits, logit_scale, n);
+    AscendC::Muls(work, logits, args.logit_scale, n);
   } else {
     AscendC::Cast(work, logits, AscendC::RoundMode::CAST_NONE, n);
-    if (logit_scale != 1.0f) {
+    if (args.logit_scale != 1.0f) {
       PipeBarrier<PIPE_V>();
-      AscendC::Muls(work, work, logit_scale, n);
+      AscendC::Muls(work, work, args.logit_scale, n);
     }
   }
   return work;

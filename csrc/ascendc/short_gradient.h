@@ -54,6 +54,11 @@ class ShortGradient {
     AscendC::Add(v[kAtTarget], v[kAtTarget], v[kMore], n);
     PipeBarrier<PIPE_V>();
     AscendC::Sub(v[kAtTarget], v[kAtTarget], v[kScratch], n);
+    if (v.softcap.IsOn()) {
+      PipeBarrier<PIPE_V>();
+      v.softcap.SlopeOf(v[kPicked], v[kScratch], n);
+      v.softcap.MultiplyBySlope(v[kAtTarget], v[kScratch], n);
+    }
   }
 
   // `grad`, from exponentials in `exps`: kScale of them, less kOffset w, and kAtTarget at the target.
@@ -69,6 +74,10 @@ class ShortGradient {
       }
       PipeBarrier<PIPE_V>();
       AscendC::Sub(v.exps, v.exps, v.x, n * v.padded);
+    }
+    if (v.softcap.IsOn()) {
+      PipeBarrier<PIPE_V>();
+      v.softcap.MultiplyBySlope(v.exps, v.slope, n * v.padded);
     }
     v.Spread(v[kAtTarget], n);
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {

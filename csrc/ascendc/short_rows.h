@@ -52,7 +52,7 @@ class ShortRows {
 
  private:
   __aicore__ inline void Allocate() {
-    const ShortBuffers b = short_buffers(args_.dtype, plan_.rows_per_tile, args_.cols);
+    const ShortBuffers b = short_buffers(args_.dtype, plan_.rows_per_tile, args_.cols, args_.softcap != 0.0f);
     copies_.Allocate(pipe_, b);
     pipe_.InitBuffer(ub_, b.rest);
     statistics_.Allocate(pipe_);
@@ -93,7 +93,7 @@ class ShortRows {
       statistics_.WaitStore();
     }
     ClearUnread(in, f);
-    const LocalTensor<float> x = Scaled(in, f.rows);
+    const LocalTensor<float> x = Mapped(in, f.rows);
     if constexpr (kStats || kGrad) {
       targets_.FindTargets(tile_, x, f);
     }
@@ -125,10 +125,20 @@ class ShortRows {
     }
   }
 
-  // t x in fp32, in the queue's tensor itself when it is that already. What follows spreads something first, and has a
-  // barrier there.
-  __aicore__ inline LocalTensor<float> Scaled(const LocalTensor<T>& in, int64_t rows) const {
-    return ScaledLogits(in, tile_.x, args_.logit_scale, rows * tile_.padded);
+  // What the softmax sees of the logits, in fp32, in the queue's tensor itself when it is that already. What follows
+  // spreads something first, and has a barrier there.
+  __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& in, int64_t rows) const {
+    const int64_t n = rows * tile_.padded;
+    const LocalTensor<float> x = ScaledLogits(in, tile_.x, args_, n);
+    if (tile_.softcap.IsOn()) {
+      PipeBarrier<PIPE_V>();
+      if constexpr (kGrad) {
+        tile_.softcap.Apply(x, tile_.slope, n);
+      } else {
+        tile_.softcap.Apply(x, n);
+      }
+    }
+    return x;
   }
 
   __aicore__ inline void MakeGrad(const LocalTensor<T>& out, const TileFacts& f) const {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ascendc/row_kernel.h"
+#include "ascendc/softcap.h"
 
 namespace npu_xent {
 
@@ -44,13 +45,13 @@ static_assert(kVectors <= kShortLanes, "row_plan.h keeps memory for so many");
 
 struct ShortTile {
   __aicore__ inline explicit ShortTile(const XentArgs& args)
-      : cols(args.cols), padded(short_row_cols(args.dtype, args.cols)) {}
+      : cols(args.cols), padded(short_row_cols(args.dtype, args.cols)), softcap(args) {}
 
   __aicore__ inline void Allocate(UnifiedBuffer& ub, const ShortBuffers& b, int64_t rows) {
     lane_count = round_up(rows, kLanes);
     const int64_t width = round_up(padded, kLanes);
-    x = ub.GetWithOffset<float>(rows * padded, b.x);
-    exps = ub.GetWithOffset<float>(rows * padded, b.exps);
+    x = ub.GetWithOffset<float>(b.tile, b.x);
+    exps = ub.GetWithOffset<float>(b.tile, b.exps);
     hot = ub.GetWithOffset<uint8_t>(width / kLanes * lane_count * 8, b.hot);
     columns = ub.GetWithOffset<float>(width, b.columns);
     weight = ub.GetWithOffset<float>(width, b.weight);
@@ -58,6 +59,10 @@ struct ShortTile {
     block = ub.GetWithOffset<float>(lane_count * kBlock, b.block);
     mask = ub.GetWithOffset<uint8_t>(lane_count / 8, b.mask);
     lanes = ub.GetWithOffset<float>(kShortLanes * lane_count, b.lanes);
+    if (softcap.IsOn()) {
+      slope = ub.GetWithOffset<float>(b.tile, b.cap);
+      softcap.Allocate(exps, slope, hot, b.tile);  // which nothing else needs yet
+    }
   }
 
   // Zeros in all lanes, column numbers, and class weights of 1 unless others are to come.
@@ -149,7 +154,10 @@ struct ShortTile {
   const int64_t cols, padded;  // of a row, and in UB
   int64_t lane_count = 0;      // rows of a tile, rounded up to whole instructions
 
-  LocalTensor<float> x, exps;          // tiles: t x unless it is that already, and what becomes of it
+  Softcap softcap;
+
+  LocalTensor<float> x, exps;          // tiles: what the softmax sees unless it came so, and what becomes of it
+  LocalTensor<float> slope;            // another tile, with a softcap
   LocalTensor<uint8_t> hot, mask;      // a bit an element: is it the target's? a bit a row
   LocalTensor<float> columns, weight;  // column numbers and class weights
   LocalTensor<float> parts, block;     // of reductions; a data block a row

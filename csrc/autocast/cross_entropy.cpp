@@ -13,12 +13,12 @@ template <c10::DispatchKey key, bool inplace>
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_autocast(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, std::string_view reduction,
     int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
-    std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
-    bool differentiable_z_loss) {
+    std::optional<double> softcap, std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
+    bool need_lse, bool need_log_prob, bool differentiable_z_loss) {
   c10::impl::ExcludeDispatchKeyGuard below(key);
   return cross_entropy(inplace, logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale,
-                       logit_scale, grad_scale, loss_dtype.value_or(stats_dtype(logits.scalar_type())), need_lse,
-                       need_log_prob, differentiable_z_loss);
+                       logit_scale, softcap, grad_scale, loss_dtype.value_or(stats_dtype(logits.scalar_type())),
+                       need_lse, need_log_prob, differentiable_z_loss);
 }
 
 }  // namespace

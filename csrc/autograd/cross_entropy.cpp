@@ -55,6 +55,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     saved["label_smoothing"] = o.label_smoothing;
     saved["lse_square_scale"] = o.lse_square_scale;
     saved["logit_scale"] = o.logit_scale;
+    saved["softcap"] = o.softcap;
     saved["grad_scale"] = o.grad_scale;
     saved["inplace"] = inplace;
     const bool in_one_sweep = one_sweep(logits, o);
@@ -67,12 +68,12 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       if (inplace) {
         std::tie(out.lse, out.lse_low, picked, wsum) =
             row_stats_grad_(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
-                            o.lse_square_scale, o.logit_scale, o.grad_scale, o.need_lse);
+                            o.lse_square_scale, o.logit_scale, o.softcap, o.grad_scale, o.need_lse);
         grad = over_logits;
       } else {
         std::tie(out.lse, out.lse_low, picked, wsum, grad) =
             row_stats_grad(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
-                           o.lse_square_scale, o.logit_scale, o.grad_scale, o.need_lse);
+                           o.lse_square_scale, o.logit_scale, o.softcap, o.grad_scale, o.need_lse);
       }
       std::tie(out.loss, out.z_loss) =
           loss_of(logits, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, o);
@@ -153,7 +154,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
       return op(logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5], optional(grads[0]),
                 optional(grads[1]), saved["reduction"].toStringView(), saved["ignore_index"].toInt(),
                 saved["label_smoothing"].toDouble(), saved["lse_square_scale"].toDouble(),
-                saved["logit_scale"].toDouble(), saved["grad_scale"].toOptional<double>(), 0, std::nullopt);
+                saved["logit_scale"].toDouble(), saved["softcap"].toOptional<double>(),
+                saved["grad_scale"].toOptional<double>(), 0, std::nullopt);
     };
     if (!inplace) {
       return arguments(row_grad);
@@ -169,14 +171,15 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 template <bool inplace>
 Outputs cross_entropy_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                                std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                               double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                               std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
-                               bool differentiable_z_loss) {
+                               double lse_square_scale, double logit_scale, std::optional<double> softcap,
+                               std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
+                               bool need_lse, bool need_log_prob, bool differentiable_z_loss) {
   const LossOptions o{std::string(reduction),
                       ignore_index,
                       label_smoothing,
                       lse_square_scale,
                       logit_scale,
+                      softcap,
                       grad_scale,
                       loss_dtype.value_or(logits.scalar_type()),
                       need_lse,

@@ -10,10 +10,11 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
                           const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                           const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
                           double label_smoothing, double lse_square_scale, double logit_scale,
-                          std::optional<double> grad_scale, int64_t class_start, std::optional<int64_t> num_classes) {
+                          std::optional<double> softcap, std::optional<double> grad_scale, int64_t class_start,
+                          std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
   check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
-                 lse_square_scale, class_start, num_classes);
+                 lse_square_scale, softcap, class_start, num_classes);
   const int64_t n_cols = logits.size(1);
   const int64_t n_classes = class_count(logits, class_start, num_classes);
   const Targets targets(target, ignore_index, class_start, n_cols, n_classes);
@@ -38,7 +39,7 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
     z = mean ? z / denominators.select(0, kKeptRows) : z;
     a = a + z * (2 * lse_square_scale) * lse;
   }
-  const auto x = scaled(logits, logit_scale);
+  const auto x = mapped(logits, logit_scale, softcap);
   const auto low = lse_low ? *lse_low : at::full({}, 0.0, lse.options());
   auto grad = (x - lse.unsqueeze(1)).exp() * (a * low.neg().exp()).unsqueeze(1);
   const auto s = g * per_class;
@@ -51,8 +52,12 @@ Tensor row_grad_composite(const Tensor& logits, const Tensor& target, const Opti
   const auto from_lse = x.gather(1, column).squeeze(1) - lse - low;
   const auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
   grad =
-      grad.scatter(1, column, at::where(targets.in_shard, at_target, grad.gather(1, column).squeeze(1)).unsqueeze(1)) *
-      grad_scale.value_or(logit_scale);
+      grad.scatter(1, column, at::where(targets.in_shard, at_target, grad.gather(1, column).squeeze(1)).unsqueeze(1));
+  if (softcap) {
+    const auto ratio = x / *softcap;
+    grad = grad * ((1 - ratio) * (1 + ratio));
+  }
+  grad = grad * grad_scale.value_or(logit_scale);
   const auto undefined = targets.bad.logical_or(lse.isfinite().logical_not());
   return grad.masked_fill(undefined.unsqueeze(1), kNaN)
       .masked_fill(target.eq(ignore_index).unsqueeze(1), 0)
@@ -64,12 +69,13 @@ void row_grad_over_logits_composite(const Tensor& logits, const Tensor& target, 
                                     const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                                     const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
                                     std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                                    double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                                    int64_t class_start, std::optional<int64_t> num_classes) {
+                                    double lse_square_scale, double logit_scale, std::optional<double> softcap,
+                                    std::optional<double> grad_scale, int64_t class_start,
+                                    std::optional<int64_t> num_classes) {
   check_dense(logits);
   logits.copy_(row_grad_composite(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, reduction,
-                                  ignore_index, label_smoothing, lse_square_scale, logit_scale, grad_scale, class_start,
-                                  num_classes));
+                                  ignore_index, label_smoothing, lse_square_scale, logit_scale, softcap, grad_scale,
+                                  class_start, num_classes));
   logits.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
 }
 

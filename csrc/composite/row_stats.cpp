@@ -8,11 +8,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_composite(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index, double logit_scale,
-    int64_t class_start, std::optional<int64_t> num_classes, bool need_wsum, bool need_log_prob, bool read_ignored) {
-  check_rows(logits, target, weight, class_start, num_classes);
+    std::optional<double> softcap, int64_t class_start, std::optional<int64_t> num_classes, bool need_wsum,
+    bool need_log_prob, bool read_ignored) {
+  check_rows(logits, target, weight, softcap, class_start, num_classes);
   const int64_t n_cols = logits.size(1);
   const Targets targets(target, ignore_index, class_start, n_cols, class_count(logits, class_start, num_classes));
-  const auto x = scaled(logits, logit_scale);
+  const auto x = mapped(logits, logit_scale, softcap);
   const auto unread =
       target.eq(ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob), targets.kept.options()));
   const auto true_lse = x.logsumexp(1);

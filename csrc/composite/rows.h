@@ -40,9 +40,11 @@ struct Targets {
   }
 };
 
-inline Tensor scaled(const Tensor& logits, double logit_scale) {
+// What the softmax sees of the logits, in the statistics dtype.
+inline Tensor mapped(const Tensor& logits, double logit_scale, std::optional<double> softcap) {
   const auto x = logits.to(stats_dtype(logits.scalar_type()));
-  return logit_scale == 1 ? x : x * logit_scale;
+  const auto scaled = logit_scale == 1 ? x : x * logit_scale;
+  return softcap ? (scaled / *softcap).tanh() * *softcap : scaled;
 }
 
 // The weight of each row's target.

@@ -67,16 +67,17 @@ struct Inputs {
   Tensor logits, target;
   OptionalTensor weight;
   int64_t num_classes, class_start, ignore_index;
-  double logit_scale;
+  double logit_scale, softcap;
 
   Inputs(const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_, int64_t ignore_index_,
-         double logit_scale_, int64_t class_start_, std::optional<int64_t> num_classes_)
+         double logit_scale_, std::optional<double> softcap_, int64_t class_start_, std::optional<int64_t> num_classes_)
       : logits(logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous()),
         target(target_.contiguous()),
         num_classes(class_count(logits_, class_start_, num_classes_)),
         class_start(class_start_),
         ignore_index(ignore_index_),
-        logit_scale(logit_scale_) {
+        logit_scale(logit_scale_),
+        softcap(softcap_.value_or(0)) {
     if (weight_) {
       weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
     }
@@ -97,7 +98,8 @@ struct Inputs {
             weight ? const_data<acc_t<scalar_t>>(*weight) : nullptr,
             class_start,
             ignore_index,
-            logit_scale};
+            logit_scale,
+            softcap};
   }
 };
 

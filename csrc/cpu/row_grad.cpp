@@ -30,8 +30,9 @@ struct RowGrad {
 
   RowGrad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, Reduction reduction,
           int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
-          std::optional<double> grad_scale, int64_t class_start, std::optional<int64_t> num_classes)
-      : in(logits, target, weight, ignore_index, logit_scale, class_start, num_classes),
+          std::optional<double> softcap, std::optional<double> grad_scale, int64_t class_start,
+          std::optional<int64_t> num_classes)
+      : in(logits, target, weight, ignore_index, logit_scale, softcap, class_start, num_classes),
         options{reduction, ignore_index, label_smoothing, lse_square_scale, in.num_classes},
         outer_factor(grad_scale.value_or(logit_scale)) {}
 
@@ -56,12 +57,12 @@ struct RowGrad {
 Tensor row_grad_cpu(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                     const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                     const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                    double label_smoothing, double lse_square_scale, double logit_scale,
+                    double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
                     std::optional<double> grad_scale, int64_t class_start, std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
   check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
-                 lse_square_scale, class_start, num_classes);
-  const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale,
+                 lse_square_scale, softcap, class_start, num_classes);
+  const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale, softcap,
                    grad_scale, class_start, num_classes);
   const auto grad = empty_like_logits(op.in);
   op.run(lse, lse_low, totals, grad_loss, grad_z_loss, grad);
@@ -72,13 +73,14 @@ void row_grad_over_logits_cpu(const Tensor& logits, const Tensor& target, const 
                               const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                              double lse_square_scale, double logit_scale, std::optional<double> grad_scale,
-                              int64_t class_start, std::optional<int64_t> num_classes) {
+                              double lse_square_scale, double logit_scale, std::optional<double> softcap,
+                              std::optional<double> grad_scale, int64_t class_start,
+                              std::optional<int64_t> num_classes) {
   const auto how = parse_reduction(reduction);
   check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, how, label_smoothing,
-                 lse_square_scale, class_start, num_classes);
+                 lse_square_scale, softcap, class_start, num_classes);
   check_dense(logits);
-  const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale,
+  const RowGrad op(logits, target, weight, how, ignore_index, label_smoothing, lse_square_scale, logit_scale, softcap,
                    grad_scale, class_start, num_classes);
   op.run(lse, lse_low, totals, grad_loss, grad_z_loss, logits);
   logits.unsafeGetTensorImpl()->bump_version();  // nobody else sees writes through a pointer

@@ -8,11 +8,12 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_cpu(const Tensor& logits, const Tensor& target,
                                                                  const OptionalTensor& weight, int64_t ignore_index,
-                                                                 double logit_scale, int64_t class_start,
+                                                                 double logit_scale, std::optional<double> softcap,
+                                                                 int64_t class_start,
                                                                  std::optional<int64_t> num_classes, bool need_wsum,
                                                                  bool need_log_prob, bool read_ignored) {
-  check_rows(logits, target, weight, class_start, num_classes);
-  const Inputs in(logits, target, weight, ignore_index, logit_scale, class_start, num_classes);
+  check_rows(logits, target, weight, softcap, class_start, num_classes);
+  const Inputs in(logits, target, weight, ignore_index, logit_scale, softcap, class_start, num_classes);
   const StatsTensors stats(in, need_wsum);
   const auto log_prob = need_log_prob ? empty_like_logits(in) : at::empty({0}, logits.options());
   with_storage_type(logits.scalar_type(), [&](auto* type) {

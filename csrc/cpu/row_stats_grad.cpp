@@ -24,10 +24,10 @@ StatsTensors run(const Inputs& in, const Tensor& totals, Reduction reduction, do
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad_cpu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
+    double logit_scale, std::optional<double> softcap, std::optional<double> grad_scale, bool read_ignored) {
   const auto how = parse_reduction(reduction);
-  check_row_stats_grad(logits, target, weight, totals, how, label_smoothing, lse_square_scale);
-  const Inputs in(logits, target, weight, ignore_index, logit_scale, 0, std::nullopt);
+  check_row_stats_grad(logits, target, weight, totals, how, label_smoothing, lse_square_scale, softcap);
+  const Inputs in(logits, target, weight, ignore_index, logit_scale, softcap, 0, std::nullopt);
   const auto grad = empty_like_logits(in);
   const auto stats = run(in, totals, how, label_smoothing, lse_square_scale, grad_scale, read_ignored, grad);
   return {stats.lse, stats.lse_low, stats.picked, stats.wsum, grad};
@@ -36,11 +36,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_cpu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
+    double logit_scale, std::optional<double> softcap, std::optional<double> grad_scale, bool read_ignored) {
   const auto how = parse_reduction(reduction);
-  check_row_stats_grad(logits, target, weight, totals, how, label_smoothing, lse_square_scale);
+  check_row_stats_grad(logits, target, weight, totals, how, label_smoothing, lse_square_scale, softcap);
   check_dense(logits);
-  const Inputs in(logits, target, weight, ignore_index, logit_scale, 0, std::nullopt);
+  const Inputs in(logits, target, weight, ignore_index, logit_scale, softcap, 0, std::nullopt);
   const auto stats = run(in, totals, how, label_smoothing, lse_square_scale, grad_scale, read_ignored, logits);
   logits.unsafeGetTensorImpl()->bump_version();  // nobody else sees writes through a pointer
   return {stats.lse, stats.lse_low, stats.picked, stats.wsum};

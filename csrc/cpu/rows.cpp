@@ -126,11 +126,11 @@ class Sweep {
   }
   double target_logit(int64_t n) const {
     const int64_t column = target_column(n);
-    return column < 0 ? 0 : static_cast<acc>(r_.logit_scale) * k_.load(logits(n, 0) + column);
+    return column < 0 ? 0 : capped_logit(r_.logit_map().scale * k_.load(logits(n, 0) + column), r_.softcap);
   }
 
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
-    return k_.stats(logits(n, c), weight(c), size(c), static_cast<acc>(r_.logit_scale), need_wsum, exps);
+    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps);
   }
 
   // Joins what the chunks of row n yielded, and stores it.
@@ -184,10 +184,11 @@ class Sweep {
 
   // What a, b and s make of the target's own column, exact for confident predictions: a p - b would cancel there.
   acc target_grad(int64_t n, const RowCoefficients& k, double u, Lse lse, double picked) const {
-    return static_cast<acc>(u * (k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n)));
+    const double grad = k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n);
+    return static_cast<acc>(u * softcap_slope(picked, r_.softcap) * grad);
   }
 
-  // Writes chunk c of the gradient of row n, with p = exp(t x - shift) factor; exps holds the exponentials if not null.
+  // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; exps holds the exponentials if not null.
   void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, Lse lse, double picked, double shift,
                   double factor, const acc* exps, scalar_t* grad) const {
     const int64_t target = target_column(n) - c * kChunk;
@@ -197,10 +198,9 @@ class Sweep {
       return;
     }
     if (exps) {
-      k_.grad_from_exps(exps, weight(c), size(c), scale, offset, grad);
+      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(), scale, offset, grad);
     } else {
-      k_.grad(logits(n, c), weight(c), size(c), static_cast<acc>(r_.logit_scale), static_cast<acc>(shift), scale,
-              offset, grad);
+      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(), static_cast<acc>(shift), scale, offset, grad);
     }
     if (target >= 0 && target < size(c)) {
       k_.store(grad + target, target_grad(n, k, u, lse, picked));
@@ -244,8 +244,7 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
   const auto write_log_prob = [&](int64_t n, int64_t c) {
     scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
     if (std::isfinite(out.lse[n])) {
-      kernels.log_prob(sweep.logits(n, c), sweep.size(c), static_cast<acc>(rows.logit_scale), out.lse[n],
-                       out.lse_low[n], chunk);
+      kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(), out.lse[n], out.lse_low[n], chunk);
     } else {
       kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN());
     }

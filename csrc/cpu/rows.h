@@ -31,6 +31,11 @@ struct Rows {
   int64_t class_start;            // the class of column 0
   int64_t ignore_index;
   double logit_scale;
+  double softcap;  // 0: none
+
+  LogitMap<acc_t<scalar_t>> logit_map() const {
+    return {static_cast<acc_t<scalar_t>>(logit_scale), static_cast<acc_t<scalar_t>>(softcap)};
+  }
 };
 
 // One value a row.

@@ -9,10 +9,10 @@ namespace {
 Tensor row_grad_meta(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
                      const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
                      const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t, double label_smoothing,
-                     double lse_square_scale, double, std::optional<double>, c10::SymInt class_start,
-                     std::optional<c10::SymInt> num_classes) {
+                     double lse_square_scale, double, std::optional<double> softcap, std::optional<double>,
+                     c10::SymInt class_start, std::optional<c10::SymInt> num_classes) {
   check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, parse_reduction(reduction),
-                 label_smoothing, lse_square_scale, class_start, num_classes);
+                 label_smoothing, lse_square_scale, softcap, class_start, num_classes);
   return empty_logits(logits);
 }
 
@@ -20,10 +20,10 @@ void row_grad_over_logits_meta(const Tensor& logits, const Tensor& target, const
                                const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                                const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
                                std::string_view reduction, int64_t, double label_smoothing, double lse_square_scale,
-                               double, std::optional<double>, c10::SymInt class_start,
+                               double, std::optional<double> softcap, std::optional<double>, c10::SymInt class_start,
                                std::optional<c10::SymInt> num_classes) {
   check_row_grad(logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, parse_reduction(reduction),
-                 label_smoothing, lse_square_scale, class_start, num_classes);
+                 label_smoothing, lse_square_scale, softcap, class_start, num_classes);
   check_dense(logits);
 }
 

@@ -67,7 +67,7 @@ struct Sweep {
   XentPlan plan{};
 
   Sweep(const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_, const XentArgs& options,
-        double logit_scale, std::optional<double> grad_scale, int64_t class_start)
+        double logit_scale, std::optional<double> softcap, std::optional<double> grad_scale, int64_t class_start)
       : logits(to_plain_format(logits_)), target(as_targets(target_)), weight(as_values(weight_)), args(options) {
     if (logits.size(1) != 1 && logits.stride(1) != 1) {
       logits = logits.contiguous();
@@ -79,10 +79,11 @@ struct Sweep {
     args.output_stride = args.cols;
     args.class_start = class_start;
     args.logit_scale = static_cast<float>(logit_scale);
+    args.softcap = static_cast<float>(softcap.value_or(0));
     args.grad_scale = static_cast<float>(grad_scale.value_or(logit_scale));
     check_targets_on_demand(target, args.num_classes, args.ignore_index);
     if (args.rows != 0) {
-      plan = plan_rows(args.rows, args.cols, args.dtype);
+      plan = plan_rows(args.rows, args.cols, args.dtype, softcap.has_value());
     }
   }
 

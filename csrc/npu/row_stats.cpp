@@ -31,16 +31,17 @@ void run(const Sweep& sweep, const Stats& stats, const Tensor& log_prob) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_npu(const Tensor& logits, const Tensor& target,
                                                                  const OptionalTensor& weight, int64_t ignore_index,
-                                                                 double logit_scale, int64_t class_start,
+                                                                 double logit_scale, std::optional<double> softcap,
+                                                                 int64_t class_start,
                                                                  std::optional<int64_t> num_classes, bool need_wsum,
                                                                  bool need_log_prob, bool read_ignored) {
-  check_rows(logits, target, weight, class_start, num_classes);
+  check_rows(logits, target, weight, softcap, class_start, num_classes);
   const c10::DeviceGuard guard(logits.device());
   XentArgs options{};
   options.ignore_index = ignore_index;
   options.num_classes = class_count(logits, class_start, num_classes);
   options.read_ignored = read_ignored || need_log_prob;
-  const Sweep sweep(logits, target, weight, options, logit_scale, std::nullopt, class_start);
+  const Sweep sweep(logits, target, weight, options, logit_scale, softcap, std::nullopt, class_start);
   const Stats stats(sweep, need_wsum);
   const auto log_prob = need_log_prob ? sweep.new_output() : at::empty({0}, logits.options());
   if (!sweep.empty()) {

@@ -11,9 +11,9 @@ namespace {
 std::pair<Stats, Tensor> run(bool over_logits, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                              const Tensor& totals_, std::string_view reduction, int64_t ignore_index,
                              double label_smoothing, double lse_square_scale, double logit_scale,
-                             std::optional<double> grad_scale, bool read_ignored) {
+                             std::optional<double> softcap, std::optional<double> grad_scale, bool read_ignored) {
   const auto how = parse_reduction(reduction);
-  check_row_stats_grad(logits, target, weight, totals_, how, label_smoothing, lse_square_scale);
+  check_row_stats_grad(logits, target, weight, totals_, how, label_smoothing, lse_square_scale, softcap);
   if (over_logits) {
     check_dense(logits);
     check_overwritable(logits);
@@ -22,7 +22,7 @@ std::pair<Stats, Tensor> run(bool over_logits, const Tensor& logits, const Tenso
   auto options = reduction_args(how, ignore_index, label_smoothing, lse_square_scale, logits.size(1));
   options.read_ignored = read_ignored;
   options.unit_upstream = 1;
-  const Sweep sweep(logits, target, weight, options, logit_scale, grad_scale, 0);
+  const Sweep sweep(logits, target, weight, options, logit_scale, softcap, grad_scale, 0);
   const Stats stats(sweep, label_smoothing != 0);
   const auto grad = over_logits ? logits : sweep.new_output();
   const auto totals = as_values(totals_);
@@ -50,18 +50,18 @@ std::pair<Stats, Tensor> run(bool over_logits, const Tensor& logits, const Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad_npu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
+    double logit_scale, std::optional<double> softcap, std::optional<double> grad_scale, bool read_ignored) {
   const auto [stats, grad] = run(false, logits, target, weight, totals, reduction, ignore_index, label_smoothing,
-                                 lse_square_scale, logit_scale, grad_scale, read_ignored);
+                                 lse_square_scale, logit_scale, softcap, grad_scale, read_ignored);
   return {stats.lse, stats.lse_low, stats.picked, stats.wsum, grad};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_over_logits_npu(
     const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& totals,
     std::string_view reduction, int64_t ignore_index, double label_smoothing, double lse_square_scale,
-    double logit_scale, std::optional<double> grad_scale, bool read_ignored) {
+    double logit_scale, std::optional<double> softcap, std::optional<double> grad_scale, bool read_ignored) {
   const auto [stats, grad] = run(true, logits, target, weight, totals, reduction, ignore_index, label_smoothing,
-                                 lse_square_scale, logit_scale, grad_scale, read_ignored);
+                                 lse_square_scale, logit_scale, softcap, grad_scale, read_ignored);
   logits.unsafeGetTensorImpl()->bump_version();  // nobody else sees writes through a pointer
   return {stats.lse, stats.lse_low, stats.picked, stats.wsum};
 }

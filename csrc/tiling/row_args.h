@@ -23,7 +23,7 @@ struct XentArgs {
   float target_share;     // 1 - e, e the label smoothing
   float class_share;      // e / num_classes
   float lse_square_scale;
-  float reserved;  // keeps the size a multiple of 8
+  float softcap;  // c, 0: none
 };
 
 namespace npu_xent {

@@ -1,8 +1,8 @@
 // How a device kernel cuts the rows of the logits: the planner, shared by host and device. Plain C++17 without torch
 // or CANN.
 //
-// The cut depends on the rows, the columns and the dtype alone. The number of cores only decides who takes which piece,
-// so results are the same on parts with 20, 24, 40 or 48 cores, to the bit.
+// The cut depends on the rows, the columns, the dtype and whether there is a softcap, alone. The number of cores only
+// decides who takes which piece, so results are the same on parts with 20, 24, 40 or 48 cores, to the bit.
 //
 //   short      a tile holds several whole rows; one value a row is one lane of a vector
 //   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
@@ -101,10 +101,11 @@ struct LongBuffers {
   int64_t target, picked, target_weight;                   // facts: the last two a data block a row
   int64_t lse, lse_low, grad_loss, grad_z_loss;            // facts of a backward
   int64_t out_lse, out_lse_low, out_picked, out_wsum, out_weight;
+  int64_t cap, cap_mask, capped;  // with a softcap: scratch [chunk_cols], a bit for half of these; targets' logits
   int64_t total;
 };
 
-XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t slots) {
+XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t slots, bool softcap = false) {
   LongBuffers b{};
   Pieces ub{};
   b.ring = ub.take(slots * chunk_cols * element_bytes(dtype));
@@ -131,6 +132,11 @@ XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t 
   b.out_picked = ub.take(kFactRows * 4);
   b.out_wsum = ub.take(kFactRows * 4);
   b.out_weight = ub.take(kFactRows * 4);
+  if (softcap) {
+    b.cap = ub.take(chunk_cols * 4);
+    b.cap_mask = ub.take(chunk_cols / 2 / 8);
+    b.capped = ub.take(kFactRows * 4);
+  }
   b.total = ub.end;
   return b;
 }
@@ -144,6 +150,7 @@ XENT_SHARED int64_t short_row_cols(int64_t dtype, int64_t cols) {
 // tiles going out and what comes in a row at a time, and the rest at these byte offsets.
 struct ShortBuffers {
   int64_t tile_bytes, row_bytes;  // of one queue buffer
+  int64_t tile;                   // numbers of a tile in fp32
   int64_t x, exps;                // the tile in fp32, its exponentials
   int64_t hot;                    // one bit an element: is it the target's?
   int64_t columns, weight;        // [cols] column numbers and class weights
@@ -153,6 +160,7 @@ struct ShortBuffers {
   int64_t target;                 // [rows] int64
   int64_t target_weight;          // a data block a row
   int64_t lanes;                  // kShortLanes vectors [rows]
+  int64_t cap;                    // with a softcap: another tile in fp32
   int64_t rest;                   // bytes of these
   int64_t total;
 };
@@ -160,15 +168,16 @@ struct ShortBuffers {
 constexpr int64_t kShortLanes = 28;
 constexpr int64_t kShortOperands = 4;  // vectors [rows] that come in with a tile
 
-XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols) {
+XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols, bool softcap = false) {
   ShortBuffers b{};
   Pieces ub{};
   const int64_t padded = short_row_cols(dtype, cols), width = round_up(padded, kLanes);
-  const int64_t tile = rows * padded, lanes = round_up(rows, kLanes);
-  b.tile_bytes = round_up(tile * element_bytes(dtype), kDataBlock);
+  const int64_t lanes = round_up(rows, kLanes);
+  b.tile = softcap ? round_up(rows * padded, kLanes) : rows * padded;  // a comparison takes whole instructions
+  b.tile_bytes = round_up(rows * padded * element_bytes(dtype), kDataBlock);
   b.row_bytes = kShortOperands * lanes * 4;
-  b.x = ub.take(tile * 4);
-  b.exps = ub.take(tile * 4);
+  b.x = ub.take(b.tile * 4);
+  b.exps = ub.take(b.tile * 4);
   b.hot = ub.take(width / kLanes * lanes * 8);
   b.columns = ub.take(width * 4);
   b.weight = ub.take(width * 4);
@@ -178,6 +187,7 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
   b.target = ub.take(lanes * 8);
   b.target_weight = ub.take(rows * kDataBlock);
   b.lanes = ub.take(kShortLanes * lanes * 4);
+  b.cap = softcap ? ub.take(b.tile * 4) : 0;
   b.rest = ub.end;
   b.total = b.rest + 2 * (b.tile_bytes + b.tile_bytes + b.row_bytes);
   return b;
@@ -185,17 +195,17 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
 
 // Rows of a tile: as many as UB holds, then evened out so that kMaxCores cores get the same number of tiles of about
 // the same size.
-XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype) {
+XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap) {
   int64_t most = smaller(kMaxTileRows, div_up(rows, kMaxCores));
-  while (most > 1 && short_buffers(dtype, most, cols).total > kUbBytes) {
+  while (most > 1 && short_buffers(dtype, most, cols, softcap).total > kUbBytes) {
     --most;
   }
   const int64_t tiles_each = div_up(rows, kMaxCores * most);
   return div_up(rows, kMaxCores * tiles_each);
 }
 
-XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols) {
-  return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots).total <= kUbBytes;
+XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols, bool softcap) {
+  return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots, softcap).total <= kUbBytes;
 }
 
 // Into how many parts to cut a row so that kMaxCores cores share it out best. A row that fits in UB pays for parts with
@@ -209,19 +219,19 @@ XENT_SHARED int64_t parts_worth_having(int64_t rows, bool fits) {
 }
 
 // The plan for logits [rows, cols], rows > 0 and cols > 0.
-XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype) {
+XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap = false) {
   XentPlan p{};
   p.parts = 1;
   if (cols <= kShortCols) {
     p.mode = static_cast<int64_t>(RowMode::short_rows);
-    p.rows_per_tile = short_tile_rows(rows, cols, dtype);
+    p.rows_per_tile = short_tile_rows(rows, cols, dtype, softcap);
     p.chunk_cols = cols;
     p.chunks = p.chunks_per_part = 1;
     p.slots = 2;
     return p;
   }
   int64_t width = smaller(kMaxChunk, round_up(cols, kChunkUnit));
-  while (width >= kMinChunk && !fits_resident(cols, dtype, width)) {
+  while (width >= kMinChunk && !fits_resident(cols, dtype, width, softcap)) {
     width -= kChunkUnit;
   }
   const bool fits = width >= kMinChunk;

@@ -48,6 +48,7 @@ CASES = (
     Case("label_smoothing", SMOOTHING),
     Case("weight, label_smoothing", SMOOTHING, weight=True),
     Case("z-loss", Z_LOSS),
+    Case("softcap", {"softcap": 10.0, **SMOOTHING}, weight=True, transform=lambda x: 10 * torch.tanh(x / 10)),
     Case("return_lse", {"return_lse": True}),
     Case("consume_logits", {"consume_logits": True}),
     Case("all options", ALL, weight=True, ignored=True, everywhere=True),

@@ -86,6 +86,7 @@ class Operation {
     args_.reduction = static_cast<int64_t>(o.reduction);
     args_.read_ignored = p.read_ignored;
     args_.logit_scale = static_cast<float>(p.logit_scale);
+    args_.softcap = static_cast<float>(p.softcap);
     args_.grad_scale = static_cast<float>(p.grad_scale);
     args_.target_share = static_cast<float>(1 - o.label_smoothing);
     args_.class_share = static_cast<float>(o.label_smoothing / static_cast<double>(p.cols));
@@ -134,7 +135,7 @@ class Operation {
     unit.grad_z_loss = {0};
     const Truth of_unit = truth_of(unit);
     for (int64_t i = 0; i < p_.rows * p_.cols; ++i) {
-      const double size = std::fabs(p_.logits[i] * p_.logit_scale) + std::fabs(t.lse[i / p_.cols]) + 1;
+      const double size = std::fabs(mapped(p_, p_.logits[i])) + std::fabs(t.lse[i / p_.cols]) + 1;
       if (p_.target[i / p_.cols] != kIgnore || p_.read_ignored) {
         check_near<T, float>("log_prob", i, log_prob.values()[i], t.log_prob[i], 2 * size, 2);
       }
@@ -248,7 +249,8 @@ class Operation {
       const float high = stats.lse.values()[n];
       check_near<float, float>("lse", n, high, lse, 2 * std::fabs(lse) + 2);
       check_near<double, float>("lse + lse_low", n, double{high} + double{stats.lse_low.values()[n]}, lse, 1, 1, 32);
-      check_near<float, float>("picked", n, stats.picked.values()[n], t.picked[n], 0);
+      check_near<float, float>("picked", n, stats.picked.values()[n], t.picked[n],
+                               p_.softcap == 0 ? 0 : std::fabs(t.picked[n]));
       if (need_wsum_) {
         check_near<float, float>("wsum", n, stats.wsum.values()[n], unread ? 0 : t.wsum[n], 2 * t.wsum_terms[n]);
       }
@@ -280,15 +282,16 @@ template <typename T>
 void test_modes(int64_t cores) {
   size_t turn = sizeof(T);
   for (const Shape& shape : kShapes) {
-    XentPlan plan = npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(logits_type<T>()));
-    if (shape.mode == RowMode::streaming) {
-      plan.mode = static_cast<int64_t>(RowMode::streaming);
-      plan.parts = 1;
-      plan.chunks_per_part = plan.chunks;
-      plan.slots = npu_xent::kStreamSlots;
-    }
     for (int i = 0; i < 2; ++i) {
       const Case& c = kCases[turn++ % std::size(kCases)];
+      XentPlan plan =
+          npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(logits_type<T>()), c.softcap != 0);
+      if (shape.mode == RowMode::streaming) {
+        plan.mode = static_cast<int64_t>(RowMode::streaming);
+        plan.parts = 1;
+        plan.chunks_per_part = plan.chunks;
+        plan.slots = npu_xent::kStreamSlots;
+      }
       context = std::string(Format<T>::name) + ", " + shape.name + " rows, " + c.name;
       check(plan.mode == static_cast<int64_t>(shape.mode), "planned as mode %lld", static_cast<long long>(plan.mode));
       const Problem p = make_problem<T>(shape.rows, shape.cols, c);

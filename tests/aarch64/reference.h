@@ -21,16 +21,16 @@ struct Case {
   Reduction reduction;
   double label_smoothing, lse_square_scale;
   bool weighted, some_ignored, read_ignored;
-  double logit_scale, grad_scale;
+  double logit_scale, softcap, grad_scale;
   bool upstream;  // gradients other than 1 reach the loss and the z-loss
 };
 
 inline const Case kCases[] = {
-    {"mean", Reduction::mean, 0, 0, false, false, false, 1, 1, false},
-    {"sum, weight, smoothing, ignored rows", Reduction::sum, 0.1, 0, true, true, false, 1, 1, true},
-    {"mean, everything", Reduction::mean, 0.1, 1e-2, true, true, false, 0.5, 2, true},
-    {"none, z-loss, ignored rows", Reduction::none, 0, 1e-2, false, true, true, 1, 1, true},
-    {"none, smoothing, weight", Reduction::none, 0.25, 0, true, false, false, 1.25, 1.25, true},
+    {"mean", Reduction::mean, 0, 0, false, false, false, 1, 0, 1, false},
+    {"sum, weight, smoothing, ignored rows", Reduction::sum, 0.1, 0, true, true, false, 1, 0, 1, true},
+    {"mean, everything", Reduction::mean, 0.1, 1e-2, true, true, false, 0.5, 4, 2, true},
+    {"none, z-loss, ignored rows", Reduction::none, 0, 1e-2, false, true, true, 1, 0, 1, true},
+    {"none, smoothing, weight", Reduction::none, 0.25, 0, true, false, false, 1.25, 0, 1.25, true},
 };
 
 inline constexpr int64_t kIgnore = -100;
@@ -72,7 +72,7 @@ class Random {
 struct Problem {
   int64_t rows, cols;
   RowOptions options;
-  double logit_scale, grad_scale;
+  double logit_scale, softcap, grad_scale;  // softcap 0: none
   bool read_ignored;
   std::vector<double> logits;  // [rows, cols], values of the type that is tested
   std::vector<int64_t> target;
@@ -88,6 +88,7 @@ Problem make_problem(int64_t rows, int64_t cols, const Case& c, double offset = 
             cols,
             {c.reduction, kIgnore, c.label_smoothing, c.lse_square_scale, cols},
             c.logit_scale,
+            c.softcap,
             c.grad_scale,
             c.read_ignored,
             {},
@@ -127,6 +128,12 @@ struct Truth {
   double totals[npu_xent::kTotals];
 };
 
+// What the softmax sees of a logit.
+inline double mapped(const Problem& p, double logit) {
+  const double scaled = logit * p.logit_scale;
+  return p.softcap == 0 ? scaled : p.softcap * std::tanh(scaled / p.softcap);
+}
+
 inline Truth truth_of(const Problem& p) {
   const double e = p.options.label_smoothing, zs = p.options.lse_square_scale, classes = static_cast<double>(p.cols);
   const auto weight = [&](int64_t c) { return p.weight.empty() ? 1.0 : p.weight[c]; };
@@ -149,7 +156,7 @@ inline Truth truth_of(const Problem& p) {
     std::vector<double> x(p.logits.begin() + n * p.cols, p.logits.begin() + (n + 1) * p.cols);
     double top = -INFINITY;
     for (double& value : x) {
-      value *= p.logit_scale;
+      value = mapped(p, value);
       top = std::isnan(value) || value > top ? value : top;
       if (std::isnan(top)) {
         break;
@@ -201,7 +208,8 @@ inline Truth truth_of(const Problem& p) {
       // p - 1 of the target without cancellation.
       const double p_minus_hot = c == y ? -others.value() / sum.value() : prob;
       const double smoothed = e / classes * (totals[2] * prob - weight(c));
-      const double grad = p.grad_scale * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
+      const double cosh = p.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.logit_scale / p.softcap);
+      const double grad = p.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
       t.grad.push_back(!kept ? 0 : defined ? grad : NAN);
       // An exponential of x - lse carries the rounding of x and of lse.
       const double hot = c == y, p_terms = std::isinf(x[c]) ? 0 : (1 + std::fabs(x[c]) + std::fabs(lse)) * prob;

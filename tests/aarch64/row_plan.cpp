@@ -70,13 +70,15 @@ std::string all_answers() {
         << offsetof(XentArgs, logit_scale) << "\n";
   for (const int64_t rows : kRows) {
     for (const int64_t cols : kCols) {
-      for (int64_t dtype = 0; dtype < 3; ++dtype) {
-        const XentPlan p = plan_rows(rows, cols, dtype);
+      for (int64_t i = 0; i < 6; ++i) {
+        const int64_t dtype = i / 2;
+        const bool softcap = i % 2 != 0;
+        const XentPlan p = plan_rows(rows, cols, dtype, softcap);
         const bool is_short = p.mode == static_cast<int64_t>(RowMode::short_rows);
-        const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols).total
-                                       : long_buffers(dtype, p.chunk_cols, p.slots).total;
+        const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap).total
+                                       : long_buffers(dtype, p.chunk_cols, p.slots, softcap).total;
         std::ostringstream shape;
-        shape << "[" << rows << ", " << cols << "] dtype " << dtype;
+        shape << "[" << rows << ", " << cols << "] dtype " << dtype << (softcap ? " softcap" : "");
         test::context = shape.str();
         check_plan(rows, cols, p, bytes);
         check_shares(work_items(p, rows));

@@ -33,6 +33,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"weight": True, "label_smoothing": 0.1, "lse_square_scale": 1e-3, "ignore": True},
     {"reduction": "sum", "label_smoothing": 0.2, "logit_scale": 0.7, "ignore": True},
     {"reduction": "none", "weight": True, "lse_square_scale": 1e-2},
+    {"softcap": 5.0, "weight": True, "label_smoothing": 0.1, "logit_scale": 1.5, "ignore": True},
 )
 # One shape a row mode, each with a tail; and plans that the planner makes only for shapes too large for a test: a row
 # in more chunks than are joined at a time.
@@ -82,7 +83,7 @@ class Case:
         x, y, w = self.logits, self.target, self.weight
         classes = x.shape[1]
         totals = device.reduce_rows(y, w, num_classes=classes)
-        scale = {"logit_scale": self.options.get("logit_scale", 1.0)}
+        scale = {"logit_scale": self.options.get("logit_scale", 1.0), "softcap": self.options.get("softcap")}
         smooth = self.options.get("label_smoothing", 0) != 0
         lse, low, picked, wsum, log_prob = device.row_stats(x, y, w, need_wsum=smooth, need_log_prob=True, **scale)
         unread = device.row_stats(x, y, w, need_wsum=smooth, **scale)
@@ -101,13 +102,14 @@ class Case:
 
     def check(self, results: dict[str, Tensor | None]) -> None:
         """Against float64, within what roundings explain; and the CPU primitives, within twice that."""
-        t, x = self.truth, self.logits.double().abs() * self.options.get("logit_scale", 1.0)
+        t, scale, softcap = self.truth, self.options.get("logit_scale", 1.0), self.options.get("softcap")
+        z = t.log_prob + t.lse[:, None]
+        x = z.abs()
         size = t.lse.abs() + 1
         lse, low = results["lse"], results["lse_low"]
         # The sum of both has the error of log sum exp(x - max) alone, however large the maximum.
-        scale = self.options.get("logit_scale", 1.0)
-        above_max = t.lse - self.logits.double().mul(scale).max(1).values
-        scaled = x.max(1).values if scale != 1 else 0  # t x is rounded
+        above_max = t.lse - z.max(1).values
+        scaled = x.max(1).values * (4 if softcap else scale != 1)  # t x is rounded, and so is its tanh
         error = (lse.double() + low.double() - t.lse).abs()
         allowed = torch.finfo(FP32).eps * (4 * (1 + above_max) + scaled)
         assert bool((error <= allowed).all()), f"lse + lse_low: {(error / allowed).max()} times what is allowed"
@@ -125,11 +127,11 @@ class Case:
     def check_cpu(self, results: dict[str, Tensor | None]) -> None:
         """Two roundings apart at most, and in fp32 twice what is allowed from float64."""
         ops, (x, y, w), t = torch.ops.npu_xent, (self.logits, self.target, self.weight), self.truth
-        classes, scale = x.shape[1], self.options.get("logit_scale", 1.0)
+        classes, scale, softcap = x.shape[1], self.options.get("logit_scale", 1.0), self.options.get("softcap")
         totals = ops.reduce_rows(y, w, num_classes=classes, loss_dtype=FP32)[2]
         need_wsum = results["wsum"] is not None
         lse, low, picked, wsum, log_prob = ops.row_stats(
-            x, y, w, logit_scale=scale, need_wsum=need_wsum, need_log_prob=True, read_ignored=True
+            x, y, w, logit_scale=scale, softcap=softcap, need_wsum=need_wsum, need_log_prob=True, read_ignored=True
         )
         loss, z_loss, _ = ops.reduce_rows(
             y, w, lse, low, picked, wsum if need_wsum else None, totals, num_classes=classes, loss_dtype=FP32,
@@ -140,8 +142,11 @@ class Case:
             x, y, w, lse, low, totals, self.grad_loss, None if scalar else self.grad_z_loss, **self.options
         )
         size = t.lse.abs() + 1
-        log_prob_size = x.double().abs() * scale + size[:, None]
-        assert torch.equal(results["picked"], picked)
+        log_prob_size = (t.log_prob + t.lse[:, None]).abs() + size[:, None]
+        if softcap is None:
+            assert torch.equal(results["picked"], picked)
+        else:
+            assert_near(results["picked"], picked.double(), picked.double().abs(), name="picked beside the CPU's")
         for name, expected, terms in (
             ("totals", totals, totals.double().abs()),
             ("lse", lse, size),

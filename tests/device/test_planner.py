@@ -92,6 +92,7 @@ class Plan:
     rows: int
     cols: int
     dtype: int
+    softcap: bool
     mode: int
     rows_per_tile: int
     chunk_cols: int
@@ -112,8 +113,9 @@ class Plan:
         return self.ub_bytes + self._chunk_bytes(chunk_cols, slots) - self._chunk_bytes(self.chunk_cols, self.slots)
 
     def _chunk_bytes(self, chunk_cols: int, slots: int) -> int:
-        """The ring of chunks; two of them and their class weights in fp32."""
-        return chunk_cols * (slots * self.element_bytes + 3 * 4)
+        """The ring of chunks; two of them and their class weights in fp32; for a softcap one more and bits for half."""
+        cap = chunk_cols * 4 + chunk_cols // 2 // 8 if self.softcap else 0
+        return chunk_cols * (slots * self.element_bytes + 3 * 4) + cap
 
     def resident_chunks(self) -> list[int]:
         """The numbers of chunks in which all of a row and what moves beside it fit UB."""
@@ -129,8 +131,8 @@ def round_up(a: int, b: int) -> int:
     return div_up(a, b) * b
 
 
-def plan_of(rows: int, cols: int, dtype: int) -> Plan:
-    return Plan(rows, cols, dtype, **_C.plan_rows(rows, cols, dtype))
+def plan_of(rows: int, cols: int, dtype: int, softcap: bool = False) -> Plan:
+    return Plan(rows, cols, dtype, softcap, **_C.plan_rows(rows, cols, dtype, softcap=softcap))
 
 
 def near(units: tuple[int, ...], most: int) -> st.SearchStrategy[int]:
@@ -149,15 +151,17 @@ ROWS = st.one_of(st.integers(1, 2 * MAX_CORES), near((MAX_CORES, MAX_TILE_ROWS),
 COLS = st.one_of(
     st.integers(1, 2 * SHORT_COLS), near((LANES, CHUNK_UNIT, MAX_CHUNK), 200), st.integers(1, 100_000), magnitudes()
 )
-PLANS = st.tuples(ROWS, COLS, st.sampled_from(sorted(DTYPES.values())))
-Check = Callable[[tuple[int, int, int]], None]
+PLANS = st.tuples(ROWS, COLS, st.sampled_from(sorted(DTYPES.values())), st.booleans())
+Shape = tuple[int, int, int, bool]
+Check = Callable[[Shape], None]
 
 
 def any_shape(check: Check) -> Check:
     """Check random shapes and those of SHAPES; derandomised, so the same ones on every run."""
     for rows, cols in SHAPES:
         for dtype in DTYPES.values():
-            check = example((rows, cols, dtype))(check)
+            for softcap in (False, True):
+                check = example((rows, cols, dtype, softcap))(check)
     return settings(max_examples=400, deadline=None, derandomize=True, database=None)(given(PLANS)(check))
 
 
@@ -169,27 +173,27 @@ def test_ub_is_what_the_toolkit_leaves() -> None:
 
 
 @any_shape
-def test_fits_ub(shape: tuple[int, int, int]) -> None:
+def test_fits_ub(shape: Shape) -> None:
     plan = plan_of(*shape)
     assert plan.ub_bytes <= UB_BYTES
     assert plan.ub_bytes % DATA_BLOCK == 0
 
 
 @any_shape
-def test_memory_counts_what_is_moved(shape: tuple[int, int, int]) -> None:
+def test_memory_counts_what_is_moved(shape: Shape) -> None:
     """A sum that forgets the tile or the chunks would fit, too."""
     plan = plan_of(*shape)
     if plan.mode == SHORT:  # in fp32 twice; two tiles coming in, two going out
         tile = plan.rows_per_tile * round_up(plan.cols, DATA_BLOCK // plan.element_bytes)
-        assert plan.ub_bytes >= tile * (2 * 4 + 4 * plan.element_bytes)
+        assert plan.ub_bytes >= tile * ((2 + plan.softcap) * 4 + 4 * plan.element_bytes)
     else:
         beside = plan.long_bytes(0, 0)
         assert beside > 0
-        assert beside == plan_of(1, MOST, FP32).long_bytes(0, 0), "what is beside the chunks has one size"
+        assert beside == plan_of(1, MOST, FP32, plan.softcap).long_bytes(0, 0), "what is beside the chunks has one size"
 
 
 @any_shape
-def test_instructions_can_count_so_far(shape: tuple[int, int, int]) -> None:
+def test_instructions_can_count_so_far(shape: Shape) -> None:
     plan = plan_of(*shape)
     if plan.mode == SHORT:  # a repeat a row; from row to row so many data blocks of fp32
         assert 1 <= plan.rows_per_tile <= MAX_TILE_ROWS <= MOST_REPEATS
@@ -210,7 +214,7 @@ def test_mode_of_known_shapes(shape: tuple[int, int], dtype: str) -> None:
 
 
 @any_shape
-def test_mode_is_chosen_as_documented(shape: tuple[int, int, int]) -> None:
+def test_mode_is_chosen_as_documented(shape: Shape) -> None:
     """Short: at most 1024 columns. Split: fewer rows than cores; of rows that can stay in UB, at most half as many."""
     plan = plan_of(*shape)
     if plan.cols <= SHORT_COLS:
@@ -222,14 +226,14 @@ def test_mode_is_chosen_as_documented(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_slots_are_for_the_mode(shape: tuple[int, int, int]) -> None:
+def test_slots_are_for_the_mode(shape: Shape) -> None:
     """A resident row has all its chunks in UB, and those that move; others have as many as are in flight."""
     plan = plan_of(*shape)
     assert plan.slots == {SHORT: 2, RESIDENT: plan.chunks + EXTRA_SLOTS}.get(plan.mode, STREAM_SLOTS)
 
 
 @any_shape
-def test_fields_of_other_modes(shape: tuple[int, int, int]) -> None:
+def test_fields_of_other_modes(shape: Shape) -> None:
     plan = plan_of(*shape)
     assert (plan.rows_per_tile > 0) == (plan.mode == SHORT)
     assert (plan.parts > 1) == (plan.mode == SPLIT)
@@ -243,7 +247,7 @@ def test_fields_of_other_modes(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_tiles_cover_the_rows_once(shape: tuple[int, int, int]) -> None:
+def test_tiles_cover_the_rows_once(shape: Shape) -> None:
     plan = plan_of(*shape)
     if plan.mode == SHORT:
         assert (plan.work_items - 1) * plan.rows_per_tile < plan.rows <= plan.work_items * plan.rows_per_tile
@@ -254,7 +258,7 @@ def test_tiles_cover_the_rows_once(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_chunks_cover_the_columns_once(shape: tuple[int, int, int]) -> None:
+def test_chunks_cover_the_columns_once(shape: Shape) -> None:
     plan = plan_of(*shape)
     assert (plan.chunks - 1) * plan.chunk_cols < plan.cols <= plan.chunks * plan.chunk_cols
     if plan.mode != SHORT:
@@ -263,7 +267,7 @@ def test_chunks_cover_the_columns_once(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_chunks_are_few(shape: tuple[int, int, int]) -> None:
+def test_chunks_are_few(shape: Shape) -> None:
     """As few as fit for a resident row, as wide as they get for a streaming one; and of one size."""
     plan = plan_of(*shape)
     if plan.mode == RESIDENT:
@@ -275,7 +279,7 @@ def test_chunks_are_few(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_parts_cover_the_chunks_once(shape: tuple[int, int, int]) -> None:
+def test_parts_cover_the_chunks_once(shape: Shape) -> None:
     plan = plan_of(*shape)
     assert (plan.parts - 1) * plan.chunks_per_part < plan.chunks <= plan.parts * plan.chunks_per_part
 
@@ -310,7 +314,7 @@ def test_neighbours_shares_meet(data: st.DataObject, total: int, cores: int) -> 
 
 
 @any_shape
-def test_tiles_are_of_a_cores_rows(shape: tuple[int, int, int]) -> None:
+def test_tiles_are_of_a_cores_rows(shape: Shape) -> None:
     """Short: a tile has no more rows than the evenest cut gives the busiest of 48 cores.
 
     So up to 48 rows have a core each, and more rows have more than half of the cores; all of them, as far as a tile
@@ -325,7 +329,7 @@ def test_tiles_are_of_a_cores_rows(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_tiles_are_no_smaller_than_need_be(shape: tuple[int, int, int]) -> None:
+def test_tiles_are_no_smaller_than_need_be(shape: Shape) -> None:
     """Short: with one tile less for each core, a tile would be too large for an instruction or for UB."""
     plan = plan_of(*shape)
     if plan.mode == SHORT:
@@ -333,14 +337,15 @@ def test_tiles_are_no_smaller_than_need_be(shape: tuple[int, int, int]) -> None:
         assert plan.rows_per_tile == div_up(plan.rows, MAX_CORES * tiles_each)
         if tiles_each > 1:
             larger = div_up(plan.rows, MAX_CORES * (tiles_each - 1))
-            row = round_up(plan.cols, DATA_BLOCK // plan.element_bytes) * (2 * 4 + 4 * plan.element_bytes)
+            row = round_up(plan.cols, DATA_BLOCK // plan.element_bytes)
+            row *= (2 + plan.softcap) * 4 + 4 * plan.element_bytes
             lanes = LANES * 256 + LANES * plan.cols // 8
             fewest = plan.ub_bytes + (larger - plan.rows_per_tile) * row
             assert larger > MAX_TILE_ROWS or fewest + 2 * lanes > UB_BYTES
 
 
 @any_shape
-def test_whole_rows_use_all_cores(shape: tuple[int, int, int]) -> None:
+def test_whole_rows_use_all_cores(shape: Shape) -> None:
     """Resident and streaming: a row is a piece of work; there are 48 or more, or over 24 that are read once."""
     plan = plan_of(*shape)
     if plan.mode in (RESIDENT, STREAMING):
@@ -350,7 +355,7 @@ def test_whole_rows_use_all_cores(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_split_rows_use_the_cores(shape: tuple[int, int, int]) -> None:
+def test_split_rows_use_the_cores(shape: Shape) -> None:
     """Split: the busiest of 48 cores has at most half as much again as an even share of the columns of all rows.
 
     A quarter as much for rows that are too long for UB. To that comes what whole chunks ask for: 512 columns each, and
@@ -368,16 +373,17 @@ def test_split_rows_use_the_cores(shape: tuple[int, int, int]) -> None:
 
 
 @any_shape
-def test_the_same_plan_every_time(shape: tuple[int, int, int]) -> None:
+def test_the_same_plan_every_time(shape: Shape) -> None:
     """Whatever was shared out among how many cores meanwhile."""
-    plan = _C.plan_rows(*shape)
+    *sizes, softcap = shape
+    plan = _C.plan_rows(*sizes, softcap=softcap)
     for cores in CORES:
         _C.share_of(plan["work_items"], cores - 1, cores)
-        assert _C.plan_rows(*shape) == plan
+        assert _C.plan_rows(*sizes, softcap=softcap) == plan
 
 
 def test_no_number_of_cores_in_a_plan() -> None:
-    """The planner takes three numbers: nothing tells it. That a plan's C++ function takes no more is tested below."""
+    """The planner takes three numbers and a bool: nothing tells it. That its C++ function takes no more, see below."""
     for cores in CORES:
         with pytest.raises(TypeError):
             _C.plan_rows(4096, 8080, FP32, cores)

@@ -2,7 +2,7 @@
 // CPU_CAPABILITY naming it, and everything in it lives in a namespace of that name or is anonymous: a symbol
 // shared between variants would let the linker put AVX512 code on a machine without it.
 //
-// Why one exp an element is enough: `stats` keeps exp(t x - max of the chunk) while the chunk is in cache, and the
+// Why one exp an element is enough: `stats` keeps exp(z - max of the chunk) while the chunk is in cache, and the
 // gradient only scales it by exp(max of the chunk - lse).
 #include "cpu/kernels/chunk_kernels.h"
 
@@ -107,12 +107,47 @@ acc lane_sum(const Vec<acc>& v) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
 }
 
-// max of t x over the chunk, NaN if there is one.
+// z of LogitMap as a product, base(x) * factor, so that what is added to it costs no rounding of its own.
+template <typename acc>
+struct Scaled {
+  static constexpr bool capped = false;
+  Vec<acc> factor;
+
+  explicit Scaled(const LogitMap<acc>& m) : factor(m.scale) {}
+  Vec<acc> base(const Vec<acc>& x) const { return x; }
+};
+
+template <typename acc>
+struct Capped {
+  static constexpr bool capped = true;
+  Vec<acc> factor, inner;
+
+  explicit Capped(const LogitMap<acc>& m) : factor(m.softcap), inner(m.scale / m.softcap) {}
+  Vec<acc> base(const Vec<acc>& x) const { return (x * inner).tanh(); }
+};
+
+// Calls f with the one of these that m asks for.
+template <typename acc, typename F>
+void with_map(const LogitMap<acc>& m, const F& f) {
+  m.softcap == 0 ? f(Scaled<acc>(m)) : f(Capped<acc>(m));
+}
+
+// z + offset.
+template <typename acc, typename Map>
+Pair<acc> shifted(const Map& z, const Pair<acc>& base, const Vec<acc>& offset) {
+  return {at::vec::fmadd(base.lo, z.factor, offset), at::vec::fmadd(base.hi, z.factor, offset)};
+}
+template <typename acc, typename Map>
+Pair<acc> base_of(const Map& z, const Pair<acc>& x) {
+  return {z.base(x.lo), z.base(x.hi)};
+}
+
+// max of z over the chunk, NaN if there is one. A softcap leaves the order of logits as it is.
 template <typename scalar_t>
-acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, acc_t<scalar_t> t) {
+acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map) {
   using acc = acc_t<scalar_t>;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
-  const Vec<acc> scale(t);
+  const Vec<acc> scale(map.scale);
   Pair<acc> top{Vec<acc>(lowest), Vec<acc>(lowest)};
   int64_t i = 0;
   for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
@@ -136,17 +171,18 @@ acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, acc_t<scalar_t> t) {
       break;
     }
   }
-  return result;
+  return map.softcap == 0 ? result
+                          : map.softcap * static_cast<acc>(std::tanh(static_cast<double>(result / map.softcap)));
 }
 
-template <typename scalar_t, bool need_wsum, bool keep_exps>
-void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t>* exps,
+template <bool need_wsum, bool keep_exps, typename scalar_t, typename Map>
+void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, acc_t<scalar_t>* exps,
           ChunkStats<acc_t<scalar_t>>& stats) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> scale(t), minus_max(-stats.max), zero(0);
+  const Vec<acc> minus_max(-stats.max), zero(0);
   Pair<acc> sum{zero, zero}, wsum{zero, zero}, weights{zero, zero};
   const auto block = [&](const Pair<acc>& v, Pair<acc> w, int64_t valid) {
-    const Pair<acc> y{at::vec::fmadd(v.lo, scale, minus_max), at::vec::fmadd(v.hi, scale, minus_max)};
+    const Pair<acc> y = shifted(z, base_of(z, v), minus_max);
     Pair<acc> e{exp(y.lo), exp(y.hi)};
     if (valid < kBlock<acc>) {
       e = keep_first<acc>(e, valid, 0);
@@ -183,11 +219,12 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t
 }
 
 template <typename scalar_t>
-ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t,
+ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map,
                                   bool need_wsum, acc_t<scalar_t>* exps) {
   using acc = acc_t<scalar_t>;
-  ChunkStats<acc> result{chunk_max(x, n, t), 0, 0, 0};
-  const bool finite = std::isfinite(result.max);
+  ChunkStats<acc> result{chunk_max(x, n, map), 0, 0, 0};
+  const acc max = result.max;
+  const bool finite = std::isfinite(max);
   if (!finite) {
     if (exps != nullptr) {
       std::fill_n(exps, n, acc(0));
@@ -196,77 +233,104 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
       return result;
     }
     // All -inf, or a +inf or NaN: only wsum is worth having, and it is what the arithmetic gives.
-    const acc max = result.max;
     result.max = 0;
-    sums<scalar_t, true, false>(x, w, n, t, nullptr, result);
+  }
+  with_map(map, [&](const auto& z) {
+    if (need_wsum) {
+      exps&& finite ? sums<true, true>(x, w, n, z, exps, result) : sums<true, false>(x, w, n, z, exps, result);
+    } else {
+      exps ? sums<false, true>(x, w, n, z, exps, result) : sums<false, false>(x, w, n, z, exps, result);
+    }
+  });
+  if (!finite) {
     result.max = max;
     result.sum = 0;
-    return result;
-  }
-  if (need_wsum) {
-    exps ? sums<scalar_t, true, true>(x, w, n, t, exps, result) : sums<scalar_t, true, false>(x, w, n, t, exps, result);
-  } else {
-    exps ? sums<scalar_t, false, true>(x, w, n, t, exps, result)
-         : sums<scalar_t, false, false>(x, w, n, t, exps, result);
   }
   return result;
 }
 
-// Applies f(block of x, block of w) -> block of out; w null means ones.
-template <typename in_t, typename scalar_t, typename F>
-void map(const in_t* x, const acc_t<scalar_t>* w, int64_t n, scalar_t* out, const F& f) {
-  using acc = acc_t<scalar_t>;
-  const Pair<acc> ones{Vec<acc>(1), Vec<acc>(1)};
+// out[i, i + valid) = f(i, valid), block by block. All but the last are whole, and their size is a constant to f.
+template <typename scalar_t, typename F>
+void write_blocks(int64_t n, scalar_t* out, const F& f) {
+  constexpr std::integral_constant<int64_t, kBlock<acc_t<scalar_t>>> whole{};
   int64_t i = 0;
-  for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
-    store(out + i, f(load(x + i, kBlock<acc>), w ? load(w + i, kBlock<acc>) : ones), kBlock<acc>);
+  for (; i + whole <= n; i += whole) {
+    store(out + i, f(i, whole), whole);
   }
   if (i < n) {
-    store(out + i, f(load(x + i, n - i), w ? load(w + i, n - i) : ones), n - i);
+    store(out + i, f(i, n - i), n - i);
   }
 }
 
-// exps * scale - offset * w. `with_offset` false (no label smoothing) leaves the weights unread.
+// From exponentials to a gradient: slope (scale e - offset w). Without label smoothing the offset is 0, and the weights
+// are not read.
 template <typename acc>
-Pair<acc> grad_block(const Pair<acc>& e, const Pair<acc>& w, const Vec<acc>& scale, const Vec<acc>& minus_offset,
-                     bool with_offset) {
-  Pair<acc> g{e.lo * scale, e.hi * scale};
-  if (with_offset) {
-    g = {at::vec::fmadd(w.lo, minus_offset, g.lo), at::vec::fmadd(w.hi, minus_offset, g.hi)};
+class GradBlock {
+ public:
+  GradBlock(const acc* w, acc scale, acc offset)
+      : with_offset_(offset != 0), w_(with_offset_ ? w : nullptr), scale_(scale), minus_offset_(-offset) {}
+
+  template <typename Map, typename N>
+  Pair<acc> operator()(const Map&, const Pair<acc>& base, const Pair<acc>& e, int64_t i, N valid) const {
+    Pair<acc> g{e.lo * scale_, e.hi * scale_};
+    if (with_offset_) {
+      const Pair<acc> w = w_ ? load(w_ + i, valid) : Pair<acc>{Vec<acc>(1), Vec<acc>(1)};
+      g = {at::vec::fmadd(w.lo, minus_offset_, g.lo), at::vec::fmadd(w.hi, minus_offset_, g.hi)};
+    }
+    if constexpr (Map::capped) {
+      const Vec<acc> one(1);
+      g = {g.lo * (one - base.lo * base.lo), g.hi * (one - base.hi * base.hi)};
+    }
+    return g;
   }
-  return g;
-}
+
+ private:
+  bool with_offset_;
+  const acc* w_;
+  Vec<acc> scale_, minus_offset_;
+};
 
 template <typename scalar_t>
-void grad_from_exps(const acc_t<scalar_t>* exps, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> scale,
-                    acc_t<scalar_t> offset, scalar_t* out) {
+void grad_from_exps(const scalar_t* x, const acc_t<scalar_t>* exps, const acc_t<scalar_t>* w, int64_t n,
+                    LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> s(scale), o(-offset);
-  const bool with_offset = offset != 0;
-  map(exps, with_offset ? w : nullptr, n, out,
-      [&](const Pair<acc>& e, const Pair<acc>& weight) { return grad_block(e, weight, s, o, with_offset); });
-}
-
-template <typename scalar_t>
-void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> shift,
-          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
-  using acc = acc_t<scalar_t>;
-  const Vec<acc> logit_scale(t), minus_shift(-shift), s(scale), o(-offset);
-  const bool with_offset = offset != 0;
-  map(x, with_offset ? w : nullptr, n, out, [&](const Pair<acc>& v, const Pair<acc>& weight) {
-    const Pair<acc> e{exp(at::vec::fmadd(v.lo, logit_scale, minus_shift)),
-                      exp(at::vec::fmadd(v.hi, logit_scale, minus_shift))};
-    return grad_block(e, weight, s, o, with_offset);
+  const GradBlock<acc> grad_of(w, scale, offset);
+  with_map(map, [&](const auto& z) {
+    write_blocks(n, out, [&](int64_t i, auto valid) {
+      Pair<acc> base{Vec<acc>(0), Vec<acc>(0)};
+      if constexpr (std::decay_t<decltype(z)>::capped) {
+        base = base_of(z, load(x + i, valid));
+      }
+      return grad_of(z, base, load(exps + i, valid), i, valid);
+    });
   });
 }
 
 template <typename scalar_t>
-void log_prob(const scalar_t* x, int64_t n, acc_t<scalar_t> t, acc_t<scalar_t> lse, acc_t<scalar_t> lse_low,
+void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> shift,
+          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> minus_shift(-shift);
+  const GradBlock<acc> grad_of(w, scale, offset);
+  with_map(map, [&](const auto& z) {
+    write_blocks(n, out, [&](int64_t i, auto valid) {
+      const Pair<acc> base = base_of(z, load(x + i, valid));
+      const Pair<acc> y = shifted(z, base, minus_shift);
+      return grad_of(z, base, Pair<acc>{exp(y.lo), exp(y.hi)}, i, valid);
+    });
+  });
+}
+
+template <typename scalar_t>
+void log_prob(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> lse, acc_t<scalar_t> lse_low,
               scalar_t* out) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> scale(t), minus_lse(-lse), low(lse_low);
-  map(x, static_cast<const acc*>(nullptr), n, out, [&](const Pair<acc>& v, const Pair<acc>&) {
-    return Pair<acc>{at::vec::fmadd(v.lo, scale, minus_lse) - low, at::vec::fmadd(v.hi, scale, minus_lse) - low};
+  const Vec<acc> minus_lse(-lse), low(lse_low);
+  with_map(map, [&](const auto& z) {
+    write_blocks(n, out, [&](int64_t i, auto valid) {
+      const Pair<acc> y = shifted(z, base_of(z, load(x + i, valid)), minus_lse);
+      return Pair<acc>{y.lo - low, y.hi - low};
+    });
   });
 }
 
@@ -274,8 +338,10 @@ template <typename scalar_t>
 void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> s(factor);
-  map(out, static_cast<const acc*>(nullptr), n, out,
-      [&](const Pair<acc>& v, const Pair<acc>&) { return Pair<acc>{v.lo * s, v.hi * s}; });
+  write_blocks(n, out, [&](int64_t i, auto valid) {
+    const Pair<acc> v = load(out + i, valid);
+    return Pair<acc>{v.lo * s, v.hi * s};
+  });
 }
 
 template <typename scalar_t>

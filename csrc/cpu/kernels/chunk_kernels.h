@@ -29,28 +29,37 @@ struct acc_type<double> {
 template <typename scalar_t>
 using acc_t = typename acc_type<scalar_t>::type;
 
+// What the softmax sees of a stored logit: z(x) = scale x or, unless softcap is 0, softcap tanh(scale x / softcap).
+template <typename acc>
+struct LogitMap {
+  acc scale, softcap;
+};
+
 template <typename acc>
 struct ChunkStats {
-  acc max;  // of t x; NaN if any element is NaN
-  acc sum;  // of exp(t x - max); 0 when max is not finite
+  acc max;  // of z; NaN if any element is NaN
+  acc sum;  // of exp(z - max); 0 when max is not finite
   // Unless asked for 0:
-  acc wsum;    // of w (t x - max)
+  acc wsum;    // of w (z - max)
   acc weight;  // of w
 };
 
-// x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; t: the logit scale.
+// x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; z: see LogitMap; slope: 1 or, with
+// a softcap, 1 - (z / softcap)^2.
 template <typename scalar_t>
 struct ChunkKernels {
   using acc = acc_t<scalar_t>;
 
-  // Statistics; `exps` (null: not wanted) receives exp(t x - max), all 0 when max is not finite.
-  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, acc t, bool need_wsum, acc* exps);
-  // out = scale exps - offset w
-  void (*grad_from_exps)(const acc* exps, const acc* w, int64_t n, acc scale, acc offset, scalar_t* out);
-  // out = scale exp(t x - shift) - offset w; out may be x
-  void (*grad)(const scalar_t* x, const acc* w, int64_t n, acc t, acc shift, acc scale, acc offset, scalar_t* out);
-  // out = t x - lse - lse_low
-  void (*log_prob)(const scalar_t* x, int64_t n, acc t, acc lse, acc lse_low, scalar_t* out);
+  // Statistics; `exps` (null: not wanted) receives exp(z - max), all 0 when max is not finite.
+  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum, acc* exps);
+  // out = slope (scale exps - offset w); out may be x
+  void (*grad_from_exps)(const scalar_t* x, const acc* exps, const acc* w, int64_t n, LogitMap<acc> map, acc scale,
+                         acc offset, scalar_t* out);
+  // out = slope (scale exp(z - shift) - offset w); out may be x
+  void (*grad)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, acc shift, acc scale, acc offset,
+               scalar_t* out);
+  // out = z - lse - lse_low
+  void (*log_prob)(const scalar_t* x, int64_t n, LogitMap<acc> map, acc lse, acc lse_low, scalar_t* out);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
   void (*fill)(scalar_t* out, int64_t n, acc value);
