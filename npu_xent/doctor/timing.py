@@ -9,6 +9,7 @@ the CPU the running sum of the allocations and releases that torch.profiler reco
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -144,6 +145,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
         step()
         synchronize(device)
         return torch.npu.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its start and its end on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
