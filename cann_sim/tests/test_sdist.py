@@ -34,8 +34,3 @@ def test_the_sdist_has_all_files_and_no_build_products(tmp_path: Path) -> None:
     assert "src/launch.cpp" in tracked
     assert tracked - files == set()
     assert not [file for file in files if file.endswith((".so", ".pyc"))]
-
-
-def test_the_toolkit_has_the_version_of_the_package() -> None:
-    settings = (ROOT / "cann_sim" / "toolkit" / "version.cfg").read_text().splitlines()
-    assert f"version={cann_sim.__version__}-simulated" in settings
