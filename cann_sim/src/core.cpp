@@ -337,7 +337,7 @@ void scalar_gm(const char* op, Place where, const void* address, uint32_t bytes,
   state.timing.scalar(state.launch->cost.scalar_gm_cycles, instruction.place);
 }
 
-void clean_cache(Place where, const void* /*address*/, bool /*whole*/) {
+void clean_cache(Place where) {
   CoreState& state = core().state();
   const Instruction instruction = state.begin(Pipe::S, "DataCacheCleanAndInvalid", where);
   state.timing.scalar(state.launch->cost.scalar_gm_cycles, instruction.place);
@@ -408,7 +408,6 @@ void RunningCore::run(Launch& launch, uint32_t index) {
     result.error.message = format("the kernel threw a C++ exception: %s", exception.what());
   }
   current_core = outer;
-  result.ran = true;
   result.time = state_->timing.finish();
   collect(result);
 }
