@@ -34,7 +34,8 @@ def compile(
     """Builds a kernel library from source text, or from one or more paths.
 
     `defines` are "NAME" or "NAME=VALUE", or a mapping. Text is kept as `<name>.cpp`, so that messages can name its
-    lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim).
+    lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim). Raises CompileError with the
+    compiler's words.
     """
     toolkit_path()
     if isinstance(defines, Mapping):
