@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from types import ModuleType
 
 from ._library import KernelLibrary
 from ._refusals import lead
-from ._runtime import LIBRARY, TOOLKIT, toolkit_path
+from ._runtime import LIBRARY, TOOLKIT, cache_folder, toolkit_path
 
 BUILD_FILES = TOOLKIT / "tools" / "tikcpp" / "ascendc_kernel_cmake"
 
@@ -32,7 +34,8 @@ def compile(
     """Builds a kernel library from source text, or from one or more paths.
 
     `defines` are "NAME" or "NAME=VALUE", or a mapping. Text is kept as `<name>.cpp`, so that messages can name its
-    lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim).
+    lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim). Raises CompileError with the
+    compiler's words.
     """
     toolkit_path()
     if isinstance(defines, Mapping):
@@ -40,7 +43,7 @@ def compile(
     compiler = [os.environ.get("CXX", "g++"), *(BUILD_FILES / "compile_flags.txt").read_text().split()]
     compiler += [f"-I{TOOLKIT / 'include'}"]
     compiler += [f"-I{Path(folder).resolve()}" for folder in include_dirs] + [f"-D{define}" for define in defines]
-    cache = _cache_folder()
+    cache = cache_folder()
     paths = _paths(source, name, cache)
     launchers = _launchers()
     try:
@@ -93,11 +96,6 @@ def _paths(source: object, name: str | None, cache: Path) -> list[Path]:
     return paths
 
 
-def _cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cann_sim"
-    return Path(os.environ.get("CANN_SIM_CACHE") or default)
-
-
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
@@ -106,19 +104,13 @@ def _version(compiler: str) -> str:
     return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
 
 
+@functools.cache
 def _launchers() -> ModuleType:
     """The toolkit's generator, which is a script there and a module here."""
-    global _generator
-    if _generator is None:
-        spec = importlib.util.spec_from_file_location("cann_sim._make_launchers", BUILD_FILES / "make_launchers.py")
-        assert spec is not None
-        assert spec.loader is not None
-        _generator = importlib.util.module_from_spec(spec)
-        import sys
-
-        sys.modules[spec.name] = _generator  # dataclasses look their module up
-        spec.loader.exec_module(_generator)
-    return _generator
-
-
-_generator: ModuleType | None = None
+    spec = importlib.util.spec_from_file_location("cann_sim._make_launchers", BUILD_FILES / "make_launchers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generator = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = generator  # dataclasses look their module up
+    spec.loader.exec_module(generator)
+    return generator

@@ -15,7 +15,8 @@ from ._config import Config
 from ._runtime import Parameter, RunConfig, Site, runtime
 from .report import CoreReport, Event, Report, SyncSite
 
-INTEGERS = {
+# By kind and bytes of a parameter.
+SCALARS = {
     ("i", 1): ctypes.c_int8,
     ("i", 2): ctypes.c_int16,
     ("i", 4): ctypes.c_int32,
@@ -159,7 +160,7 @@ class KernelLibrary:
         if isinstance(arg, ctypes._SimpleCData):
             arg = arg.value
         try:
-            value = INTEGERS[kind, size](arg)
+            value = SCALARS[kind, size](arg)
         except TypeError:
             raise TypeError(f"{what}: {_wanted(kind, size)} is wanted, {type(arg).__name__} given") from None
         if kind != "f" and value.value != arg:

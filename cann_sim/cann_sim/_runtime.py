@@ -1,4 +1,4 @@
-"""The runtime library: where it is, and its C interface through ctypes (see toolkit/include/cann_sim/launch.h)."""
+"""Where things are, and the runtime library: its C interface through ctypes (toolkit/include/cann_sim/launch.h)."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def toolkit_path() -> str:
     """The folder to point ASCEND_HOME_PATH at."""
     _build_in_source_tree()
     return str(TOOLKIT)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels and what PyTorch programs need are kept."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cann_sim"
+    return Path(os.environ.get("CANN_SIM_CACHE") or default)
 
 
 @functools.cache

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._compile import _cache_folder
-from ._runtime import PROJECT, TOOLKIT, find_tool, runtime, toolkit_path
+from ._runtime import PROJECT, TOOLKIT, cache_folder, find_tool, runtime, toolkit_path
 
 FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
 BUILD_LOG = 40  # lines of a failed build that are shown
@@ -150,7 +149,7 @@ def _sources(part: str) -> Path:
 
 def _built(part: str, found: Installed, options: dict[str, Any], what: str) -> Path:
     """Builds a part in a folder of the cache, once: other processes wait, and see all of it or nothing."""
-    sources, cache = _sources(part), _cache_folder()
+    sources, cache = _sources(part), cache_folder()
     compiler = _compiler()
     key = _key(part, sources, found, options, compiler)
     folder = cache / f"{part}-{key}"

@@ -165,11 +165,6 @@ def clear_errors() -> None:
     _library().cann_sim_acl_clear_errors()
 
 
-def is_loaded() -> bool:
-    """Whether the process has the simulated libascendcl.so, rather than CANN's or none."""
-    return hasattr(ctypes.CDLL(None), "cann_sim_acl_status")
-
-
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(None)  # what is loaded with RTLD_GLOBAL

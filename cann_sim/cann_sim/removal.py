@@ -10,7 +10,7 @@ A site is a line of source and a kind: the flags of a helper function count as o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Removal:
     line: int
     count: int  # how often the intact launch executed it
     error: KernelError | None = None  # what the launch without it was refused with
-    partners: tuple[int, ...] = field(default=())  # sites that do its work: without both, the launch is refused
+    partners: tuple[int, ...] = ()  # sites that do its work: without both, the launch is refused
 
     @property
     def caught(self) -> bool:

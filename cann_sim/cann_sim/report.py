@@ -37,7 +37,7 @@ class SyncSite(NamedTuple):
 
 @dataclass(frozen=True)
 class CoreReport:
-    """What one core (block) of a launch did."""
+    """What one core (block) of a launch did. `instructions` and `busy_ns` are those of each pipe in PIPES."""
 
     index: int
     read_bytes: int
@@ -54,7 +54,11 @@ class CoreReport:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a launch did: `cores` in the order of their index, `time_ns` until the last of them was done."""
+    """What a launch did: `cores` in the order of their index, `time_ns` until the last of them was done.
+
+    `config` is what it was run with; `sync_sites` are the places that ordered something, numbered over all launches of
+    the kernel (`Config(remove_sync=...)`); `trace` is what the core `trace_core` did, if one was asked for.
+    """
 
     kernel: str
     blocks: int
@@ -113,7 +117,10 @@ class Report:
     def timeline(
         self, path: Any, core: int | None = None, start_ns: float | None = None, end_ns: float | None = None
     ) -> None:
-        """Draws the traced core's pipes to an image file; needs a launch with Config(trace_core=...)."""
+        """Draws the traced core's pipes to an image file: the first instructions, or those from `start_ns` to `end_ns`.
+
+        Needs a launch with Config(trace_core=...), and matplotlib. A `core` has to be the one that was traced.
+        """
         from cann_sim.timeline import draw  # matplotlib is only wanted here
 
         if self.trace_core is None:
@@ -126,7 +133,11 @@ class Report:
 def compare(
     reports: Iterable[Report], labels: Sequence[str] | None = None, *, elements: Sequence[int] | None = None
 ) -> str:
-    """Several launches side by side, a column each: time, GM traffic, instructions and busy share of each pipe."""
+    """Several launches side by side, a column each: time, GM traffic, instructions and busy share of each pipe.
+
+    The columns are headed by the kernels' names unless there are `labels`. `elements`, a number for each launch, adds
+    GM bytes per element.
+    """
     reports = list(reports)
     rows: list[list[str]] = [["", *(labels or [report.kernel for report in reports])]]
 

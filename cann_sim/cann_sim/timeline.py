@@ -11,7 +11,7 @@ from typing import Any
 
 from cann_sim.report import PIPE_NAMES, PIPES, Event
 
-# A trace longer than this is cut to its beginning unless a window is asked for.
+# Of a trace, or of the window that was asked for, no more instructions than this are drawn: the first ones.
 MAX_EVENTS = 4000
 # The most frequent names get a colour of their own; the rest share the last.
 COLOURS = (

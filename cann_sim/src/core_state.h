@@ -28,7 +28,6 @@ struct Flag {
 struct QueueBuffer {
   enum class State : uint8_t { idle, allocated, queued, dequeued } state = State::idle;
   uint32_t address = 0, bytes = 0;
-  QueueState* queue = nullptr;
   // The flag that carries EnQue to DeQue, then FreeTensor to the next AllocTensor; id < 0 when there is none.
   AscendC::HardEvent event = AscendC::HardEvent::MAX;
   int8_t id = -1;
@@ -45,7 +44,7 @@ struct TakenUb {
 
 struct QueueState {
   AscendC::TPosition position;
-  uint32_t depth, bytes;
+  uint32_t depth;
   Place where;
   std::vector<QueueBuffer> buffers;
   std::deque<QueueBuffer*> fifo;

@@ -65,7 +65,6 @@ struct GmUse {
 };
 
 struct CoreResult {
-  bool ran = false;
   Error error;
   UnwrittenRead unwritten;
   uint64_t read_bytes = 0, written_bytes = 0;

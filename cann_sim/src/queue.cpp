@@ -181,14 +181,12 @@ void init_queue(QueueState*& queue, TPosition position, int32_t depth, uint32_t 
   }
   queue->position = position;
   queue->depth = depth <= 0 ? 1 : static_cast<uint32_t>(depth);
-  queue->bytes = rounded;
   queue->where = where;
   queue->fifo.clear();
   queue->buffers.resize(count);
   for (uint32_t i = 0; i < count; ++i) {
     queue->buffers[i].address = address + i * rounded;
     queue->buffers[i].bytes = rounded;
-    queue->buffers[i].queue = queue;
     queue->buffers[i].turn = queue->turn++;
   }
 }

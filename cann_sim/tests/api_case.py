@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ class Case:
     count: int = 0
     mask: tuple[int, int] = (0, 0)
     repeat: int = 1
-    strides: tuple[int, ...] = field(default=(1, 1, 8, 8))
+    strides: tuple[int, ...] = (1, 1, 8, 8)
     mode: int = 0
     flag: int = 0
     scalar: float = 0

@@ -257,9 +257,8 @@ def test_the_host_must_wait_before_it_copies(streams: list[int]) -> None:
     a, b = Array(value=1), Array(value=0)
     out = (ctypes.c_float * b.count)()
     launch(streams[0], a, b)
-    event_seen_complete_by_a_stream = record(streams[0])  # recorded, but nobody waits for it
-    wait(streams[1], event_seen_complete_by_a_stream)
-    synchronize(streams[1])  # the host now comes after it by way of stream 1
+    wait(streams[1], record(streams[0]))
+    synchronize(streams[1])  # the host now comes after the launch by way of stream 1
     ok("aclrtMemcpy", ctypes.addressof(out), b.bytes, b.address, b.bytes, TO_HOST)
     launch(streams[0], a, b)
     result = code("aclrtMemcpy", ctypes.addressof(out), b.bytes, b.address, b.bytes, TO_HOST)

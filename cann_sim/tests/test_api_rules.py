@@ -85,8 +85,9 @@ REFUSED = {
 
 def test_types_are_refused_by_name() -> None:
     lines = "".join(f"inline void refused{i}() {{ {statement}; }}\n" for i, statement in enumerate(REFUSED))
+    calls = "".join(f"refused{i}();" for i in range(len(REFUSED)))
     source = f'#include "kernel_operator.h"\nusing namespace AscendC;\n{lines}' + (
-        'extern "C" __global__ __aicore__ void k(GM_ADDR) {\n' + "".join(f"refused{i}();" for i in range(9)) + "}\n"
+        f'extern "C" __global__ __aicore__ void k(GM_ADDR) {{\n{calls}}}\n'
     )
     with pytest.raises(cann_sim.CompileError) as caught:
         cann_sim.compile(source, name="refused_types")

@@ -74,7 +74,7 @@ def sets_twice(steps: list[Step]) -> bool:
             return True
         if step.code == WAIT_FLAG:
             waits[flag] = i
-        if step.code < BARRIER and where(step, leaving=False) == S:
+        if step.code < BARRIER and where(step) == S:
             issued |= before[i] | {i}
     return False
 
@@ -115,11 +115,11 @@ def comes_before(steps: list[Step], j: int, i: int) -> bool:
     # barrier is passed when all before it on the pipe is complete. Instructions of one pipe overlap, but for S.
     holds = first.code in (WAIT_FLAG, BARRIER)
     gathers = then.code in (SET_FLAG, BARRIER)
-    pipe = where(first, leaving=True)
-    return pipe == where(then, leaving=False) and (holds or gathers or pipe == S)
+    pipe = where(first)
+    return pipe == where(then) and (holds or gathers or pipe == S)
 
 
-def where(step: Step, leaving: bool) -> int:
+def where(step: Step) -> int:
     """The pipe that a step is given to."""
     if step.code == SET_FLAG:
         return EVENTS[step.to][0]

@@ -1,4 +1,4 @@
-"""What is in an sdist, and its version. Nothing is compiled."""
+"""What is in an sdist, and what it is called. Nothing is compiled."""
 
 from __future__ import annotations
 

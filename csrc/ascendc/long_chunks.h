@@ -27,7 +27,6 @@ class LongChunks {
     }
   }
 
-  __aicore__ inline int64_t Slots() const { return slots_; }
   // Where load number `load` is, and room to work on it.
   __aicore__ inline LocalTensor<T> Slot(int64_t load) const { return ring_[(load % slots_) * plan_.chunk_cols]; }
   __aicore__ inline LocalTensor<float> Work(int64_t load) const { return work_[load % 2 * plan_.chunk_cols]; }
@@ -55,15 +54,15 @@ class LongChunks {
   }
 
   // What the softmax sees of the logits, in fp32: in the slot itself when it is that already, else in `work`. With a
-  // softcap Slope receives the slope, if that is wanted.
+  // softcap Deficit() receives what softcap.h calls so, if that is wanted.
   __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& slot, const LocalTensor<float>& work, int64_t n,
-                                              bool with_slope = false) const {
+                                              bool with_deficit = false) const {
     const LocalTensor<float> x = ScaledLogits(slot, work, args_, n);
     if (!IsScaledAlready<T>(args_)) {
       PipeBarrier<PIPE_V>();
     }
     if (softcap_.IsOn()) {
-      with_slope ? softcap_.Apply(x, cap_, n) : softcap_.Apply(x, n);
+      with_deficit ? softcap_.Apply(x, cap_, n) : softcap_.Apply(x, n);
     }
     return x;
   }
@@ -73,8 +72,8 @@ class LongChunks {
   }
 
   __aicore__ inline const Softcap& Cap() const { return softcap_; }
-  // The slope of a chunk, until Mapped is called again.
-  __aicore__ inline LocalTensor<float> Slope() const { return cap_; }
+  // Of a chunk, until Mapped is called again.
+  __aicore__ inline LocalTensor<float> Deficit() const { return cap_; }
 
  private:
   const XentPlan plan_;

@@ -11,7 +11,7 @@ namespace npu_xent {
 struct RowState {
   bool zero, undefined;  // an ignored row; a row without a distribution
   float lse, lse_low;
-  float scale, offset;  // gradient = scale exp(t x - lse) - offset w
+  float scale, offset;  // gradient = scale exp(x - lse) - offset w, x what the softmax sees; times a softcap's slope
   int64_t target;       // column, or -1
   bool target_known;    // the gradient there is `target_value`, else `target_step` is to be added
   float target_value, target_step;

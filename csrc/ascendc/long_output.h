@@ -77,7 +77,7 @@ class LongOutput {
     }
     if (chunks.Cap().IsOn()) {
       PipeBarrier<PIPE_V>();
-      chunks.Cap().MultiplyBySlope(y, chunks.Slope(), n);
+      chunks.Cap().MultiplyBySlope(y, chunks.Deficit(), n);
     }
     const int64_t target = s.target - chunks.FirstColumn(chunk);
     if (s.target >= 0 && target >= 0 && target < n) {

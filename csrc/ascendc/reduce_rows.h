@@ -56,6 +56,7 @@ class ReduceRows {
 
  private:
   static constexpr int64_t kCount = kReduceRows;
+  // Vectors with a lane a row, or a part of the row at hand; kT is scratch, kLaneSums of Sum.
   enum Vector : int64_t { kKeep, kWeightOf, kBad, kLse, kLseLow, kPicked, kWsum, kLoss, kZ, kT, kLaneSums, kVectors };
 
   __aicore__ inline int64_t RowBlocks() const { return div_up(args_.rows, kCount); }

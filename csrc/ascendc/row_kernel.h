@@ -48,7 +48,7 @@ struct RowTensors {
 
 enum class Output { none, log_prob, grad };
 
-// The order of the totals, as in row_math.h.
+// The order of the totals and the reductions, as in row_math.h.
 constexpr uint64_t kKeptWeight = 0, kKeptRows = 1, kClassWeight = 2;
 constexpr int64_t kReductionNone = 0, kReductionMean = 1;
 

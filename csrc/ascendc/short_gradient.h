@@ -56,7 +56,7 @@ class ShortGradient {
     AscendC::Sub(v[kAtTarget], v[kAtTarget], v[kScratch], n);
     if (v.softcap.IsOn()) {
       PipeBarrier<PIPE_V>();
-      v.softcap.SlopeOf(v[kPicked], v[kScratch], n);
+      v.softcap.DeficitOf(v[kPicked], v[kScratch], n);
       v.softcap.MultiplyBySlope(v[kAtTarget], v[kScratch], n);
     }
   }
@@ -77,7 +77,7 @@ class ShortGradient {
     }
     if (v.softcap.IsOn()) {
       PipeBarrier<PIPE_V>();
-      v.softcap.MultiplyBySlope(v.exps, v.slope, n * v.padded);
+      v.softcap.MultiplyBySlope(v.exps, v.deficit, n * v.padded);
     }
     v.Spread(v[kAtTarget], n);
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {

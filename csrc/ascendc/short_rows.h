@@ -133,7 +133,7 @@ class ShortRows {
     if (tile_.softcap.IsOn()) {
       PipeBarrier<PIPE_V>();
       if constexpr (kGrad) {
-        tile_.softcap.Apply(x, tile_.slope, n);
+        tile_.softcap.Apply(x, tile_.deficit, n);
       } else {
         tile_.softcap.Apply(x, n);
       }

@@ -27,7 +27,7 @@ class ShortStatistics {
     }
   }
 
-  // Of the tile t x; leaves exp(t x - kMax) in `exps`. kPicked is there.
+  // Of the tile x, what the softmax sees; leaves exp(x - kMax) in `exps`. kPicked is there.
   __aicore__ inline void Compute(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     const int64_t n = f.rows;
     v.ReduceTile<Maximum>(v[kMax], x, n);

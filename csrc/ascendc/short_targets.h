@@ -58,8 +58,8 @@ class ShortTargets {
     SetFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
   }
 
-  // On the vector unit, from t x: a bit at each row's target, and kPicked, t x there (0 for targets not of this shard),
-  // by way of `exps`, which nothing else needs yet.
+  // On the vector unit, from x, what the softmax sees: a bit at each row's target, and kPicked, x there (0 for targets
+  // not of this shard), by way of `exps`, which nothing else needs yet.
   __aicore__ inline void FindTargets(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     v.Spread(v.SetLane(kColumnOf, f), f.rows);
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {

@@ -60,8 +60,8 @@ struct ShortTile {
     mask = ub.GetWithOffset<uint8_t>(lane_count / 8, b.mask);
     lanes = ub.GetWithOffset<float>(kShortLanes * lane_count, b.lanes);
     if (softcap.IsOn()) {
-      slope = ub.GetWithOffset<float>(b.tile, b.cap);
-      softcap.Allocate(exps, slope, hot, b.tile);  // which nothing else needs yet
+      deficit = ub.GetWithOffset<float>(b.tile, b.cap);
+      softcap.Allocate(exps, deficit, hot, b.tile);  // which nothing else needs yet
     }
   }
 
@@ -157,7 +157,7 @@ struct ShortTile {
   Softcap softcap;
 
   LocalTensor<float> x, exps;          // tiles: what the softmax sees unless it came so, and what becomes of it
-  LocalTensor<float> slope;            // another tile, with a softcap
+  LocalTensor<float> deficit;          // another tile, with a softcap (softcap.h)
   LocalTensor<uint8_t> hot, mask;      // a bit an element: is it the target's? a bit a row
   LocalTensor<float> columns, weight;  // column numbers and class weights
   LocalTensor<float> parts, block;     // of reductions; a data block a row

@@ -30,29 +30,29 @@ class Softcap {
     AscendC::Muls(x, x, cap_, n);
     PipeBarrier<PIPE_V>();
   }
-  // And slope = (z / c)^2, by which the derivative of z is less than 1; it may be the scratch.
-  __aicore__ inline void Apply(const LocalTensor<float>& x, const LocalTensor<float>& slope, int64_t n) const {
+  // And deficit = (z / c)^2, by which the slope of z, its derivative, is less than 1; it may be the scratch.
+  __aicore__ inline void Apply(const LocalTensor<float>& x, const LocalTensor<float>& deficit, int64_t n) const {
     Ratio(x, n);
-    AscendC::Mul(slope, x, x, n);
+    AscendC::Mul(deficit, x, x, n);
     PipeBarrier<PIPE_V>();
     AscendC::Muls(x, x, cap_, n);
     PipeBarrier<PIPE_V>();
   }
   // The same from z.
-  __aicore__ inline void SlopeOf(const LocalTensor<float>& z, const LocalTensor<float>& slope, int64_t n) const {
-    AscendC::Muls(slope, z, 1.0f / cap_, n);
+  __aicore__ inline void DeficitOf(const LocalTensor<float>& z, const LocalTensor<float>& deficit, int64_t n) const {
+    AscendC::Muls(deficit, z, 1.0f / cap_, n);
     PipeBarrier<PIPE_V>();
-    AscendC::Mul(slope, slope, slope, n);
+    AscendC::Mul(deficit, deficit, deficit, n);
     PipeBarrier<PIPE_V>();
   }
-  // y times the derivative; `slope` is overwritten. No barrier behind.
-  __aicore__ inline void MultiplyBySlope(const LocalTensor<float>& y, const LocalTensor<float>& slope,
+  // y times the slope; `deficit` is overwritten. No barrier behind.
+  __aicore__ inline void MultiplyBySlope(const LocalTensor<float>& y, const LocalTensor<float>& deficit,
                                          int64_t n) const {
-    AscendC::Mul(slope, slope, y, n);
+    AscendC::Mul(deficit, deficit, y, n);
     PipeBarrier<PIPE_V>();
-    AscendC::Sub(y, y, slope, n);
+    AscendC::Sub(y, y, deficit, n);
   }
-  // The derivative where z has this value, 1 without a softcap; on the scalar unit.
+  // The slope where z has this value, 1 without a softcap; on the scalar unit.
   __aicore__ inline float SlopeAt(float z) const { return IsOn() ? (1.0f - z / cap_) * (1.0f + z / cap_) : 1.0f; }
 
  private:

@@ -165,7 +165,7 @@ inline Truth truth_of(const Problem& p) {
     const int64_t y = p.target[n];
     const bool kept = y != kIgnore;
     const double shift = std::isfinite(top) ? top : 0;
-    Sum sum, others, wsum, wsum_terms, wsizes;  // others: all but the target
+    Sum sum, others, wsum, wsum_terms;  // others: all but the target
     for (int64_t c = 0; c < p.cols; ++c) {
       sum.add(std::exp(x[c] - shift));
       others.add(c == y ? 0 : std::exp(x[c] - shift));

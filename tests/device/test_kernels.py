@@ -51,6 +51,14 @@ MODES: dict[str, tuple[int, int, dict[str, int]]] = {
 }
 
 
+def shape_of(mode: str, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
+    """Rows, columns and forced plan of a mode; one that is made resident by force does not fit in fp32, and streams."""
+    rows, cols, forced = MODES[mode]
+    if forced.get("mode") == RESIDENT and dtype == FP32:
+        forced = {**forced, "mode": STREAMING, "slots": 6}
+    return rows, cols, forced
+
+
 class Case:
     """Inputs and options of one call of every primitive, and the results expected."""
 
@@ -176,9 +184,7 @@ def test_vendor_shapes(number: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_row_mode_with_every_option(mode: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    rows, cols, forced = MODES[mode]
-    if forced.get("mode") == RESIDENT and dtype == FP32:
-        forced = {**forced, "mode": STREAMING, "slots": 6}  # so long a row does not fit
+    rows, cols, forced = shape_of(mode, dtype)
     case = Case(rows, cols, dtype, options)
     case.check(case.run(Device(forced=forced)))
 
@@ -204,9 +210,7 @@ def test_modes_are_what_they_are_called() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_bitwise_the_same_on_any_number_of_cores(mode: str, dtype: torch.dtype) -> None:
-    rows, cols, forced = MODES[mode]
-    if forced.get("mode") == RESIDENT and dtype == FP32:
-        forced = {**forced, "mode": STREAMING, "slots": 6}
+    rows, cols, forced = shape_of(mode, dtype)
     case = Case(rows, cols, dtype, OPTIONS[1])
     expected = case.run(Device(1, forced=forced))
     for cores in (20, 40, 48):

@@ -50,21 +50,21 @@ aclError resolve(const char* api, const char* name, const void* address, size_t 
 }
 
 // A task's access to a side; the effect comes after it.
-aclError touch(const StepPtr& step, Stream& stream, const Side& side, bool writes) {
+void touch(const StepPtr& step, Stream& stream, const Side& side, bool writes) {
   if (!side.on_device()) {
-    return ACL_SUCCESS;
+    return;
   }
   if (was_freed(*side.block)) {
     report_error(stream, ACL_ERROR_RT_INTERNAL_ERROR, "use-after-free",
                  text("%s on %s %s device block %llu of %zu bytes, which was freed after that was enqueued",
                       step->name.c_str(), step->stream.c_str(), writes ? "writes" : "reads",
                       static_cast<unsigned long long>(side.block->number), side.block->bytes));
-    return ACL_ERROR_RT_INTERNAL_ERROR;
+    return;
   }
   if (writes) {
     cann_sim_written(side.place.get(), side.data(), side.bytes);
   }
-  return check_access(step, stream, side.start, side.start + side.bytes, writes);
+  check_access(step, stream, side.start, side.start + side.bytes, writes);
 }
 
 // The same for the host, which is no stream: the call itself fails.

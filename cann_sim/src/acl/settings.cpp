@@ -1,4 +1,4 @@
-// Settings that are accepted and change nothing here.
+// Settings that are accepted and change nothing here, and the last error of a thread or a device, which is none.
 #include "calls.h"
 #include "hccl/hccl.h"
 

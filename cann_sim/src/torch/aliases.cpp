@@ -2,6 +2,7 @@
 #include "aliases.h"
 
 #include <cstring>
+#include <optional>
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/ops/as_strided_ops.h>

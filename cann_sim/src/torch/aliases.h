@@ -2,7 +2,6 @@
 // reads and writes the npu tensor itself. Views of one storage become views of one alias, as overlap checks expect.
 #pragma once
 
-#include <optional>
 #include <unordered_map>
 #include <vector>
 

@@ -5,8 +5,6 @@
 #include <ATen/ops/clone_ops.h>
 #include <ATen/ops/copy_ops.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/expand_ops.h>
-#include <ATen/ops/to_ops.h>
 
 namespace cann_sim_torch {
 namespace {

@@ -6,8 +6,7 @@
 #include <optional>
 
 #include <ATen/core/Generator.h>
-#include <ATen/core/function_schema.h>
-#include <ATen/core/stack.h>
+#include <ATen/core/Tensor.h>
 #include <c10/core/Device.h>
 
 namespace cann_sim_torch {

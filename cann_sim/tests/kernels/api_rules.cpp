@@ -6,12 +6,11 @@
   const auto d = s.Get<float>(3);                                                                                 \
   const auto a = d[c.flag];                                                                                       \
   const BinaryRepeatParams p(c.strides[0], c.strides[1], c.strides[2], c.strides[3], c.strides[4], c.strides[5]); \
-  const uint64_t mask = c.mask[0];
+  [[maybe_unused]] const uint64_t mask = c.mask[0];
 
 KERNEL(overlap_count) {
   ONE_TENSOR
   Adds(d, a, 1.0f, c.count);
-  static_cast<void>(mask);
   s.Store();
 }
 
@@ -36,7 +35,6 @@ KERNEL(accumulate_div) {
 KERNEL(overlap_cast) {
   ONE_TENSOR
   Cast(d.ReinterpretCast<half>(), a, RoundMode::CAST_RINT, c.count);
-  static_cast<void>(mask);
   s.Store();
 }
 

@@ -137,8 +137,7 @@ extern "C" __global__ __aicore__ void softmax(GM_ADDR x, GM_ADDR y, Rows shape) 
   pipe.ReleaseEventID<HardEvent::S_V>(s_v);
 }
 
-// ---- rows of 64 divided by their sums, eight at a time: the vector unit writes the sums that the scalar unit reads
-// ----
+// ---- rows of 64 divided by their sums, eight at a time: V writes the sums that the scalar unit reads ----
 
 extern "C" __global__ __aicore__ void scale_rows(GM_ADDR x, GM_ADDR y, uint32_t tiles) {
   constexpr uint32_t kRows = 8, kColumns = 64, kTile = kRows * kColumns;

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 torch.manual_seed(0)
 A, B = torch.randn(6, 5), torch.randn(6, 5)
-POSITIVE = torch.rand(6, 5) + 0.1
 INTEGERS = torch.randint(0, 9, (6, 5))
 ROWS = torch.tensor([0, 3, 3])
 

@@ -102,7 +102,6 @@ enum class VectorClass : uint8_t {
   reduce,   // WholeReduce*, BlockReduce*, PairReduce*, RepeatReduceSum
   gather,   // Gather
 };
-constexpr int kVectorClasses = static_cast<int>(VectorClass::gather) + 1;
 
 struct CoreState;  // hazard maps, clocks, counters: src/core_state.h
 
@@ -152,7 +151,7 @@ inline Core& core() {
   return *current_core;
 }
 
-// "op: text" with printf formatting, for messages.
+// printf into a string, for messages.
 std::string format(const char* text, ...) __attribute__((format(printf, 1, 2)));
 
 }  // namespace cann_sim

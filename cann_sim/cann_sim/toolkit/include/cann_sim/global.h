@@ -7,7 +7,7 @@ namespace cann_sim {
 
 // A scalar access of device memory: bounds, hazards, counting, timing.
 void scalar_gm(const char* op, Place where, const void* address, uint32_t bytes, bool writes);
-void clean_cache(Place where, const void* address, bool whole);
+void clean_cache(Place where);
 
 }  // namespace cann_sim
 
@@ -86,8 +86,8 @@ class GlobalTensor {
 };
 
 template <typename T, CacheLine entire, DcciDst dst = DcciDst::CACHELINE_ALL>
-void DataCacheCleanAndInvalid(const GlobalTensor<T>& tensor, CANN_SIM_HERE) {
-  ::cann_sim::clean_cache(where, tensor.GetPhyAddr(), entire == CacheLine::ENTIRE_DATA_CACHE);
+void DataCacheCleanAndInvalid(const GlobalTensor<T>&, CANN_SIM_HERE) {
+  ::cann_sim::clean_cache(where);
 }
 
 }  // namespace AscendC

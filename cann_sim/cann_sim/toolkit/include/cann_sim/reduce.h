@@ -64,13 +64,13 @@ constexpr float absent_value() {
   return type == ReduceType::SUM ? -0.0f : type == ReduceType::MAX ? -infinity : infinity;
 }
 
-// The first extreme of lanes [first, first + count), `count` a multiple of 8.
+// The first extreme of a repeat, whose width is a multiple of 8.
 template <ReduceType type, typename T>
-Extreme<T> find_extreme(const Lanes& lanes, const float* values, uint32_t first, uint32_t count) {
+Extreme<T> find_extreme(const Lanes& lanes, const float* values) {
   float best[8];
   uint32_t nan[8] = {};
-  std::memcpy(best, values + first, sizeof(best));
-  for (uint32_t lane = first; lane < first + count; lane += 8) {
+  std::memcpy(best, values, sizeof(best));
+  for (uint32_t lane = 0; lane < lanes.width; lane += 8) {
     for (uint32_t i = 0; i < 8; ++i) {
       const float value = values[lane + i];
       best[i] = (type == ReduceType::MAX ? value > best[i] : value < best[i]) ? value : best[i];
@@ -83,12 +83,12 @@ Extreme<T> find_extreme(const Lanes& lanes, const float* values, uint32_t first,
     any_nan = any_nan || nan[i] != 0;
     extreme = beats<type>(best[i], extreme) ? best[i] : extreme;
   }
-  for (uint32_t lane = first; lane < first + count; ++lane) {
+  for (uint32_t lane = 0; lane < lanes.width; ++lane) {
     if ((any_nan ? values[lane] != values[lane] : values[lane] == extreme) && (lanes.prefix || lanes.on(lane))) {
       return {T(values[lane]), lane};
     }
   }
-  return {T(extreme), first};
+  return {T(extreme), 0};
 }
 
 inline uint32_t stride16(const char* op, Place where, const char* name, int64_t stride) {
@@ -164,7 +164,7 @@ void whole_reduce(const char* op, Place where, const Lanes& lanes, const AscendC
       const T sum = tree_sum<T>(values, lanes.width);
       std::memcpy(to, &sum, sizeof(T));
     } else {
-      const Extreme<T> extreme = find_extreme<type, T>(lanes, values, 0, lanes.width);
+      const Extreme<T> extreme = find_extreme<type, T>(lanes, values);
       // The index has the bits of an integer as wide as T; alone it is a uint32_t.
       if (order == ReduceOrder::ORDER_ONLY_INDEX) {
         std::memcpy(to, &extreme.index, sizeof(uint32_t));

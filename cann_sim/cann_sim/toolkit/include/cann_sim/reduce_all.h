@@ -61,7 +61,7 @@ void spoil(const AscendC::LocalTensor<T>& tmp, uint64_t elements) {
 }
 
 template <typename T>
-uint64_t whole_blocks(uint64_t elements) {
+uint64_t round_to_blocks(uint64_t elements) {
   constexpr uint64_t per_block = kBlockBytes / sizeof(T);
   return (elements + per_block - 1) / per_block * per_block;
 }
@@ -96,12 +96,12 @@ void reduce_sum_repeats(const Reduction<T>& r) {
   if (r.lanes.repeats == 0) {
     return;
   }
-  uint64_t used = whole_blocks<T>(r.lanes.repeats);
+  uint64_t used = round_to_blocks<T>(r.lanes.repeats);
   begin_reduce_all(r, used);
   std::vector<T> sums = repeat_sums(r);
   spoil(r.tmp, used);
   while (sums.size() > 1) {
-    reduce_again(r, whole_blocks<T>(sums.size()));
+    reduce_again(r, round_to_blocks<T>(sums.size()));
     std::vector<T> next;
     for (size_t first = 0; first < sums.size(); first += r.lanes.width) {
       float values[kMostLanes];
@@ -119,10 +119,10 @@ void reduce_sum_repeats(const Reduction<T>& r) {
 template <typename T>
 uint64_t extreme_tmp(uint32_t repeats, bool index) {
   constexpr uint32_t per_repeat = kRepeatBytes / sizeof(T);
-  uint64_t outputs = uint64_t{repeats} * 2, elements = whole_blocks<T>(outputs);
+  uint64_t outputs = uint64_t{repeats} * 2, elements = round_to_blocks<T>(outputs);
   while (index && outputs > 2) {
     outputs = (outputs + per_repeat - 1) / per_repeat * 2;
-    elements += whole_blocks<T>(outputs);
+    elements += round_to_blocks<T>(outputs);
   }
   return elements;
 }
@@ -139,7 +139,7 @@ void reduce_extreme(const Reduction<T>& r, bool index, uint32_t tmp_repeats) {
   for (uint32_t repeat = 0; repeat < r.lanes.repeats; ++repeat) {
     float values[kMostLanes];
     load_repeat(r.src, r.lanes, repeat, absent_value<type>(), values);
-    const Extreme<T> extreme = find_extreme<type, T>(r.lanes, values, 0, r.lanes.width);
+    const Extreme<T> extreme = find_extreme<type, T>(r.lanes, values);
     if (repeat == 0 || beats<type>(float(extreme.value), best)) {
       best = float(extreme.value);
       // The index counts elements of src from its start, strides included.
@@ -152,7 +152,7 @@ void reduce_extreme(const Reduction<T>& r, bool index, uint32_t tmp_repeats) {
                        static_cast<unsigned long long>(best_index)));
   }
   for (uint64_t level = r.lanes.repeats; level > 1; level = (level * 2 * sizeof(T) + kRepeatBytes - 1) / kRepeatBytes) {
-    reduce_again(r, whole_blocks<T>(level * 2 < used ? level * 2 : used));
+    reduce_again(r, round_to_blocks<T>(level * 2 < used ? level * 2 : used));
   }
   spoil(r.tmp, used);
   T results[2] = {T(best), T(0)};

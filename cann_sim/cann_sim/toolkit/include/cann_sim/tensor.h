@@ -46,8 +46,6 @@ struct TensorAccess {
     tensor.position_ = position;
     tensor.buffer_ = buffer;
   }
-  static void set_bytes(LocalTensorBase& tensor, uint32_t bytes) { tensor.bytes_ = bytes; }
-  static AscendC::TPosition position(const LocalTensorBase& tensor) { return tensor.position_; }
 };
 
 // Slow paths of the checks below.
@@ -144,7 +142,7 @@ class LocalTensor : public ::cann_sim::LocalTensorBase {
 
   uint32_t GetSize() const { return bytes_ / sizeof(T); }
   uint32_t GetLength() const { return bytes_; }
-  // Shrinks or restores what the tensor says of itself; a queue's tensor cannot outgrow its buffer (queue.h).
+  // What the tensor says of itself from now on; it is not held to the buffer that it came from.
   void SetSize(uint32_t size) { bytes_ = size * sizeof(T); }
   void SetBufferLen(uint32_t bytes) { bytes_ = bytes; }
   int32_t GetPosition() const { return static_cast<int32_t>(position_); }

@@ -2,7 +2,6 @@
 // reads and writes, and runs an element function over the lanes that take part.
 #pragma once
 
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -62,7 +61,6 @@ struct OperandBase {
 
 template <typename T>
 struct Operand : OperandBase {
-  using Type = T;
   Operand(const char* name, const AscendC::LocalTensor<T>& tensor, Strides strides)
       : OperandBase{name, &tensor, sizeof(T), strides}, local(tensor) {}
 
@@ -150,8 +148,8 @@ inline void check_overlap(const char* op, Place where, const Lanes& lanes, const
   }
   const bool same = dst.address() == src.address() && dst.element == src.element &&
                     dst.strides.block == src.strides.block && dst.strides.repeat == src.strides.repeat;
-  const uint32_t blocks = (lanes.width - 1) / dst.per_block() + 1;
-  if (same && (lanes.repeats == 1 || dst.strides.repeat >= (blocks - 1) * dst.strides.block + 1)) {
+  const uint32_t dst_blocks = (lanes.width - 1) / dst.per_block() + 1;
+  if (same && (lanes.repeats == 1 || dst.strides.repeat >= (dst_blocks - 1) * dst.strides.block + 1)) {
     return;
   }
   const auto refuse = [&](uint32_t repeat, const char* what) {
@@ -167,7 +165,6 @@ inline void check_overlap(const char* op, Place where, const Lanes& lanes, const
   const auto block_index = [](const OperandBase& operand, uint32_t repeat, uint32_t block) {
     return static_cast<uint32_t>((operand.address() + operand.block_offset(repeat, block)) / kBlockBytes);
   };
-  const uint32_t dst_blocks = (lanes.width - 1) / dst.per_block() + 1;
   const uint32_t src_blocks = (lanes.width - 1) / src.per_block() + 1;
   for (uint32_t repeat = 0; repeat < lanes.repeats; ++repeat) {
     for (uint32_t s = 0; s < src_blocks; ++s) {

@@ -26,7 +26,7 @@ struct Lanes {
 
   uint32_t active_in(uint32_t repeat) const { return repeat + 1 == repeats ? tail : active; }
   bool on(uint32_t lane) const { return ((lane < 64 ? low >> lane : high >> (lane - 64)) & 1) != 0; }
-  // Of lanes [first, first + count) of a repeat, the range that takes part; empty when begin == end.
+  // Whether any of lanes [first, first + count) of a repeat takes part.
   bool any(uint32_t repeat, uint32_t first, uint32_t count) const {
     if (prefix) {
       return first < active_in(repeat);
