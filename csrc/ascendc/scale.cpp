@@ -16,7 +16,7 @@ class Scale {
       : n_(args.cols), factor_(factor), x_(Gm<T>(x, 0)) {
     pipe.InitBuffer(in_, 2, kScaleChunk * sizeof(T));
     pipe.InitBuffer(out_, 2, kScaleChunk * sizeof(T));
-    pipe.InitBuffer(work_, kFp32 ? kDataBlock : kScaleChunk * 4);
+    pipe.InitBuffer(work_, kIsFp32<T> ? kDataBlock : kScaleChunk * 4);
   }
 
   __aicore__ inline void Run() {
@@ -33,8 +33,6 @@ class Scale {
   }
 
  private:
-  static constexpr bool kFp32 = sizeof(T) == sizeof(float);
-
   __aicore__ inline int64_t Size(int64_t chunk) const { return smaller(kScaleChunk, n_ - chunk * kScaleChunk); }
   __aicore__ inline void Load(int64_t chunk) {
     const LocalTensor<T> in = in_.template AllocTensor<T>();
@@ -45,7 +43,7 @@ class Scale {
     const int64_t n = Size(chunk);
     LocalTensor<T> in = in_.template DeQue<T>();
     const LocalTensor<T> out = out_.template AllocTensor<T>();
-    if constexpr (kFp32) {
+    if constexpr (kIsFp32<T>) {
       AscendC::Muls(out, in, factor_, n);
     } else {
       const LocalTensor<float> work = work_.Get<float>();
