@@ -37,7 +37,7 @@ PACKAGE = "npu_xent"
 
 def load_module(name: str) -> ModuleType:
     """A module of npu_xent, without the package around it, which is not built yet."""
-    spec = importlib.util.spec_from_file_location(f"npu_xent{name}", ROOT / PACKAGE / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"{PACKAGE}{name}", ROOT / PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -26,57 +26,51 @@ TORCH_LIBRARY(npu_xent, m) {
   // One sweep that reads: row -> lse, lse_low, picked, wsum, and log_prob [N, C] in the logits' dtype.
   m.def(
       "row_stats(Tensor logits, Tensor target, Tensor? weight=None, *, int ignore_index=-100, float logit_scale=1.0, "
-      "float? softcap=None, "
-      "SymInt class_start=0, SymInt? num_classes=None, bool need_wsum=False, bool need_log_prob=False, "
-      "bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)",
+      "float? softcap=None, SymInt class_start=0, SymInt? num_classes=None, bool need_wsum=False, "
+      "bool need_log_prob=False, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, "
+      "Tensor log_prob)",
       tags);
 
   // One sweep that reads and writes: the gradient of the logits, from the gradients of loss and z_loss ([N] for "none",
   // else []; None stands for zeros). row_grad_ leaves it in the logits.
   m.def(
-      "row_grad(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
-      "grad_loss, "
-      "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
-      "float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt "
-      "class_start=0, "
-      "SymInt? num_classes=None) -> Tensor",
+      "row_grad(Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, "
+      "Tensor? grad_loss, Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, "
+      "float? grad_scale=None, SymInt class_start=0, SymInt? num_classes=None) -> Tensor",
       tags);
   m.def(
-      "row_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? "
-      "grad_loss, "
-      "Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
-      "float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt "
-      "class_start=0, "
-      "SymInt? num_classes=None) -> ()",
+      "row_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, "
+      "Tensor? grad_loss, Tensor? grad_z_loss=None, *, str reduction=\"mean\", int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? softcap=None, "
+      "float? grad_scale=None, SymInt class_start=0, SymInt? num_classes=None) -> ()",
       tags);
 
   // Both in one sweep, for reductions "mean" and "sum", as if the gradient of the loss were 1.
   m.def(
       "row_stats_grad(Tensor logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
-      "softcap=None, "
-      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, "
-      "Tensor grad)",
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "float? softcap=None, float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, "
+      "Tensor picked, Tensor wsum, Tensor grad)",
       tags);
   m.def(
       "row_stats_grad_(Tensor(a!) logits, Tensor target, Tensor? weight, Tensor totals, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
-      "softcap=None, "
-      "float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)",
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "float? softcap=None, float? grad_scale=None, bool read_ignored=False) -> (Tensor lse, Tensor lse_low, "
+      "Tensor picked, Tensor wsum)",
       tags);
 
   // What is of size N. Without statistics: totals = (sum of the kept rows' weights, number of kept rows, sum of the
   // class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss, and z_loss if
   // lse_square_scale is not 0; [N] for "none", else [].
   m.def(
-      "reduce_rows(Tensor target, Tensor? weight, Tensor? lse=None, Tensor? lse_low=None, Tensor? picked=None, Tensor? "
-      "wsum=None, "
-      "Tensor? totals=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
-      "float lse_square_scale=0.0, SymInt num_classes, ScalarType loss_dtype) -> (Tensor loss, Tensor z_loss, "
-      "Tensor totals)",
+      "reduce_rows(Tensor target, Tensor? weight, Tensor? lse=None, Tensor? lse_low=None, Tensor? picked=None, "
+      "Tensor? wsum=None, Tensor? totals=None, *, str reduction=\"mean\", int ignore_index=-100, "
+      "float label_smoothing=0.0, float lse_square_scale=0.0, SymInt num_classes, ScalarType loss_dtype) -> "
+      "(Tensor loss, Tensor z_loss, Tensor totals)",
       tags);
 
-  // self *= factor (one value); returns without touching self when factor is 1.
+  // self *= factor (one value); the kernels return without touching self when factor is 1 (the composite cannot know).
   m.def("scale_(Tensor(a!) self, Tensor factor) -> ()", tags);
 
   // The loss, made of the above; differentiable in the logits through `loss`, and through `z_loss` if
@@ -84,17 +78,17 @@ TORCH_LIBRARY(npu_xent, m) {
   // gradient, during the forward, or for fp16 and reduction "none" during the backward.
   m.def(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
-      "softcap=None, "
-      "float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, bool need_log_prob=False, "
-      "bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor log_prob)",
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "float? softcap=None, float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, "
+      "bool need_log_prob=False, bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, "
+      "Tensor log_prob)",
       tags);
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? weight=None, *, str reduction=\"mean\", "
-      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, float? "
-      "softcap=None, "
-      "float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, bool need_log_prob=False, "
-      "bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, Tensor log_prob)",
+      "int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, float logit_scale=1.0, "
+      "float? softcap=None, float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, "
+      "bool need_log_prob=False, bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, "
+      "Tensor log_prob)",
       tags);
 }
 

@@ -7,7 +7,8 @@
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
 //
-// With a softcap c, z = c tanh(t x / c) stands in the place of t x throughout, and u (1 - (z/c)^2) in that of u.
+// With a softcap, cap tanh(t x / cap) stands in the place of t x throughout, and u (1 - tanh(t x / cap)^2) in that of
+// u.
 //
 // lse is kept as two numbers, `lse` and `lse_low`, whose sum it is, and wsum is taken from lse: logits far from 0
 // would otherwise take the digits of the loss. G is what reaches the row's l and Z what reaches its z; u is t unless

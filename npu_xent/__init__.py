@@ -7,6 +7,8 @@
 
 On an NPU: npu_xent.patch_torch_npu replaces the vendor's function where others call it, and npu_xent.load_npu loads the
 kernels before the first npu tensor does. Importing this package never imports torch_npu.
+
+python -m npu_xent.doctor says whether an installation works as it should.
 """
 
 from __future__ import annotations

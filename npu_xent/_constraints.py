@@ -85,14 +85,14 @@ def _check_weight(weight: Tensor, classes: int) -> None:
     _require(weight.dtype == torch.float32, "the dtype of weight must be float32", "it is {}", weight.dtype)
     # Values are looked at where there are any and that is free: not under a compiler, in a fake tensor, or on a device
     # that would have to be waited for (unless that was asked for).
-    if not torch.compiler.is_compiling() and not isinstance(weight, FakeTensor) and _may_look(weight.device.type):
+    if not torch.compiler.is_compiling() and not isinstance(weight, FakeTensor) and may_look(weight.device.type):
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
             raise _broken("the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}")
 
 
-def _may_look(device: str) -> bool:
+def may_look(device: str) -> bool:
     """Whether values on this device are checked: on the CPU always, on an NPU if NPU_XENT_DEBUG says so."""
     return device == "cpu" or (device == "npu" and os.environ.get("NPU_XENT_DEBUG", "0") not in ("", "0"))
 

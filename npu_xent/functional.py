@@ -14,10 +14,8 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from ._constraints import check_documented_constraints
 from ._loading import prepare
 
-# What a target may be besides int64, which the operators take.
+# What a target may be besides int64, which the operators take, and uint64, which takes a conversion of its own.
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
-
-
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,14 +88,17 @@ def cross_entropy(
 
     Raises:
         ValueError: a shape, reduction, label_smoothing, lse_square_scale or softcap that breaks the rules above;
-            consume_logits for a leaf, for memory that is not contiguous, with class probabilities, or where no
-            gradient is needed.
-        TypeError: a dtype that is not listed; size_average or reduce.
+            tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on an NPU,
+            in a format of its own), with class probabilities, in a transform of torch.func, or where no gradient is
+            needed.
+        TypeError: what should be a tensor or a string and is not; a dtype that is not listed, and float64 on an NPU;
+            size_average, reduce or an argument that does not exist.
         IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
             of bounds either, but looking would mean waiting: the row's loss and gradient are NaN. (On an NPU, the
             environment variable NPU_XENT_DEBUG=1 asks for looking.)
-        RuntimeError: weight requires a gradient; a second backward after consume_logits; a second or a
-            forward-mode derivative; ignore_index >= 0 with class probabilities.
+        RuntimeError: weight requires a gradient; a second backward after consume_logits, or a backward after the
+            logits that it consumed were written to; a second or a forward-mode derivative; ignore_index >= 0 with
+            class probabilities.
     """
     refuse_deprecated("cross_entropy", deprecated)
     _check_types("cross_entropy", input, target, weight, reduction)

@@ -1,8 +1,9 @@
 """Cross entropy in float64, written out from its formulas, and how far from it an operator may be.
 
 The formulas follow the definition of the loss term by term and share nothing with the code under test. Inputs are taken
-as they are rounded in their dtype, so that all of a difference is the operator's own. The rest of this file is what
-every test needs: inputs, memory layouts, and a covering array of options.
+as they are rounded in their dtype, so that all of a difference is the operator's own. (The doctor, which is installed
+without the tests, has a shorter truth of its own, npu_xent/doctor/truth.py.) The rest of this file is what every test
+needs: inputs, memory layouts, and a covering array of options.
 """
 
 from __future__ import annotations

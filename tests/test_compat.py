@@ -293,7 +293,7 @@ def test_mindformers_refusals(which: int, device: torch.device) -> None:
         call()
 
 
-def test_mindformers_parallel_config(device: torch.device) -> None:
+def test_mindformers_parallel_config() -> None:
     class Config:
         data_parallel = 2
         model_parallel = 1

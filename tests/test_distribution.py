@@ -35,7 +35,10 @@ PRODUCTS = (
     "build/lib.linux-x86_64-cpython-310/npu_xent/_npu.cpython-310-x86_64-linux-gnu.so",
     "dist/npu_xent-0.0.1.tar.gz",
 )
-AT_THE_TOP = ("CHANGELOG.md", "CMakeLists.txt", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
+AT_THE_TOP = (
+    *("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md"),
+    *("pyproject.toml", "setup.py"),
+)
 
 
 @pytest.fixture

@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from operator_cases import call, ops, problem, to_meta
-from reference import (
-    assert_same_bits,
-)
+from reference import assert_same_bits
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -31,10 +31,12 @@ SAMPLES = [
         {"weighted": True, "ignore_index": 1},
         {"ignore_index": 1, "label_smoothing": 0.1, "lse_square_scale": 0.1},
     ),
-    ("none, scaled", {"dtype": torch.bfloat16}, {"reduction": "none", "logit_scale": 0.7, "grad_scale": 2.0}),
+    (
+        "none, scaled and capped",
+        {"dtype": torch.bfloat16},
+        {"reduction": "none", "logit_scale": 0.7, "softcap": 4.0, "grad_scale": 2.0},
+    ),
 ]
-
-
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -108,7 +110,7 @@ def test_meta_says_what_eager_gives(name: str, case: dict[str, Any], device: tor
 
 def with_options(x: Tensor, y: Tensor, w: Tensor, reduction: str) -> Tensor:
     """cross_entropy with most of its options."""
-    options = {"ignore_index": 2, "label_smoothing": 0.1, "lse_square_scale": 0.01}
+    options = {"ignore_index": 2, "label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 4.0}
     return npu_xent.cross_entropy(x, y, w, reduction=reduction, **options).sum()
 
 

@@ -146,12 +146,12 @@ __aicore__ inline void BoundVector(const LocalTensor<float>& out, const LocalTen
   PipeBarrier<PIPE_V>();
 }
 
-// n logits as every row mode takes them, t x in fp32: `logits` itself where it is that already and a softcap is not to
-// change it, else `work`, to be followed by a barrier.
+// Whether logits are what every row mode takes as they are stored: t x in fp32, and no softcap is to change them.
 template <typename T>
 __aicore__ inline bool IsScaledAlready(const XentArgs& args) {
   return kIsFp32<T> && args.logit_scale == 1.0f && args.softcap == 0.0f;
 }
+// n logits as t x in fp32: `logits` itself if so, else `work`, to be followed by a barrier. The softcap comes after it.
 template <typename T>
 __aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, const LocalTensor<float>& work,
                                                   const XentArgs& args, int64_t n) {

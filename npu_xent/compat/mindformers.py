@@ -37,7 +37,7 @@ class CrossEntropyLoss(nn.Module):
     Raises:
         NotImplementedError: model_parallel above 1.
         TypeError: label is neither int32 nor int64, or logits have another dtype.
-        ValueError: logits are not [N, C], or label or input_mask have not one value for each row.
+        ValueError: logits are not [N, C] with C > 0, or label or input_mask have not one value for each row.
         RuntimeError: N = 0, or input_mask requires a gradient.
         IndexError: a label outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 

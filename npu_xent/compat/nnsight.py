@@ -34,7 +34,7 @@ def cross_entropy_loss(
 
     Raises:
         AssertionError: ranks, batch or length of logits and target_ids differ.
-        IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
+        ValueError, IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
     Differs from the original on purpose: it computes where the logits are, and hands only the result over to the CPU
     (the original moves the logits there first); it shifts the targets instead of copying the logits; means are taken in

@@ -65,7 +65,8 @@ def cross_entropy(
         deviation of about 1 at initialisation (unit scaling, https://arxiv.org/abs/2303.11257).
 
     Raises:
-        ValueError: weight, size_average, reduce or label_smoothing is not at its default.
+        ValueError: weight, size_average, reduce or label_smoothing is not at its default; target has another shape;
+            V = 0; mult is not finite.
         AssertionError: a rank other than 1 or 2, or a reduction other than "mean" and "sum" ("none" and inputs of more
             dimensions, which the original's page lists, are refused there too).
         ZeroDivisionError: V = 1, or "mean" over N = 0 rows.

@@ -13,6 +13,7 @@ from npu_xent import _C
 
 IGNORE = -100
 ROW_MODES = ("short", "resident", "streaming", "split")  # as csrc/tiling/row_plan.h numbers them
+SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 PLANNER_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
@@ -60,6 +61,11 @@ CASES = (
     Case("npu_cross_entropy_loss", contract=True),
     Case("npu_cross_entropy_loss, all", CONTRACT_ALL, weight=True, ignored=True, contract=True),
 )
+
+
+def dtypes(device: torch.device) -> list[torch.dtype]:
+    """Those that the operators take on a device."""
+    return [d for d in SHORT_NAMES if d != torch.float64 or device.type == "cpu"]
 
 
 @dataclass(frozen=True)

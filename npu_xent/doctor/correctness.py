@@ -7,17 +7,11 @@ from collections.abc import Iterator
 import torch
 
 from .calls import observe
-from .cases import CASES, Case, Shape, make_problem, shapes
+from .cases import CASES, SHORT_NAMES, Case, Shape, dtypes, make_problem, shapes
 from .report import Check, Report, Result, Task
 from .truth import compare_all, composed, one_thread, slack_of, truth
 
 SECTION = "correctness"
-SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-
-
-def dtypes(device: torch.device) -> list[torch.dtype]:
-    """Those that the operators take on a device."""
-    return [d for d in SHORT_NAMES if d != torch.float64 or device.type == "cpu"]
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:

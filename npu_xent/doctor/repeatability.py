@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .behaviour import same_bits
 from .calls import observe
-from .cases import CASES, Problem, make_problem, shapes
-from .correctness import SHORT_NAMES, dtypes
+from .cases import CASES, SHORT_NAMES, Problem, dtypes, make_problem, shapes
 from .report import Failure, Result, Task
 
+SECTION = "repeatability"
 REPEATED = ("mean", "all options")
 THREADS = (1, 2, 3)
 
@@ -24,7 +24,7 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
             problems = [make_problem(case, shape.rows, shape.classes, dtype) for case in CASES if case.name in REPEATED]
             where = {"shape": str(shape), "dtype": SHORT_NAMES[dtype], "row mode": shape.row_mode}
             run = lambda problems=problems: Result(failures=check(problems, device))  # noqa: E731
-            yield Task("repeatability", "the same bits again", run, where)
+            yield Task(SECTION, "the same bits again", run, where)
 
 
 def check(problems: list[Problem], device: torch.device) -> list[Failure]:

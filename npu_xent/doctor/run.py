@@ -45,8 +45,8 @@ class Progress:
 def sections(device: torch.device, quick: bool) -> Iterator[tuple[Iterable[Task], Callable[[Report], list[str]]]]:
     """Tasks, and how to print what came of them, in the order of the report."""
     yield correctness.tasks(device, quick), correctness.table
-    yield behaviour.tasks(device), lambda report: listed(report, "behaviour")
-    yield repeatability.tasks(device, quick), lambda report: listed(report, "repeatability")
+    yield behaviour.tasks(device), lambda report: listed(report, behaviour.SECTION)
+    yield repeatability.tasks(device, quick), lambda report: listed(report, repeatability.SECTION)
     if device.type == "npu":
         yield vendor.tasks(device), lambda report: listed(report, vendor.SECTION)
     yield timing.tasks(device, quick), timing.table

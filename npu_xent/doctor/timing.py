@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import npu_xent
 
-from .correctness import SHORT_NAMES
+from .cases import SHORT_NAMES
 from .environment import first_line
 from .report import Failure, Report, Result, Task
 

@@ -12,8 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from .cases import IGNORE, Case, Problem, make_problem
-from .correctness import SHORT_NAMES, dtypes
+from .cases import IGNORE, SHORT_NAMES, Case, Problem, dtypes, make_problem
 from .environment import first_line
 from .report import Result, Task
 from .truth import compare_all, one_thread, truth

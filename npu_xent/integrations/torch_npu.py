@@ -14,7 +14,6 @@ from ..functional import npu_cross_entropy_loss
 
 _NAME = "npu_cross_entropy_loss"
 
-
 _lock = threading.Lock()
 _active: list[PatchHandle] = []  # in the order in which they were made: the last one decides
 _vendors: Any = None  # what stands below them

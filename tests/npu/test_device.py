@@ -8,6 +8,7 @@ from reference import make_logits, make_target, make_weight
 from torch import Tensor
 
 import npu_xent
+from npu_xent.doctor.timing import peak_memory
 
 pytestmark = pytest.mark.npu
 
@@ -17,17 +18,6 @@ LOGIT_BYTES = N * C * 4
 
 def problem(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     return make_logits(N, C, dtype, device), make_target(N, C, device, ignore_index=-100)
-
-
-def peak_of(function, device: torch.device) -> int:
-    """Bytes that a call has in use at the most, beyond those in use before."""
-    torch.npu.synchronize()
-    torch.npu.reset_peak_memory_stats(device)
-    before = torch.npu.memory_allocated(device)
-    result = function()
-    torch.npu.synchronize()
-    del result
-    return torch.npu.max_memory_allocated(device) - before
 
 
 def test_float64_is_refused(device: torch.device) -> None:
@@ -77,12 +67,12 @@ def test_a_training_step_allocates_the_gradient_alone(reduction: str, device: to
         return torch.autograd.grad(npu_xent.cross_entropy(x, y, reduction=reduction), x)[0]
 
     step()
-    assert LOGIT_BYTES <= peak_of(step, device) <= 1.02 * LOGIT_BYTES
+    assert LOGIT_BYTES <= peak_memory(step, device) <= 1.02 * LOGIT_BYTES
 
 
 def test_the_loss_alone_allocates_nothing_of_the_logits_size(device: torch.device) -> None:
     x, y = problem(device)
-    assert peak_of(lambda: npu_xent.cross_entropy(x, y), device) <= 0.02 * LOGIT_BYTES
+    assert peak_memory(lambda: npu_xent.cross_entropy(x, y), device) <= 0.02 * LOGIT_BYTES
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -95,7 +85,7 @@ def test_consumed_logits_need_no_gradient_memory(dtype: torch.dtype, device: tor
         loss = npu_xent.cross_entropy(x, y, consume_logits=True)
         return torch.autograd.grad(loss, x)[0]
 
-    assert peak_of(step, device) <= 0.02 * LOGIT_BYTES
+    assert peak_memory(step, device) <= 0.02 * LOGIT_BYTES
 
 
 def test_a_weight_of_another_dtype_is_converted(device: torch.device) -> None:

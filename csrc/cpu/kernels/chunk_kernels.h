@@ -1,9 +1,8 @@
 // The vectorised loops of the CPU implementation: what happens to one chunk of one row of logits.
 // Compiled once per instruction set; which table serves this machine is decided at run time.
-// Raw pointers and plain structs only, so that these files port to any host without torch.
+// Raw pointers and plain structs only: of torch the loops take the arithmetic of at::vec, and nothing else.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 #include <string>
 
