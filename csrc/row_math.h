@@ -27,12 +27,7 @@ enum class Reduction : int64_t { none, mean, sum };
 // N-sized facts that the rows share, in this order in the `totals` tensor.
 enum Totals : int64_t { kKeptWeight, kKeptRows, kClassWeight, kTotals };
 
-// What the softmax sees of a logit, scaled already; no softcap is 0.
-inline double capped_logit(double scaled, double softcap) {
-  return softcap == 0 ? scaled : softcap * std::tanh(scaled / softcap);
-}
-
-// The derivative of that, where it has the value `capped`.
+// The derivative of c tanh(x / c) where it has the value `capped`; no softcap is 0.
 inline double softcap_slope(double capped, double softcap) {
   return softcap == 0 ? 1 : (1 - capped / softcap) * (1 + capped / softcap);
 }

@@ -84,7 +84,7 @@ def cross_entropy(
         transforms of torch.func are served by torch operations, which take any derivative.)
 
         Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is
-        NaN, with gradient 0. A kept row with a NaN or +inf, or of nothing but -inf: NaN.
+        NaN, with gradient 0. A kept row with a NaN, or without softcap with +inf or of nothing but -inf: NaN.
 
     Raises:
         ValueError: a shape, reduction, label_smoothing, lse_square_scale or softcap that breaks the rules above;
@@ -290,6 +290,10 @@ def _transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else (logits / softcap).tanh() * softcap
+
+
 def _by_torch_operations(
     input: Tensor,
     target: Tensor,
@@ -330,9 +334,7 @@ def _by_torch_operations(
     loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
     class_dim = min(input.dim() - 1, 1)
     logits = input.to(dtype)
-    if softcap is not None:
-        logits = (logits / softcap).tanh() * softcap
-    lse = logits.detach().logsumexp(class_dim) if return_lse else None
+    lse = _capped(logits.detach(), softcap).logsumexp(class_dim) if return_lse else None
     if target.is_floating_point():
         target = target.to(dtype)
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
@@ -342,6 +344,7 @@ def _by_torch_operations(
             raise TypeError(f"npu_xent: target must be int64 or another integer dtype, but is {target.dtype}.")
         kept = target != ignore_index
         logits = logits.masked_fill(kept.logical_not().unsqueeze(class_dim), 0.0)  # 0 * NaN would be NaN
+    logits = _capped(logits, softcap)
     loss = torch_cross_entropy(
         logits,
         target,

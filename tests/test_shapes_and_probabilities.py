@@ -316,12 +316,15 @@ def test_transforms_of_torch_func(transform: str, reduction: str, device: torch.
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_transforms_keep_the_extras_and_ignored_rows(reduction: str, device: torch.device) -> None:
+def test_transforms_keep_the_extras_and_ignored_rows(
+    reduction: str, softcap: float | None, device: torch.device
+) -> None:
     """What torch's own loss does not have: the z-loss, and no NaN out of an ignored row."""
     logits, target = make_logits(4, 5, torch.float32, device), make_target(4, 5, device, ignore_index=-100)
     logits[1] = torch.nan
-    options = {"reduction": reduction, "lse_square_scale": 0.1}
+    options = {"reduction": reduction, "lse_square_scale": 0.1, "softcap": softcap}
     expected = loss_and_grad(npu_xent.cross_entropy, logits, target, **options)[1]
     actual = torch.func.grad(lambda x: npu_xent.cross_entropy(x, target, **options).sum())(logits)
     assert actual.dtype == stats_dtype(logits.dtype)

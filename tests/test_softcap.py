@@ -80,6 +80,18 @@ def test_errors_are_no_larger_than_torchs(dtype: torch.dtype, reduction: str, de
         assert max_error(our, true) <= max_error(their, true) + 1e-6 * float(true.abs().max())
 
 
+@pytest.mark.parametrize("classes", [67, 1100, 5000])
+def test_confident_predictions(classes: int, function: Callable[..., Tensor], device: torch.device) -> None:
+    """The target's logit, the maximum and the sum are off by the same, or the difference would be all of the loss."""
+    logits, target = make_logits(64, classes, torch.float32, device), make_target(64, classes, device)
+    logits[torch.arange(64), target] += 60
+    for reduction in ("none", "sum"):  # two sweeps and one
+        expected = truth(logits, target, softcap=30.0, reduction=reduction)
+        loss, grad = loss_and_grad(function, logits, target, softcap=30.0, reduction=reduction)
+        assert max_error(loss, expected.loss) < 5e-7 * (64 if reduction == "sum" else 1)
+        assert max_error(grad, expected.grad) < 5e-8
+
+
 @pytest.mark.parametrize("classes", [7, 1100])
 def test_infinities_count_as_the_cap_and_nan_stays(
     classes: int, function: Callable[..., Tensor], device: torch.device

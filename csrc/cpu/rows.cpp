@@ -125,7 +125,7 @@ class Sweep {
   }
   double target_logit(int64_t n) const {
     const int64_t column = target_column(n);
-    return column < 0 ? 0 : capped_logit(r_.logit_map().scale * k_.load(logits(n, 0) + column), r_.softcap);
+    return column < 0 ? 0 : k_.mapped(logits(n, 0) + column, r_.logit_map());
   }
 
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
@@ -184,7 +184,7 @@ class Sweep {
   // What a, b and s make of the target's own column, exact for confident predictions: a p - b would cancel there.
   acc target_grad(int64_t n, const RowCoefficients& k, double u, Lse lse, double picked) const {
     const double grad = k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n);
-    return static_cast<acc>(u * softcap_slope(picked, r_.softcap) * grad);
+    return static_cast<acc>(u * softcap_slope(picked, r_.logit_map().softcap) * grad);
   }
 
   // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; exps holds the exponentials if not null.

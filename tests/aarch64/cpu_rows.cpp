@@ -405,7 +405,7 @@ void test_conversion(const ChunkKernels<T>& kernels) {
   for (uint32_t bits = 0; bits < 0x10000; ++bits) {
     const T x{static_cast<uint16_t>(bits)};
     const double expected = Format<T>::load(x);
-    const float loaded = kernels.load(&x);
+    const float loaded = kernels.mapped(&x, {1, 0});
     check(std::isnan(expected) ? std::isnan(loaded) : loaded == expected, "%04x is %g, expected %g", bits, loaded,
           expected);
     if (!std::isfinite(expected) || !std::isfinite(Format<T>::load(T{static_cast<uint16_t>(bits + 1)}))) {

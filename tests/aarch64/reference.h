@@ -31,6 +31,7 @@ inline const Case kCases[] = {
     {"mean, everything", Reduction::mean, 0.1, 1e-2, true, true, false, 0.5, 4, 2, true},
     {"none, z-loss, ignored rows", Reduction::none, 0, 1e-2, false, true, true, 1, 0, 1, true},
     {"none, smoothing, weight", Reduction::none, 0.25, 0, true, false, false, 1.25, 0, 1.25, true},
+    {"mean, softcap far above the logits", Reduction::mean, 0, 0, false, false, false, 1, 1000, 1, false},
 };
 
 inline constexpr int64_t kIgnore = -100;

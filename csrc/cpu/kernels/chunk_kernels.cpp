@@ -103,12 +103,39 @@ inline Vec<double> exp(const Vec<double>& x) {
   return x.exp();
 }
 
+#ifdef CPU_CAPABILITY_SVE256
+// There at::vec has (exp(2 y) - 1) / (exp(2 y) + 1), of which little is left near 0. Here it is y + y^3 P(y^2), with
+// the coefficients of Cephes' tanhf (S. L. Moshier).
+inline Vec<float> tanh(const Vec<float>& y) {
+  const Vec<float> square = y * y;
+  Vec<float> p = at::vec::fmadd(square, Vec<float>(-5.70498872745e-3f), Vec<float>(2.06390887954e-2f));
+  p = at::vec::fmadd(p, square, Vec<float>(-5.37397155531e-2f));
+  p = at::vec::fmadd(p, square, Vec<float>(1.33314422036e-1f));
+  p = at::vec::fmadd(p, square, Vec<float>(-3.33332819422e-1f));
+  return Vec<float>::blendv(y.tanh(), at::vec::fmadd(p * square, y, y), y.abs() < Vec<float>(0.625f));
+}
+#else
+inline Vec<float> tanh(const Vec<float>& y) {
+  return y.tanh();
+}
+#endif
+inline Vec<double> tanh(const Vec<double>& y) {
+  return y.tanh();
+}
+
+template <typename acc>
+acc first_lane(const Vec<acc>& v) {
+  alignas(64) acc lanes[Vec<acc>::size()];
+  v.store(lanes);
+  return lanes[0];
+}
+
 template <typename acc>
 acc lane_sum(const Vec<acc>& v) {
   return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
 }
 
-// z of LogitMap as a product, base(x) * factor, so that what is added to it costs no rounding of its own.
+// z of LogitMap as a product, base(x) * factor; and z + offset, where the product is not rounded by itself.
 template <typename acc>
 struct Scaled {
   static constexpr bool capped = false;
@@ -116,15 +143,20 @@ struct Scaled {
 
   explicit Scaled(const LogitMap<acc>& m) : factor(m.scale) {}
   Vec<acc> base(const Vec<acc>& x) const { return x; }
+  Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return at::vec::fmadd(base, factor, offset); }
 };
 
+// The same with a softcap. Here z is rounded before anything is added to it (CpuVariants.cmake keeps the compiler from
+// contracting the two): the maximum of a chunk and the target's logit are rounded likewise, so that z is off by the
+// same wherever it comes from, and a confident prediction's loss does not consist of the difference.
 template <typename acc>
 struct Capped {
   static constexpr bool capped = true;
-  Vec<acc> factor, inner;
+  Vec<acc> factor, scale, inverse;
 
-  explicit Capped(const LogitMap<acc>& m) : factor(m.softcap), inner(m.scale / m.softcap) {}
-  Vec<acc> base(const Vec<acc>& x) const { return (x * inner).tanh(); }
+  explicit Capped(const LogitMap<acc>& m) : factor(m.softcap), scale(m.scale), inverse(1 / m.softcap) {}
+  Vec<acc> base(const Vec<acc>& x) const { return tanh(x * scale * inverse); }
+  Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return base * factor + offset; }
 };
 
 // Calls f with the one of these that m asks for.
@@ -136,7 +168,7 @@ void with_map(const LogitMap<acc>& m, const F& f) {
 // z + offset.
 template <typename acc, typename Map>
 Pair<acc> shifted(const Map& z, const Pair<acc>& base, const Vec<acc>& offset) {
-  return {at::vec::fmadd(base.lo, z.factor, offset), at::vec::fmadd(base.hi, z.factor, offset)};
+  return {z.shifted(base.lo, offset), z.shifted(base.hi, offset)};
 }
 template <typename acc, typename Map>
 Pair<acc> base_of(const Map& z, const Pair<acc>& x) {
@@ -172,8 +204,11 @@ acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>
       break;
     }
   }
-  return map.softcap == 0 ? result
-                          : map.softcap * static_cast<acc>(std::tanh(static_cast<double>(result / map.softcap)));
+  if (map.softcap == 0) {
+    return result;
+  }
+  const Capped<acc> z({1, map.softcap});  // `result` is scaled already
+  return first_lane<acc>(z.base(Vec<acc>(result)) * z.factor);
 }
 
 template <bool need_wsum, bool keep_exps, typename scalar_t, typename Map>
@@ -236,11 +271,12 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
     // All -inf, or a +inf or NaN: only wsum is worth having, and it is what the arithmetic gives.
     result.max = 0;
   }
+  const bool keep_exps = exps != nullptr && finite;
   with_map(map, [&](const auto& z) {
     if (need_wsum) {
-      exps&& finite ? sums<true, true>(x, w, n, z, exps, result) : sums<true, false>(x, w, n, z, exps, result);
+      keep_exps ? sums<true, true>(x, w, n, z, exps, result) : sums<true, false>(x, w, n, z, exps, result);
     } else {
-      exps ? sums<false, true>(x, w, n, z, exps, result) : sums<false, false>(x, w, n, z, exps, result);
+      keep_exps ? sums<false, true>(x, w, n, z, exps, result) : sums<false, false>(x, w, n, z, exps, result);
     }
   });
   if (!finite) {
@@ -280,7 +316,7 @@ class GradBlock {
     }
     if constexpr (Map::capped) {
       const Vec<acc> one(1);
-      g = {g.lo * (one - base.lo * base.lo), g.hi * (one - base.hi * base.hi)};
+      g = {g.lo * ((one - base.lo) * (one + base.lo)), g.hi * ((one - base.hi) * (one + base.hi))};
     }
     return g;
   }
@@ -346,8 +382,11 @@ void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
 }
 
 template <typename scalar_t>
-acc_t<scalar_t> load_one(const scalar_t* x) {
-  return static_cast<acc_t<scalar_t>>(*as_vec(x));
+acc_t<scalar_t> mapped(const scalar_t* x, LogitMap<acc_t<scalar_t>> map) {
+  using acc = acc_t<scalar_t>;
+  acc result(0);
+  with_map(map, [&](const auto& z) { result = first_lane<acc>(z.base(load(x, 1).lo) * z.factor); });
+  return result;
 }
 
 template <typename scalar_t>
@@ -362,8 +401,8 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value) {
 
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,     log_prob<scalar_t>,
-          scale<scalar_t>, fill<scalar_t>,           load_one<scalar_t>, store_one<scalar_t>};
+  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,
+          scale<scalar_t>, fill<scalar_t>,           mapped<scalar_t>, store_one<scalar_t>};
 }
 
 }  // namespace

@@ -62,7 +62,8 @@ struct ChunkKernels {
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
   void (*fill)(scalar_t* out, int64_t n, acc value);
-  acc (*load)(const scalar_t* x);
+  // z of one logit, with the bits that it has in a chunk.
+  acc (*mapped)(const scalar_t* x, LogitMap<acc> map);
   void (*store)(scalar_t* out, acc value);
 };
 
