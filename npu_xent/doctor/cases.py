@@ -32,6 +32,7 @@ class Case:
     transform: Callable[[Tensor], Tensor] = lambda logits: logits  # what an option does to each logit, for the truth
 
 
+CAP = 10.0
 SMOOTHING = {"label_smoothing": 0.1}
 Z_LOSS = {"lse_square_scale": 0.05, "return_z_loss": True}
 ALL = {"reduction": "sum", **SMOOTHING, **Z_LOSS, "return_lse": True}
@@ -48,7 +49,8 @@ CASES = (
     Case("label_smoothing", SMOOTHING),
     Case("weight, label_smoothing", SMOOTHING, weight=True),
     Case("z-loss", Z_LOSS),
-    Case("softcap", {"softcap": 10.0, **SMOOTHING}, weight=True, transform=lambda x: 10 * torch.tanh(x / 10)),
+    # Everywhere, since it comes into the arithmetic of each row mode.
+    Case("softcap", {"softcap": CAP, **SMOOTHING}, True, everywhere=True, transform=lambda x: CAP * (x / CAP).tanh()),
     Case("return_lse", {"return_lse": True}),
     Case("consume_logits", {"consume_logits": True}),
     Case("all options", ALL, weight=True, ignored=True, everywhere=True),
