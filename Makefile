@@ -27,7 +27,7 @@ export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 # The release of torch_npu that goes with this torch.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
-# The stamp carries the version asked for, so that another TORCH is installed and built against.
+# The stamp carries the version asked for, so that another TORCH is installed and built against; there is one at a time.
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 DEVICE := cpu
 
@@ -132,6 +132,7 @@ format: $(VENV)/.check
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so npu_xent/kernels cann_sim/build cann_sim/*.egg-info
 	rm -f cann_sim/cann_sim/toolkit/lib64/*.so
+	rm -rf .hypothesis .pytest_cache .ruff_cache cann_sim/.hypothesis cann_sim/.pytest_cache
 
 $(VENV)/.created:
 	@echo "== Creating a virtual environment in $(VENV)"
@@ -144,7 +145,7 @@ $(VENV)/.created:
 $(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH) and the build tools"
 	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" cmake ninja
-	@touch $@
+	@rm -f $(VENV)/.torch-* && touch $@
 
 $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"

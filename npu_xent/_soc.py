@@ -73,6 +73,7 @@ def from_board(report: str) -> str | None:
 def npu_smi(*arguments: str) -> str | None:
     """What npu-smi prints; None if it is not there, fails, or does not answer."""
     try:
-        return subprocess.run(["npu-smi", *arguments], capture_output=True, text=True, timeout=30, check=True).stdout
+        command = ["npu-smi", *arguments]
+        return subprocess.run(command, capture_output=True, errors="replace", timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None

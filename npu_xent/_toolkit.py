@@ -19,7 +19,10 @@ def home() -> Path | None:
 def version(toolkit: Path) -> str | None:
     """As the toolkit's own files tell it: `toolkit_running_version=[7.6.0.1.220:8.0.0]`, or `Version=8.0.0`."""
     for name in ("version.cfg", "compiler/version.info", "opp/version.info"):
-        text = (toolkit / name).read_text() if (toolkit / name).exists() else ""
+        try:
+            text = (toolkit / name).read_text(errors="replace")
+        except OSError:  # it is not there, or not for everybody to read
+            continue
         versions = dict(re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE))
         found = versions.get("toolkit_running_version") or next(iter(versions.values()), None)
         if found:

@@ -288,7 +288,11 @@ def test_the_vendors_operator_is_compared(
     problems = [make_problem(case, *vendor.SHAPE, dtype) for case in vendor.CASES]
     monkeypatch.setitem(sys.modules, "torch_npu", vendors())
     assert not any(vendor.check(problem, device).failures for problem in problems)
-    for changed, cases in (({"weight": None}, [1, 2, 3]), ({"label_smoothing": 0.0}, [3])):
+    for changed, cases in (
+        ({"weight": None}, [1, 2, 3]),
+        ({"label_smoothing": 0.0}, [3]),
+        ({"ignore_index": -100}, [1, 2]),
+    ):
         monkeypatch.setitem(sys.modules, "torch_npu", vendors(**changed))
         for index in cases:
             failed = vendor.check(problems[index], device).failures
@@ -344,6 +348,57 @@ def test_a_device_that_is_lost_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> 
     run.run_all(report, NPU, lambda lines: None)
     assert [check.name for check in report.checks] == ["the NPU kernels are loaded", "a", "b"]
     assert report.stopped == run.DEVICE_LOST
+
+
+def test_an_operator_of_others_that_loses_the_device_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was to be skipped; but what follows is not known, so the run does not pass."""
+    tasks = [Task("agreement", "mean", lambda: Result(skipped="not available: AICore exception"))]
+    monkeypatch.setattr(run, "sections", lambda *_: iter([(tasks, lambda report: [])]))
+    monkeypatch.setattr(npu_xent, "load_npu", lambda: None)
+    for lost in (False, True):
+        monkeypatch.setattr(run, "answers", lambda device, lost=lost: not lost)
+        report = Report("npu:0", environment.gather(), False)
+        run.run_all(report, NPU, lambda lines: None)
+        assert [check.name for check in report.failed] == ["mean"] * lost
+    words = report.failed[0].result.failures[0].words
+    assert words == f"not available: AICore exception; {run.DEVICE_LOST}"
+
+
+@pytest.mark.cpu
+def test_an_npu_that_does_not_open_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has it, or its driver is of another release: the report says so, instead of a traceback."""
+
+    def refuse(*_: object) -> str:
+        raise RuntimeError("aclrtSetDevice: error code is 507033\nand more")
+
+    npu = types.SimpleNamespace(device_count=lambda: 1, set_device=refuse, get_device_name=refuse)
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    monkeypatch.setitem(sys.modules, "torch_npu", types.SimpleNamespace(npu=npu, __version__="2.13.0"))
+    monkeypatch.setattr(environment, "import_torch_npu", lambda: None)
+    code, found = doctor(tmp_path, "npu")
+    assert code == 1
+    assert found["checks"][0]["failures"][0]["words"] == "npu:0 cannot be used: aclrtSetDevice: error code is 507033"
+    assert found["environment"]["devices"] == 1
+    assert found["environment"]["soc"] is None
+
+
+def test_files_that_may_not_be_read_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver may be installed for one group of users alone, and a home folder missing."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("ASCEND_PROCESS_LOG_PATH", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "npu-smi").write_bytes(b"#!/bin/sh\nprintf 'Version: 24.1.0 \\377'\n")
+    (tmp_path / "npu-smi").chmod(0o755)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    found = environment.gather()
+    assert found["cann"] is None
+    assert found["driver"] == "24.1.0"
+    assert found["logs"].endswith("/ascend/log")
 
 
 FAILING_LAUNCH = """
@@ -410,6 +465,16 @@ def test_shapes_that_take_too_long_are_left_out() -> None:
     budget.seconds_each = 1e-6
     result = timing.measure(1000, 1000000, torch.float32, torch.device("cpu"), 7, budget)
     assert result.skipped == "would take some 8000 s here"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("NPU out of memory"), RuntimeError("NPU out of memory. ...")])
+def test_shapes_that_do_not_fit_are_left_out(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(timing, "candidates", refuse)
+    result = timing.measure(4, 5, torch.float32, torch.device("cpu"), 3, timing.Budget())
+    assert result.skipped == "does not fit in memory beside what is there"
 
 
 def test_peak_memory_is_what_is_in_use_at_a_time(device: torch.device) -> None:

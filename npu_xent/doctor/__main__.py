@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         count = torch.npu.device_count()
         if int(asked[4:]) >= count:
             parser.error(f"argument --device: {asked}, but torch_npu sees {count} NPU" + "s" * (count > 1))
-        torch.npu.set_device(asked)
+        obstacle = environment.use_npu(asked)
 
     found = environment.gather()
     simulated = on_npu and environment.is_simulated(found)
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     _say([f"npu_xent doctor on {chosen}", *([SIMULATED] if simulated else []), "", "environment"])
     _say(environment.lines(found))
     if on_npu and obstacle:
-        report.checks.append(Check("environment", "torch_npu sees an NPU", {}, Result(failures=[Failure(obstacle)])))
+        report.checks.append(Check("environment", "there is an NPU to use", {}, Result(failures=[Failure(obstacle)])))
         report.stopped = "no NPU"
     else:
         run_all(report, torch.device(asked), _say)

@@ -33,6 +33,7 @@ class Case:
     transform: Callable[[Tensor], Tensor] = lambda logits: logits  # what an option does to each logit, for the truth
 
 
+CAP = 10.0
 SMOOTHING = {"label_smoothing": 0.1}
 Z_LOSS = {"lse_square_scale": 0.05, "return_z_loss": True}
 ALL = {"reduction": "sum", **SMOOTHING, **Z_LOSS, "return_lse": True}
@@ -42,14 +43,16 @@ CASES = (
     Case("mean", everywhere=True),
     Case("sum", {"reduction": "sum"}),
     Case("none", {"reduction": "none"}, everywhere=True),
-    Case("loss alone", grad=False),
+    # Of 16-bit logits, lse tells more than a loss that was rounded to 16 bits.
+    Case("loss and lse alone", {"return_lse": True}, grad=False),
     Case("upstream gradient 3", upstream=3.0),
     Case("weight", weight=True),
     Case("ignore_index", ignored=True),
     Case("label_smoothing", SMOOTHING),
     Case("weight, label_smoothing", SMOOTHING, weight=True),
     Case("z-loss", Z_LOSS),
-    Case("softcap", {"softcap": 10.0, **SMOOTHING}, weight=True, transform=lambda x: 10 * torch.tanh(x / 10)),
+    # Everywhere, since it comes into the arithmetic of each row mode.
+    Case("softcap", {"softcap": CAP, **SMOOTHING}, True, everywhere=True, transform=lambda x: CAP * (x / CAP).tanh()),
     Case("return_lse", {"return_lse": True}),
     Case("consume_logits", {"consume_logits": True}),
     Case("all options", ALL, weight=True, ignored=True, everywhere=True),

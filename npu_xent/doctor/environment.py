@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -36,8 +37,17 @@ def import_torch_npu() -> str | None:
     return None if count else "torch_npu sees no NPU"
 
 
+def use_npu(device: str) -> str | None:
+    """Make it the current device, which opens it. What stands in the way, if anything does."""
+    try:
+        torch.npu.set_device(device)
+    except Exception as error:  # the driver's, or another process has it to itself
+        return f"{device} cannot be used: {first_line(error)}"
+    return None
+
+
 def gather() -> dict[str, Any]:
-    """All of it, by name. Imports nothing; torch_npu is asked if it is there."""
+    """All of it, by name. Imports nothing; torch_npu is asked if it is there. What cannot be found out is None."""
     toolkit = _toolkit.home()
     found: dict[str, Any] = {
         "system": f"{platform.platform()}, {_distribution()}",
@@ -64,13 +74,14 @@ def gather() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if VARIABLES.fullmatch(name)},
         "npu_smi": _soc.npu_smi("info"),
-        "logs": os.environ.get("ASCEND_PROCESS_LOG_PATH", str(Path.home() / "ascend" / "log")),
+        "logs": os.environ.get("ASCEND_PROCESS_LOG_PATH") or os.path.expanduser("~/ascend/log"),
     }
     torch_npu = sys.modules.get("torch_npu")
     if torch_npu is not None and hasattr(torch_npu, "npu"):
         found["torch_npu"] = torch_npu.__version__
-        found["devices"] = torch_npu.npu.device_count()
-        found["soc"] = torch_npu.npu.get_device_name() if found["devices"] else None
+        with contextlib.suppress(Exception):  # a device that cannot be used is told elsewhere
+            found["devices"] = torch_npu.npu.device_count()
+            found["soc"] = torch_npu.npu.get_device_name() if found["devices"] else None
     return found
 
 
@@ -135,9 +146,9 @@ def _processor() -> str:
 
 def _driver() -> str | None:
     """The version that the driver's own file tells, else that of npu-smi, which comes with it."""
-    if DRIVER.exists():
-        found = re.search(r"^\s*Version\s*=\s*(\S+)", DRIVER.read_text(), re.MULTILINE | re.IGNORECASE)
-        if found:
-            return found[1]
-    found = re.search(r"Version:\s*(\S+)", _soc.npu_smi("info") or "")
+    found = None
+    with contextlib.suppress(OSError):  # a driver may be installed for one group of users
+        text = DRIVER.read_text(errors="replace")
+        found = re.search(r"^\s*Version\s*=\s*(\S+)", text, re.MULTILINE | re.IGNORECASE)
+    found = found or re.search(r"Version:\s*(\S+)", _soc.npu_smi("info") or "")
     return found[1] if found else None

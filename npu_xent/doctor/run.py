@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -67,10 +68,12 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
         for task in tasks:
             progress.show(len(report.checks) + 1, task)
             check = run_task(task)
-            report.checks.append(check)
             doubtful = check.traceback is not None or check.result.skipped is not None
             if doubtful and device.type == "npu" and not answers(device):
                 report.stopped = DEVICE_LOST
+                check = blamed(check)
+            report.checks.append(check)
+            if report.stopped:
                 break
         progress.clear()
         if len(report.checks) > done:
@@ -88,6 +91,14 @@ def run_task(task: Task) -> Check:
         trace = traceback.format_exc()
         result = Result(failures=[Failure(f"raised {type(error).__name__}: {first_line(error)}")])
     return Check(task.section, task.name, task.where, result, time.perf_counter() - start, trace)
+
+
+def blamed(check: Check) -> Check:
+    """A check after which the device is lost has failed, even if it was skipped: for an error of another's operator."""
+    if check.failed:
+        return check
+    failure = Failure(f"{check.result.skipped}; {DEVICE_LOST}")
+    return replace(check, result=replace(check.result, failures=[failure], skipped=None))
 
 
 def load_kernels() -> Result:

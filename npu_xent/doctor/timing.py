@@ -72,7 +72,9 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
         steps, missing = candidates(logits, target)
         seconds = in_turns(steps, rounds, device)
         memory = {name: peak_memory(step, device) for name, step in steps.items()}
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         return Result(skipped="does not fit in memory beside what is there")
     budget.seconds_each = sum(map(statistics.median, seconds.values())) / (rows * classes)
     numbers = {
@@ -108,11 +110,16 @@ def candidates(logits: Tensor, target: Tensor) -> tuple[dict[str, Step], dict[st
     vendor = of(lambda x, y: torch_npu.npu_cross_entropy_loss(x, y)[0])
     try:
         vendor()
-    except torch.OutOfMemoryError:
-        raise
     except (AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         return steps, {VENDOR: first_line(error)}
     return steps | {VENDOR: vendor}, {}
+
+
+def out_of_memory(error: Exception) -> bool:
+    """torch_npu says it by OutOfMemoryError or, of the workspace of an operator, by a plain RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:

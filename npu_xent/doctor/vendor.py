@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from .cases import IGNORE, SHORT_NAMES, Case, Problem, dtypes, make_problem
 from .environment import first_line
@@ -45,9 +46,10 @@ def check(problem: Problem, device: torch.device) -> Result:
     case = problem.case
     leaf = problem.logits.to(device).requires_grad_(case.grad)
     weight = None if problem.weight is None else problem.weight.to(device)
+    target, ignore_index = as_documented(problem)
     try:
         loss, log_prob, *_ = torch_npu.npu_cross_entropy_loss(
-            leaf, problem.target.to(device), weight, ignore_index=IGNORE, **case.options
+            leaf, target.to(device), weight, ignore_index=ignore_index, **case.options
         )
         seen = {"loss": loss.view(problem.upstream.shape), "log_prob": log_prob}
         if case.grad:
@@ -59,3 +61,17 @@ def check(problem: Problem, device: torch.device) -> Result:
     with one_thread():
         parts, failures = compare_all(seen, truth(problem), MEANING / torch.finfo(torch.float32).eps)
     return Result({"part_of_allowed_error": parts}, [replace(f, words=f"torch_npu's {f.words}") for f in failures])
+
+
+def as_documented(problem: Problem) -> tuple[Tensor, int]:
+    """The targets, and ignore_index, as the vendor documents them: rows that are ignored have a class of no other row.
+
+    A negative ignore_index is documented to ignore nothing: such a target would then lie outside of its row.
+    """
+    ignored = problem.target == IGNORE
+    if not problem.case.ignored:
+        return problem.target, IGNORE  # the default, which "mean" with a gradient wants
+    taken = torch.zeros(problem.logits.shape[1], dtype=torch.bool)
+    taken[problem.target[~ignored]] = True
+    index = int(taken.logical_not().nonzero()[0])
+    return problem.target.masked_fill(ignored, index), index
