@@ -31,7 +31,8 @@ TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 DEVICE := cpu
 
-SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml \
+  npu_xent/_soc.py npu_xent/_toolkit.py
 KERNEL_SOURCES := $(shell find csrc/ascendc -type f)
 SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
