@@ -66,8 +66,8 @@ def hidden_version(name: str) -> str | None:
 def torch_requirement() -> str:
     """What the wheel requires: the torch that it is built against, since it loads with no other release.
 
-    Any build of that release does: CPU and CUDA builds have the same C++ interface. Where there is no torch, as when an
-    sdist is made, it is what the code is written for.
+    Any build of that release does: CPU and CUDA builds have the same C++ interface. Where there is no torch it is what
+    the code is written for; so an sdist names the torch that was there when it was made, and says that this may change.
     """
     try:
         version = importlib.metadata.version("torch").partition("+")[0]

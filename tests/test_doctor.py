@@ -195,6 +195,25 @@ def test_a_check_that_raises_fails_and_the_others_go_on(
         assert "in wrong" in check["traceback"]
 
 
+def test_an_interrupt_leaves_a_report(tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that hangs."""
+    right = npu_xent.cross_entropy
+
+    def hangs(*arguments: Any, **options: Any) -> Any:
+        if options.get("consume_logits"):
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(npu_xent, "cross_entropy", hangs)
+    code, found = doctor(tmp_path, device)
+    assert code == 1
+    assert found["stopped"] == "interrupted"
+    last = found["checks"][-1]
+    assert (last["name"], last["outcome"], last["failures"][0]["words"]) == ("consume_logits", "failed", "interrupted")
+    assert "in hangs" in last["traceback"]
+    assert len(found["checks"]) > 1
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if not case.contract], ids=lambda case: case.name)
 def test_a_class_that_is_lost_is_seen_in_every_case(case: Case, device: torch.device) -> None:
     """The last class of a row, or one row's result in another: such faults are far outside what is allowed."""

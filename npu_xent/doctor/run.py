@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import sys
 import time
 import traceback
@@ -18,6 +19,8 @@ from .environment import first_line
 from .report import Check, Failure, Report, Result, Task
 
 DEVICE_LOST = "the device computes nothing any more; a new process is needed"
+INTERRUPTED = "interrupted"
+HANGS_AFTER = 300  # seconds in one check
 NO_KERNELS = "without the NPU kernels there is nothing to check on an NPU"
 
 
@@ -67,7 +70,13 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
         done = len(report.checks)
         for task in tasks:
             progress.show(len(report.checks) + 1, task)
-            check = run_task(task)
+            try:
+                check = run_task(task)
+            except KeyboardInterrupt:  # what hangs is interrupted, and what is known by then is worth having
+                result, report.stopped = Result(failures=[Failure(INTERRUPTED)]), INTERRUPTED
+                stack = traceback.format_exc()
+                report.checks.append(Check(task.section, task.name, task.where, result, traceback=stack))
+                break
             doubtful = check.traceback is not None or check.result.skipped is not None
             if doubtful and device.type == "npu" and not answers(device):
                 report.stopped = DEVICE_LOST
@@ -85,11 +94,14 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
 def run_task(task: Task) -> Check:
     """The check, come what may."""
     start, trace = time.perf_counter(), None
+    faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.__stderr__)  # where it hangs
     try:
         result = task.run()
     except Exception as error:
         trace = traceback.format_exc()
         result = Result(failures=[Failure(f"raised {type(error).__name__}: {first_line(error)}")])
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return Check(task.section, task.name, task.where, result, time.perf_counter() - start, trace)
 
 
