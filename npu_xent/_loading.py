@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 _INSTALL = "in a checkout of npu_xent, pip install --no-build-isolation --no-deps --force-reinstall ."
 _REBUILD = f"Rebuild it: {_INSTALL}"
@@ -49,8 +48,9 @@ def load_operators() -> None:
         from . import _build  # type: ignore[attr-defined]
     except ImportError as error:
         raise ImportError(
-            "npu_xent has no compiled extension here. Build it with: pip install --no-build-isolation -e . "
-            "(in a checkout; the import must not pick up a source folder that was never built)."
+            f"npu_xent has no compiled extension in {_FOLDER}. If it is installed already, Python has found a checkout "
+            "before it: start from another folder. To use a checkout from its own folder, build it there: "
+            "pip install --no-build-isolation -e ."
         ) from error
     check_torch(_build.TORCH_VERSION, torch.__version__)
     from . import _C  # noqa: F401
@@ -80,6 +80,9 @@ def load_npu() -> None:
 def prepare(tensor: Tensor) -> None:
     """Load the NPU kernels, or warn that they are missing, when `tensor` is the first on an npu."""
     if not tensor.is_cpu and tensor.device.type == _DEVICE:  # is_cpu is the cheap one
+        # Not above: torch brings it in late, and warns then if there is no numpy.
+        from torch._subclasses.fake_tensor import FakeTensor
+
         if isinstance(tensor, FakeTensor):
             _load_if_npu_is_at_work()  # nothing runs: no reason to initialise a device, or to complain
         else:

@@ -102,6 +102,13 @@ def cross_entropy(
     """
     refuse_deprecated("cross_entropy", deprecated)
     _check_types("cross_entropy", input, target, weight, reduction)
+    _check_numbers(
+        "cross_entropy",
+        ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=0.0 if softcap is None else softcap,
+    )
     _check_shapes(input, target)
     if target.is_floating_point() or _transformed():
         if consume_logits:
@@ -187,6 +194,12 @@ def npu_cross_entropy_loss(
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
     _check_types("npu_cross_entropy_loss", input, target, weight, reduction)
+    _check_numbers(
+        "npu_cross_entropy_loss",
+        ignore_index,
+        label_smoothing=label_smoothing,
+        lse_square_scale_for_zloss=lse_square_scale_for_zloss,
+    )
     if strict:
         check_documented_constraints(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
@@ -220,6 +233,17 @@ def _check_types(name: str, input: Any, target: Any, weight: Any, reduction: Any
         raise TypeError(
             f'npu_xent.{name}: reduction must be "mean", "sum" or "none", but is a {type(reduction).__name__}'
         )
+
+
+def _check_numbers(name: str, ignore_index: Any, **numbers: Any) -> None:
+    """Raise TypeError for what is no number. A compiler cannot trace the question, and needs no such words."""
+    if torch.compiler.is_compiling():
+        return
+    if not hasattr(ignore_index, "__index__"):
+        raise TypeError(f"npu_xent.{name}: ignore_index must be an integer, but is a {type(ignore_index).__name__}")
+    for argument, value in numbers.items():
+        if not hasattr(value, "__float__"):
+            raise TypeError(f"npu_xent.{name}: {argument} must be a number, but is a {type(value).__name__}")
 
 
 def refuse_deprecated(name: str, arguments: dict[str, Any]) -> None:

@@ -369,6 +369,22 @@ def test_lse_square_scale_out_of_range(scale: float, function: Callable[..., Ten
         loss_and_grad(function, logits, target, lse_square_scale=scale)
 
 
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"softcap": "30"}, "softcap must be a number, but is a str"),
+        ({"label_smoothing": None}, "label_smoothing must be a number, but is a NoneType"),
+        ({"lse_square_scale": [1e-4]}, "lse_square_scale must be a number, but is a list"),
+        ({"ignore_index": None}, "ignore_index must be an integer, but is a NoneType"),
+        ({"ignore_index": 1.0}, "ignore_index must be an integer, but is a float"),
+    ],
+)
+def test_what_is_no_number(options: dict[str, Any], words: str, device: torch.device) -> None:
+    logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
+    with pytest.raises(TypeError, match=f"npu_xent.cross_entropy: {words}"):
+        npu_xent.cross_entropy(logits, target, **options)
+
+
 def test_unknown_reduction(function: Callable[..., Tensor], device: torch.device) -> None:
     logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
     with pytest.raises(ValueError, match='reduction must be "mean", "sum" or "none", but is "batchmean"'):
