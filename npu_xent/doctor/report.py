@@ -156,7 +156,7 @@ def ending(report: Report, file: Path | None) -> list[str]:
     if len(report.failed) > LONGEST_LIST:
         lines.append(f"      and {len(report.failed) - LONGEST_LIST} more, in {file}")
     notes = [note for check in report.checks for note in check.result.notes]
-    said = " (simulated)" if report.simulated else ""
+    said = " (simulated, which says nothing of an NPU)" if report.simulated else ""
     lines += [f"note{said}: {note}" for note in dict.fromkeys(notes)]
     if report.failed:
         lines += [
