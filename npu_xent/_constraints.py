@@ -84,14 +84,15 @@ def _check_weight(weight: Tensor, classes: int) -> None:
     _require(weight.dtype == torch.float32, "the dtype of weight must be float32", "it is {}", weight.dtype)
     # Values are looked at where there are any and that is free: not under a compiler, in a fake tensor, or on a device
     # that would have to be waited for (unless that was asked for).
-    if not torch.compiler.is_compiling() and may_look(weight.device.type) and not _is_fake(weight):
+    if not torch.compiler.is_compiling() and may_look(weight.device.type) and not is_fake(weight):
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
             raise _broken("the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}")
 
 
-def _is_fake(tensor: Tensor) -> bool:
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has no values, as when a compiler traces."""
     # Not above: torch brings it in late, and warns then if there is no numpy. A plain tensor is none.
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False

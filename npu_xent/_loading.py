@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._constraints import is_fake
+
 _INSTALL = "in a checkout of npu_xent, pip install --no-build-isolation --no-deps --force-reinstall ."
 _REBUILD = f"Rebuild it: {_INSTALL}"
 
@@ -80,10 +82,7 @@ def load_npu() -> None:
 def prepare(tensor: Tensor) -> None:
     """Load the NPU kernels, or warn that they are missing, when `tensor` is the first on an npu."""
     if not tensor.is_cpu and tensor.device.type == _DEVICE:  # is_cpu is the cheap one
-        # Not above: torch brings it in late, and warns then if there is no numpy.
-        from torch._subclasses.fake_tensor import FakeTensor
-
-        if isinstance(tensor, FakeTensor):
+        if is_fake(tensor):
             _load_if_npu_is_at_work()  # nothing runs: no reason to initialise a device, or to complain
         else:
             _load_or_warn()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from reference import DTYPES
+from reference import DTYPES, consuming
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -69,6 +69,14 @@ def needs(item: pytest.Item) -> set[str]:
     parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
     values = [v for p in parameters for v in (p.values() if isinstance(p, dict) else (p,))]
     return marked | ({"float64"} if any(v is torch.float64 for v in values) else set())
+
+
+@pytest.fixture(params=["fresh", "consume"])
+def function(request: pytest.FixtureRequest) -> Callable[..., torch.Tensor]:
+    """cross_entropy with the gradient in fresh memory, and over the logits."""
+    import npu_xent  # after torch_npu, which pytest_configure imports
+
+    return npu_xent.cross_entropy if request.param == "fresh" else consuming(npu_xent.cross_entropy)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from reference import (
     REDUCTIONS,
     assert_near,
     assert_same_bits,
-    consuming,
     loss_and_grad,
     make_logits,
     make_target,
@@ -31,14 +30,6 @@ from torch.nn import functional as F
 import npu_xent
 
 pytestmark = pytest.mark.isa
-
-FUNCTIONS = {"fresh": npu_xent.cross_entropy, "consume": consuming(npu_xent.cross_entropy)}
-
-
-@pytest.fixture(params=FUNCTIONS)
-def function(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
-    """cross_entropy with the gradient in fresh memory, and over the logits."""
-    return FUNCTIONS[request.param]
 
 
 def by_torch(logits: Tensor, target: Tensor, *, softcap: float, **options: Any) -> Tensor:

@@ -48,7 +48,7 @@ def use_npu(device: str) -> str | None:
 
 def gather() -> dict[str, Any]:
     """All of it, by name. Imports nothing; torch_npu is asked if it is there. What cannot be found out is None."""
-    toolkit = _toolkit.home()
+    toolkit, npu_smi = _toolkit.home(), _soc.npu_smi("info")
     found: dict[str, Any] = {
         "system": f"{platform.platform()}, {_distribution()}",
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
@@ -58,7 +58,7 @@ def gather() -> dict[str, Any]:
         "torch_npu": _installed("torch_npu"),
         "cann": _toolkit.version(toolkit) if toolkit else None,
         "cann_home": str(toolkit) if toolkit else None,
-        "driver": _driver(),
+        "driver": _driver(npu_smi),
         "soc": None,
         "devices": 0,
         "built": {
@@ -73,7 +73,7 @@ def gather() -> dict[str, Any]:
         "compiled_cpu_capabilities": _C.compiled_cpu_capabilities(),
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ[name] for name in sorted(os.environ) if VARIABLES.fullmatch(name)},
-        "npu_smi": _soc.npu_smi("info"),
+        "npu_smi": npu_smi,
         "logs": os.environ.get("ASCEND_PROCESS_LOG_PATH") or os.path.expanduser("~/ascend/log"),
     }
     torch_npu = sys.modules.get("torch_npu")
@@ -144,11 +144,11 @@ def _processor() -> str:
     return fields.get("model name") or ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _driver() -> str | None:
-    """The version that the driver's own file tells, else that of npu-smi, which comes with it."""
+def _driver(npu_smi: str | None) -> str | None:
+    """The version that the driver's own file tells, else that in npu-smi's report, which comes with it."""
     found = None
     with contextlib.suppress(OSError):  # a driver may be installed for one group of users
         text = DRIVER.read_text(errors="replace")
         found = re.search(r"^\s*Version\s*=\s*(\S+)", text, re.MULTILINE | re.IGNORECASE)
-    found = found or re.search(r"Version:\s*(\S+)", _soc.npu_smi("info") or "")
+    found = found or re.search(r"Version:\s*(\S+)", npu_smi or "")
     return found[1] if found else None
