@@ -10,7 +10,7 @@
 #include <atomic>
 
 #include "checks.h"
-#include "cpu/memory.h"
+#include "cpu/allocator.h"
 #include "cpu/rows.h"
 #include "ops.h"
 
@@ -132,9 +132,7 @@ struct StatsTensors {
 
 // A contiguous [N, C] tensor in the logits' dtype.
 inline Tensor empty_like_logits(const Inputs& in) {
-  auto out = at::empty({in.n_rows(), in.n_cols()}, in.logits.options());
-  use_huge_pages(out.data_ptr(), out.nbytes());
-  return out;
+  return empty_output(in.n_rows(), in.n_cols(), in.logits.options());
 }
 
 }  // namespace npu_xent::cpu

@@ -1,12 +1,21 @@
-// Memory of large outputs. The page faults of a fresh output cost as much as the arithmetic that fills it; huge pages
-// make them 512 times fewer. NPU_XENT_HUGE_PAGES=0 turns this off.
+// Memory of large outputs. The page faults of fresh memory cost more than the arithmetic, so such memory comes in huge
+// pages, and what is given back is kept for the next output of about that size: a training step writes its gradient
+// where the last one was. Kept memory is marked as free for the system to take (MADV_FREE), so that keeping it denies
+// it to nobody; until the system wants it, it still counts as resident.
+//
+// NPU_XENT_HUGE_PAGES=0 turns the former off, NPU_XENT_KEEP_MEMORY=0 the latter.
 #pragma once
 
 #include <cstddef>
 
 namespace npu_xent::cpu {
 
-// Advises the kernel to back [begin, begin + bytes) with huge pages, from 64 MiB on.
-void use_huge_pages(void* begin, size_t bytes);
+// Smaller outputs are left to the usual allocator.
+constexpr size_t kLargeOutput = size_t{32} << 20;
+
+// At least `bytes` bytes, aligned to a huge page, with any contents; null if there is no memory. Thread-safe.
+void* take_memory(size_t bytes);
+// Gives back what take_memory returned.
+void give_memory_back(void* memory);
 
 }  // namespace npu_xent::cpu

@@ -13,8 +13,10 @@ constexpr int64_t kChunk = 4096;
 // The exponentials of a row are kept while they fit in a second-level cache; of longer rows they are computed twice,
 // which gives the same bits.
 constexpr int64_t kMaxExpBytes = int64_t{1} << 20;
-// Elements below which a task is not worth handing to another thread.
-constexpr int64_t kGrain = 16384;
+// Elements of a task: enough that handing it to a thread costs nothing, and that fetching ahead from row to row pays.
+constexpr int64_t kTask = 65536;
+// Outputs from this size on are written past the caches, which would not hold them until they are read.
+constexpr int64_t kPastCacheBytes = int64_t{32} << 20;
 // Rows whose losses are summed by one task, whatever the number of threads.
 constexpr int64_t kSumBlock = 4096;
 
@@ -82,24 +84,32 @@ class Sweep {
   using acc = acc_t<scalar_t>;
 
   Sweep(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const Parallel& parallel)
-      : k_(kernels), r_(rows), parallel_(parallel), n_chunks_(div_up(rows.n_cols, kChunk)) {}
+      : k_(kernels),
+        r_(rows),
+        parallel_(parallel),
+        n_chunks_(div_up(rows.n_cols, kChunk)),
+        rows_per_task_(std::clamp<int64_t>(rows.n_rows / (4 * parallel.threads), 1,
+                                           std::max<int64_t>(1, kTask / std::max<int64_t>(1, rows.n_cols)))) {}
 
   // Rows are too few to occupy the threads: share out chunks.
   bool by_chunks() const { return parallel_.threads > 1 && r_.n_rows < 4 * parallel_.threads && n_chunks_ > 1; }
 
   template <typename F>
   void for_each_row(const F& row) const {
-    const int64_t block = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, r_.n_cols));
-    parallel_.run(div_up(r_.n_rows, block), [&](int64_t task) {
-      for (int64_t n = task * block, end = std::min(r_.n_rows, n + block); n < end; ++n) {
+    parallel_.run(div_up(r_.n_rows, rows_per_task_), [&](int64_t task) {
+      for (int64_t n = task * rows_per_task_, end = std::min(r_.n_rows, n + rows_per_task_); n < end; ++n) {
         row(n);
       }
+      k_.finish();
     });
   }
   template <typename F>
   void for_each_chunk(const F& chunk) const {
     if (by_chunks()) {
-      parallel_.run(r_.n_rows * n_chunks_, [&](int64_t task) { chunk(task / n_chunks_, task % n_chunks_); });
+      parallel_.run(r_.n_rows * n_chunks_, [&](int64_t task) {
+        chunk(task / n_chunks_, task % n_chunks_);
+        k_.finish();
+      });
     } else {
       for_each_row([&](int64_t n) {
         for (int64_t c = 0; c < n_chunks_; ++c) {
@@ -129,8 +139,11 @@ class Sweep {
   }
 
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
-    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps);
+    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps, chunk_after(n, c));
   }
+  // Whether [n_rows, n_cols] outputs go past the caches. Not over logits that were read: those are in the cache.
+  bool past_cache() const { return r_.n_rows * r_.n_cols * static_cast<int64_t>(sizeof(scalar_t)) >= kPastCacheBytes; }
+  bool past_cache(const scalar_t* out) const { return out != r_.logits && past_cache(); }
 
   // Joins what the chunks of row n yielded, and stores it.
   Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
@@ -189,17 +202,18 @@ class Sweep {
 
   // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; exps holds the exponentials if not null.
   void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, Lse lse, double picked, double shift,
-                  double factor, const acc* exps, scalar_t* grad) const {
+                  double factor, const acc* exps, scalar_t* grad, bool past_cache) const {
     const int64_t target = target_column(n) - c * kChunk;
     const acc scale = static_cast<acc>(u * k.a * factor), offset = static_cast<acc>(u * k.s);
     if (!std::isfinite(lse.high)) {
-      k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN());
+      k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN(), past_cache);
       return;
     }
     if (exps) {
-      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(), scale, offset, grad);
+      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(), scale, offset, grad, past_cache);
     } else {
-      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(), static_cast<acc>(shift), scale, offset, grad);
+      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(), static_cast<acc>(shift), scale, offset, grad,
+              past_cache);
     }
     if (target >= 0 && target < size(c)) {
       k_.store(grad + target, target_grad(n, k, u, lse, picked));
@@ -207,10 +221,22 @@ class Sweep {
   }
 
  private:
+  // What this thread reads after chunk c of row n, as far as that is known; else null.
+  const scalar_t* chunk_after(int64_t n, int64_t c) const {
+    if (by_chunks()) {
+      return nullptr;
+    }
+    if (c + 1 < n_chunks_) {
+      return logits(n, c + 1);
+    }
+    const bool same_task = n + 1 < r_.n_rows && (n + 1) % rows_per_task_ != 0;
+    return same_task && !ignored(n + 1) ? logits(n + 1, 0) : nullptr;
+  }
+
   const ChunkKernels<scalar_t>& k_;
   const Rows<scalar_t>& r_;
   const Parallel& parallel_;
-  int64_t n_chunks_;
+  int64_t n_chunks_, rows_per_task_;
 };
 
 // What a mean divides by: the kept weight for l, the kept rows for z.
@@ -239,13 +265,15 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
   const bool need_wsum = out.wsum != nullptr;
+  const bool past_cache = sweep.past_cache(log_prob);
   const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
   const auto write_log_prob = [&](int64_t n, int64_t c) {
     scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
     if (std::isfinite(out.lse[n])) {
-      kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(), out.lse[n], out.lse_low[n], chunk);
+      kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(), out.lse[n], out.lse_low[n], chunk,
+                       past_cache);
     } else {
-      kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN());
+      kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN(), past_cache);
     }
   };
   if (!sweep.by_chunks()) {
@@ -278,10 +306,11 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
               scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const double class_weight = options.totals[kClassWeight];
+  const bool past_cache = sweep.past_cache(grad);
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
     scalar_t* out = grad + n * grad_stride + c * kChunk;
     if (sweep.ignored(n)) {
-      kernels.fill(out, sweep.size(c), 0);
+      kernels.fill(out, sweep.size(c), 0, sweep.past_cache());
       return;
     }
     const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
@@ -292,7 +321,8 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
     const Lse split{lse[n], lse_low ? lse_low[n] : 0};
-    sweep.chunk_grad(n, c, k, options.outer_factor, split, picked, split.high, std::exp(-split.low), nullptr, out);
+    sweep.chunk_grad(n, c, k, options.outer_factor, split, picked, split.high, std::exp(-split.low), nullptr, out,
+                     past_cache);
   });
 }
 
@@ -304,6 +334,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
   const bool need_wsum = out.wsum != nullptr;
+  const bool past_cache = sweep.past_cache(grad);
   const double grad_loss = 1 / loss_divisor(options), grad_z = 1 / z_divisor(options);
   const auto coefficients = [&](int64_t n, Lse lse) {
     return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse.high, grad_loss,
@@ -311,10 +342,10 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   };
   const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
     sweep.chunk_grad(n, c, k, options.outer_factor, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
-                     grad + n * grad_stride + c * kChunk);
+                     grad + n * grad_stride + c * kChunk, past_cache);
   };
   const auto zero_chunk = [&](int64_t n, int64_t c) {
-    kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0);
+    kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0, sweep.past_cache());
   };
   if (!sweep.by_chunks()) {
     const bool keep_exps = rows.n_cols * static_cast<int64_t>(sizeof(acc)) <= kMaxExpBytes;
@@ -357,9 +388,10 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
 
 template <typename scalar_t>
 void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel) {
-  parallel.run(div_up(n, kGrain), [&](int64_t task) {
-    const int64_t begin = task * kGrain;
-    kernels.scale(x + begin, std::min(kGrain, n - begin), static_cast<acc_t<scalar_t>>(factor));
+  constexpr int64_t kScaleTask = 16384;
+  parallel.run(div_up(n, kScaleTask), [&](int64_t task) {
+    const int64_t begin = task * kScaleTask;
+    kernels.scale(x + begin, std::min(kScaleTask, n - begin), static_cast<acc_t<scalar_t>>(factor));
   });
 }
 

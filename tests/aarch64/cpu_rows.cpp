@@ -416,7 +416,7 @@ void test_conversion(const ChunkKernels<T>& kernels) {
       const auto between = static_cast<float>(expected + share * (next - expected));
       T one, whole[32];
       kernels.store(&one, between);
-      kernels.fill(whole, 32, between);
+      kernels.fill(whole, 32, between, /*past_cache=*/false);
       const uint16_t wanted = Format<T>::store(between).bits;
       check(one.bits == wanted && whole[31].bits == wanted, "%.9g is stored as %04x, filled in as %04x, expected %04x",
             between, one.bits, whole[31].bits, wanted);
@@ -448,8 +448,8 @@ void test_vector_conversion(const ChunkKernels<T>& kernels) {
     }
   }
   std::vector<T> rounded(exps.size());
-  kernels.grad_from_exps(nullptr, exps.data(), nullptr, static_cast<int64_t>(exps.size()), {1, 0}, 1, 0,
-                         rounded.data());
+  kernels.grad_from_exps(nullptr, exps.data(), nullptr, static_cast<int64_t>(exps.size()), {1, 0}, 1, 0, rounded.data(),
+                         /*past_cache=*/false);
   for (size_t i = 0; i < exps.size(); ++i) {
     const T wanted = Format<T>::store(exps[i]);
     check(rounded[i].bits == wanted.bits, "%.9g is stored as %04x, expected %04x", exps[i], rounded[i].bits,
@@ -491,12 +491,72 @@ void test_many_rows() {
   check(first_bad_target(targets, 5, 6, kIgnore) == 4, "first_bad_target is not 4");
 }
 
-// Advice leaves memory as it was, also where it begins and ends inside pages.
-void test_huge_pages() {
-  context = "huge pages";
-  std::vector<unsigned char> memory(size_t{66} << 20, 0x5a);
-  use_huge_pages(memory.data() + 4321, memory.size() - 8642);
-  check(std::all_of(memory.begin(), memory.end(), [](unsigned char b) { return b == 0x5a; }), "memory has changed");
+// Memory is aligned and disjoint, and comes again when it has been given back.
+void test_memory() {
+  context = "memory of outputs";
+  const size_t bytes = kLargeOutput + 12345;
+  void* first = take_memory(bytes);
+  void* second = take_memory(bytes);
+  check(first != nullptr && second != nullptr && first != second, "%p and %p", first, second);
+  check(reinterpret_cast<uintptr_t>(first) % (2 << 20) == 0, "%p is not aligned", first);
+  std::memset(first, 0x5a, bytes);
+  std::memset(second, 0xa5, bytes);
+  const auto* begin = static_cast<unsigned char*>(first);
+  check(std::all_of(begin, begin + bytes, [](unsigned char b) { return b == 0x5a; }), "memory has changed");
+  give_memory_back(first);
+  void* other = take_memory(3 * bytes);
+  check(other != first, "%p is too small", first);
+  void* again = take_memory(bytes);
+  check(again == first, "%p has come, not %p", again, first);
+  for (void* memory : {again, second, other}) {
+    give_memory_back(memory);
+  }
+}
+
+// exp over what a softmax has: 2 ulp and what an argument that is rounded adds; 0 below the smallest normal number.
+void test_exp(const ChunkKernels<float>& kernels) {
+  context = "exp";
+  std::vector<float> x{0.0f, -0.0f, -87.4f, -100.0f, -1e4f, -3e38f, -HUGE_VALF};
+  const size_t corners = x.size();
+  for (float value = -1e-30f; value > -87.3f; value *= 1.0001f) {
+    x.push_back(value);
+  }
+  std::vector<float> e(x.size());
+  kernels.grad(x.data(), nullptr, static_cast<int64_t>(x.size()), {1, 0}, 0, 1, 0, e.data(), /*past_cache=*/false);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double expected = i >= 2 && i < corners ? 0 : std::exp(static_cast<double>(x[i]));
+    check(std::abs(e[i] - expected) <= 3 * 0x1p-23 * expected, "exp(%.9g) is %.9g, expected %.9g", x[i], e[i],
+          expected);
+  }
+  const float nan = std::nanf("");
+  float of_nan;
+  kernels.grad(&nan, nullptr, 1, {1, 0}, 0, 1, 0, &of_nan, /*past_cache=*/false);
+  check(!std::isfinite(of_nan), "exp(NaN) is %.9g", of_nan);
+}
+
+// What goes past the cache is the same, wherever it begins, and touches nothing beside it.
+template <typename T>
+void test_past_cache(const ChunkKernels<T>& kernels) {
+  context = std::string(Format<T>::name) + ", past the cache";
+  using acc = acc_t<T>;
+  constexpr int64_t room = 300;
+  std::vector<acc> exps(room);
+  for (int64_t i = 0; i < room; ++i) {
+    exps[i] = static_cast<acc>(1) / static_cast<acc>(i + 1);
+  }
+  std::vector<T> results[2];
+  for (int64_t begin = 0; begin < 70; ++begin) {
+    for (const int64_t n : {1, 7, 64, 130, 200}) {
+      for (const bool past_cache : {false, true}) {
+        auto& out = results[past_cache];
+        out.assign(room, Format<T>::store(7));
+        kernels.grad_from_exps(nullptr, exps.data(), nullptr, n, {1, 0}, acc(0.3), 0, &out[begin], past_cache);
+        kernels.finish();
+      }
+      check(std::memcmp(results[0].data(), results[1].data(), room * sizeof(T)) == 0, "%lld elements at %lld differ",
+            static_cast<long long>(n), static_cast<long long>(begin));
+    }
+  }
 }
 
 template <typename T>
@@ -506,7 +566,9 @@ void test_all(const KernelTable& table) {
   test_corners<T>(kernels);
   test_shards<T>(kernels);
   test_scale<T>(kernels);
+  test_past_cache<T>(kernels);
   if constexpr (std::is_same_v<T, float>) {
+    test_exp(kernels);
     test_offset<T>(kernels);
   }
   if constexpr (sizeof(T) == 2) {
@@ -539,7 +601,7 @@ int main(int argc, char** argv) {
   if (variant == "DEFAULT") {  // what is not compiled once for each
     test_long_row<float>(table.of<float>());
     test_many_rows();
-    test_huge_pages();
+    test_memory();
   }
   return finish(("cpu_rows " + variant).c_str());
 }

@@ -3,137 +3,19 @@
 // shared between variants would let the linker put AVX512 code on a machine without it.
 //
 // Why one exp an element is enough: `stats` keeps exp(z - max of the chunk) while the chunk is in cache, and the
-// gradient only scales it by exp(max of the chunk - lse).
+// gradient only scales it by exp(max of the chunk - lse). Why that comes near to what memory allows: while `stats` is
+// busy with exponentials, the chunk that is next comes into the cache; and large outputs go past it.
 #include "cpu/kernels/chunk_kernels.h"
-
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
+#include "cpu/kernels/vec_math.h"
+
 namespace npu_xent::cpu::CPU_CAPABILITY {
 namespace {
-
-template <typename T>
-using Vec = at::vec::Vectorized<T>;
-
-// Storage types as at::vec knows them.
-template <typename scalar_t>
-struct vec_type {
-  using type = scalar_t;
-};
-template <>
-struct vec_type<bf16> {
-  using type = c10::BFloat16;
-};
-template <>
-struct vec_type<f16> {
-  using type = c10::Half;
-};
-template <typename scalar_t>
-using vec_t = typename vec_type<scalar_t>::type;
-
-template <typename scalar_t>
-const vec_t<scalar_t>* as_vec(const scalar_t* p) {
-  return reinterpret_cast<const vec_t<scalar_t>*>(p);
-}
-template <typename scalar_t>
-vec_t<scalar_t>* as_vec(scalar_t* p) {
-  return reinterpret_cast<vec_t<scalar_t>*>(p);
-}
-
-template <typename acc>
-struct Pair {
-  Vec<acc> lo, hi;
-};
-
-// Every loop works on blocks of two accumulator vectors, which is one vector of a 16-bit type.
-template <typename acc>
-constexpr int64_t kBlock = 2 * Vec<acc>::size();
-
-// The first n elements of a block; the rest are zeros.
-template <typename scalar_t>
-Pair<acc_t<scalar_t>> load(const scalar_t* p, int64_t n) {
-  using acc = acc_t<scalar_t>;
-  constexpr int64_t width = Vec<acc>::size();
-  if constexpr (std::is_same_v<scalar_t, acc>) {
-    if (n == kBlock<acc>) {
-      return {Vec<acc>::loadu(p), Vec<acc>::loadu(p + width)};
-    }
-    return {Vec<acc>::loadu(p, std::min(n, width)), n > width ? Vec<acc>::loadu(p + width, n - width) : Vec<acc>(0)};
-  } else {
-    using stored = vec_t<scalar_t>;
-    const auto v = n == kBlock<acc> ? Vec<stored>::loadu(as_vec(p)) : Vec<stored>::loadu(as_vec(p), n);
-    const auto [lo, hi] = at::vec::convert_to_float<stored>(v);
-    return {lo, hi};
-  }
-}
-
-template <typename scalar_t>
-void store(scalar_t* p, const Pair<acc_t<scalar_t>>& v, int64_t n) {
-  using acc = acc_t<scalar_t>;
-  constexpr int64_t width = Vec<acc>::size();
-  if constexpr (std::is_same_v<scalar_t, acc>) {
-    v.lo.store(p, std::min(n, width));
-    if (n > width) {
-      v.hi.store(p + width, n - width);
-    }
-  } else {
-    at::vec::convert_from_float<vec_t<scalar_t>>(v.lo, v.hi).store(as_vec(p), n);
-  }
-}
-
-// Lanes at n and beyond become `value`.
-template <typename acc>
-Pair<acc> keep_first(const Pair<acc>& v, int64_t n, acc value) {
-  constexpr int64_t width = Vec<acc>::size();
-  const Vec<acc> other(value);
-  return {Vec<acc>::set(other, v.lo, std::min(n, width)), Vec<acc>::set(other, v.hi, std::max<int64_t>(n - width, 0))};
-}
-
-inline Vec<float> exp(const Vec<float>& x) {
-  // Within 2 ulp for x in [-87, 0], which is all that a softmax asks for; exp_u20(-inf) is 0. exp_u20(NaN) is +inf: a
-  // row with a NaN is recognised by its maximum, and what is made of it here is not used.
-  return x.exp_u20();
-}
-inline Vec<double> exp(const Vec<double>& x) {
-  return x.exp();
-}
-
-#ifdef CPU_CAPABILITY_SVE256
-// There at::vec has (exp(2 y) - 1) / (exp(2 y) + 1), of which little is left near 0. Here it is y + y^3 P(y^2), with
-// the coefficients of Cephes' tanhf (S. L. Moshier).
-inline Vec<float> tanh(const Vec<float>& y) {
-  const Vec<float> square = y * y;
-  Vec<float> p = at::vec::fmadd(square, Vec<float>(-5.70498872745e-3f), Vec<float>(2.06390887954e-2f));
-  p = at::vec::fmadd(p, square, Vec<float>(-5.37397155531e-2f));
-  p = at::vec::fmadd(p, square, Vec<float>(1.33314422036e-1f));
-  p = at::vec::fmadd(p, square, Vec<float>(-3.33332819422e-1f));
-  return Vec<float>::blendv(y.tanh(), at::vec::fmadd(p * square, y, y), y.abs() < Vec<float>(0.625f));
-}
-#else
-inline Vec<float> tanh(const Vec<float>& y) {
-  return y.tanh();
-}
-#endif
-inline Vec<double> tanh(const Vec<double>& y) {
-  return y.tanh();
-}
-
-template <typename acc>
-acc first_lane(const Vec<acc>& v) {
-  alignas(64) acc lanes[Vec<acc>::size()];
-  v.store(lanes);
-  return lanes[0];
-}
-
-template <typename acc>
-acc lane_sum(const Vec<acc>& v) {
-  return at::vec::vec_reduce_all<acc>([](const Vec<acc>& a, const Vec<acc>& b) { return a + b; }, v);
-}
 
 // z of LogitMap as a product, base(x) * factor; and z + offset, where the product is not rounded by itself.
 template <typename acc>
@@ -175,45 +57,101 @@ Pair<acc> base_of(const Map& z, const Pair<acc>& x) {
   return {z.base(x.lo), z.base(x.hi)};
 }
 
-// max of z over the chunk, NaN if there is one. A softcap leaves the order of logits as it is.
+// max of scale x over the chunk. It may overlook a NaN, which the sum of the exponentials will show.
 template <typename scalar_t>
-acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map) {
+acc_t<scalar_t> scaled_max(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) {
   using acc = acc_t<scalar_t>;
   constexpr acc lowest = -std::numeric_limits<acc>::infinity();
-  const Vec<acc> scale(map.scale);
+  const Vec<acc> factor(scale);
   Pair<acc> top{Vec<acc>(lowest), Vec<acc>(lowest)};
+  const auto add = [&](const Pair<acc>& v) {
+    // Not at::vec::maximum, which looks for NaN.
+    top.lo = at::vec::clamp_min(top.lo, v.lo);
+    top.hi = at::vec::clamp_min(top.hi, v.hi);
+  };
   int64_t i = 0;
   for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
     const auto v = load(x + i, kBlock<acc>);
-    top.lo = at::vec::maximum(top.lo, v.lo * scale);
-    top.hi = at::vec::maximum(top.hi, v.hi * scale);
+    add({v.lo * factor, v.hi * factor});
   }
   if (i < n) {
     const auto v = load(x + i, n - i);
-    const auto scaled = keep_first<acc>({v.lo * scale, v.hi * scale}, n - i, lowest);
-    top.lo = at::vec::maximum(top.lo, scaled.lo);
-    top.hi = at::vec::maximum(top.hi, scaled.hi);
+    add(keep_first<acc>({v.lo * factor, v.hi * factor}, n - i, lowest));
   }
   alignas(64) acc lanes[kBlock<acc>];
   top.lo.store(lanes);
   top.hi.store(lanes + Vec<acc>::size());
-  acc result = lowest;
-  for (const acc lane : lanes) {
-    result = std::isnan(lane) || lane > result ? lane : result;
-    if (std::isnan(result)) {
-      break;
+  return *std::max_element(lanes, lanes + kBlock<acc>);
+}
+
+// The same for a 16-bit type and scale > 0, without converting. Read as integers, such numbers are in ascending order
+// from +0 on, and in descending order from -0 on, all below 0.
+template <typename scalar_t>
+float scaled_max_of_bits(const scalar_t* x, int64_t n, float scale) {
+  using Bits = Vec<int16_t>;
+  const auto* bits = reinterpret_cast<const int16_t*>(x);
+  int16_t highest = bits[0], lowest = bits[0];
+  int64_t i = 0;
+  if (n >= Bits::size()) {
+    Bits high(highest), low(lowest);
+    for (; i + Bits::size() <= n; i += Bits::size()) {
+      const Bits v = Bits::loadu(bits + i);
+      high = at::vec::maximum(high, v);
+      low = at::vec::minimum(low, v);
     }
+    alignas(64) int16_t highs[Bits::size()], lows[Bits::size()];
+    high.store(highs);
+    low.store(lows);
+    highest = *std::max_element(highs, highs + Bits::size());
+    lowest = *std::min_element(lows, lows + Bits::size());
+  }
+  for (; i < n; ++i) {
+    highest = std::max(highest, bits[i]);
+    lowest = std::min(lowest, bits[i]);
+  }
+  const scalar_t max{static_cast<uint16_t>(highest >= 0 ? highest : lowest)};
+  return static_cast<float>(*as_vec(&max)) * scale;
+}
+
+// max of z over the chunk, but for a NaN. A softcap leaves the order of logits as it is.
+template <typename scalar_t>
+acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map) {
+  using acc = acc_t<scalar_t>;
+  acc scaled;
+  if constexpr (sizeof(scalar_t) == sizeof(int16_t)) {
+    scaled = map.scale > 0 ? scaled_max_of_bits(x, n, map.scale) : scaled_max(x, n, map.scale);
+  } else {
+    scaled = scaled_max(x, n, map.scale);
   }
   if (map.softcap == 0) {
-    return result;
+    return scaled;
   }
-  const Capped<acc> z({1, map.softcap});  // `result` is scaled already
-  return first_lane<acc>(z.base(Vec<acc>(result)) * z.factor);
+  const Capped<acc> z({1, map.softcap});
+  return first_lane<acc>(z.base(Vec<acc>(scaled)) * z.factor);
+}
+
+template <typename scalar_t>
+bool has_nan(const scalar_t* x, int64_t n) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) {
+    found |= std::isnan(static_cast<acc_t<scalar_t>>(as_vec(x)[i]));
+  }
+  return found;
+}
+
+// The block at `ahead` + i goes into the cache, if it exists.
+template <typename scalar_t>
+void prefetch_block(const scalar_t* ahead, int64_t i) {
+  constexpr uintptr_t cache_line = 64, bytes = kBlock<acc_t<scalar_t>> * sizeof(scalar_t);
+  const uintptr_t block = reinterpret_cast<uintptr_t>(ahead) + i * sizeof(scalar_t);
+  for (uintptr_t line = 0; line < bytes; line += cache_line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(block + line));
+  }
 }
 
 template <bool need_wsum, bool keep_exps, typename scalar_t, typename Map>
 void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, acc_t<scalar_t>* exps,
-          ChunkStats<acc_t<scalar_t>>& stats) {
+          const scalar_t* ahead, ChunkStats<acc_t<scalar_t>>& stats) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> minus_max(-stats.max), zero(0);
   Pair<acc> sum{zero, zero}, wsum{zero, zero}, weights{zero, zero};
@@ -238,6 +176,7 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, 
   const bool weighted = need_wsum && w != nullptr;
   int64_t i = 0;
   for (; i + kBlock<acc> <= n; i += kBlock<acc>) {
+    prefetch_block(ahead, i);
     const auto e = block(load(x + i, kBlock<acc>), weighted ? load(w + i, kBlock<acc>) : ones, kBlock<acc>);
     if constexpr (keep_exps) {
       store(exps + i, e, kBlock<acc>);
@@ -256,43 +195,54 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, 
 
 template <typename scalar_t>
 ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map,
-                                  bool need_wsum, acc_t<scalar_t>* exps) {
+                                  bool need_wsum, acc_t<scalar_t>* exps, const scalar_t* next) {
   using acc = acc_t<scalar_t>;
-  ChunkStats<acc> result{chunk_max(x, n, map), 0, 0, 0};
-  const acc max = result.max;
-  const bool finite = std::isfinite(max);
-  if (!finite) {
-    if (exps != nullptr) {
-      std::fill_n(exps, n, acc(0));
-    }
-    if (!need_wsum) {
-      return result;
-    }
-    // All -inf, or a +inf or NaN: only wsum is worth having, and it is what the arithmetic gives.
-    result.max = 0;
+  constexpr acc infinity = std::numeric_limits<acc>::infinity();
+  const acc max = chunk_max(x, n, map);
+  ChunkStats<acc> result{std::isfinite(max) ? max : 0, 0, 0, 0};
+  if (std::isfinite(max) || need_wsum) {
+    const scalar_t* ahead = next ? next : x;
+    with_map(map, [&](const auto& z) {
+      if (need_wsum) {
+        exps ? sums<true, true>(x, w, n, z, exps, ahead, result) : sums<true, false>(x, w, n, z, exps, ahead, result);
+      } else {
+        exps ? sums<false, true>(x, w, n, z, exps, ahead, result) : sums<false, false>(x, w, n, z, exps, ahead, result);
+      }
+    });
   }
-  const bool keep_exps = exps != nullptr && finite;
-  with_map(map, [&](const auto& z) {
-    if (need_wsum) {
-      keep_exps ? sums<true, true>(x, w, n, z, exps, result) : sums<true, false>(x, w, n, z, exps, result);
-    } else {
-      keep_exps ? sums<false, true>(x, w, n, z, exps, result) : sums<false, false>(x, w, n, z, exps, result);
-    }
-  });
-  if (!finite) {
-    result.max = max;
-    result.sum = 0;
+  if (std::isfinite(max) && result.sum < infinity) {
+    return result;
+  }
+  // All -inf, or a +inf or NaN: of the sums only wsum is worth having, and it is what the arithmetic gives.
+  result.max = has_nan(x, n) ? std::numeric_limits<acc>::quiet_NaN() : max;
+  result.sum = 0;
+  if (exps) {
+    std::fill_n(exps, n, acc(0));
   }
   return result;
 }
 
-// out[i, i + valid) = f(i, valid), block by block. All but the last are whole, and their size is a constant to f.
+// out[i, i + valid) = f(i, valid), block by block. Whole blocks, where valid is a constant, and less than one at the
+// end; when streaming also at the beginning, up to where memory is aligned.
 template <typename scalar_t, typename F>
-void write_blocks(int64_t n, scalar_t* out, const F& f) {
-  constexpr std::integral_constant<int64_t, kBlock<acc_t<scalar_t>>> whole{};
+void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
+  using acc = acc_t<scalar_t>;
+  constexpr std::integral_constant<int64_t, kBlock<acc>> whole{};
   int64_t i = 0;
-  for (; i + whole <= n; i += whole) {
-    store(out + i, f(i, whole), whole);
+  if (past_cache) {
+    constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
+    const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
+    if (unaligned != 0) {
+      i = std::min(n, static_cast<int64_t>((vector_bytes - unaligned) / sizeof(scalar_t)));
+      store(out, f(0, i), i);
+    }
+    for (; i + whole <= n; i += whole) {
+      stream_block(out + i, f(i, whole));
+    }
+  } else {
+    for (; i + whole <= n; i += whole) {
+      store(out + i, f(i, whole), whole);
+    }
   }
   if (i < n) {
     store(out + i, f(i, n - i), n - i);
@@ -329,11 +279,12 @@ class GradBlock {
 
 template <typename scalar_t>
 void grad_from_exps(const scalar_t* x, const acc_t<scalar_t>* exps, const acc_t<scalar_t>* w, int64_t n,
-                    LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
+                    LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out,
+                    bool past_cache) {
   using acc = acc_t<scalar_t>;
   const GradBlock<acc> grad_of(w, scale, offset);
   with_map(map, [&](const auto& z) {
-    write_blocks(n, out, [&](int64_t i, auto valid) {
+    write_blocks(n, out, past_cache, [&](int64_t i, auto valid) {
       Pair<acc> base{Vec<acc>(0), Vec<acc>(0)};
       if constexpr (std::decay_t<decltype(z)>::capped) {
         base = base_of(z, load(x + i, valid));
@@ -345,12 +296,12 @@ void grad_from_exps(const scalar_t* x, const acc_t<scalar_t>* exps, const acc_t<
 
 template <typename scalar_t>
 void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> shift,
-          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out) {
+          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out, bool past_cache) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> minus_shift(-shift);
   const GradBlock<acc> grad_of(w, scale, offset);
   with_map(map, [&](const auto& z) {
-    write_blocks(n, out, [&](int64_t i, auto valid) {
+    write_blocks(n, out, past_cache, [&](int64_t i, auto valid) {
       const Pair<acc> base = base_of(z, load(x + i, valid));
       const Pair<acc> y = shifted(z, base, minus_shift);
       return grad_of(z, base, Pair<acc>{exp(y.lo), exp(y.hi)}, i, valid);
@@ -360,11 +311,11 @@ void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t
 
 template <typename scalar_t>
 void log_prob(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> lse, acc_t<scalar_t> lse_low,
-              scalar_t* out) {
+              scalar_t* out, bool past_cache) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> minus_lse(-lse), low(lse_low);
   with_map(map, [&](const auto& z) {
-    write_blocks(n, out, [&](int64_t i, auto valid) {
+    write_blocks(n, out, past_cache, [&](int64_t i, auto valid) {
       const Pair<acc> y = shifted(z, base_of(z, load(x + i, valid)), minus_lse);
       return Pair<acc>{y.lo - low, y.hi - low};
     });
@@ -375,7 +326,7 @@ template <typename scalar_t>
 void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> s(factor);
-  write_blocks(n, out, [&](int64_t i, auto valid) {
+  write_blocks(n, out, /*past_cache=*/false, [&](int64_t i, auto valid) {
     const Pair<acc> v = load(out + i, valid);
     return Pair<acc>{v.lo * s, v.hi * s};
   });
@@ -395,14 +346,16 @@ void store_one(scalar_t* out, acc_t<scalar_t> value) {
 }
 
 template <typename scalar_t>
-void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value) {
-  std::fill_n(as_vec(out), n, static_cast<vec_t<scalar_t>>(value));
+void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> v(value);
+  write_blocks(n, out, past_cache, [&](int64_t, auto) { return Pair<acc>{v, v}; });
 }
 
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,
-          scale<scalar_t>, fill<scalar_t>,           mapped<scalar_t>, store_one<scalar_t>};
+  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,      log_prob<scalar_t>, fill<scalar_t>,
+          scale<scalar_t>, mapped<scalar_t>,         store_one<scalar_t>, finish_streaming};
 }
 
 }  // namespace

@@ -49,22 +49,28 @@ template <typename scalar_t>
 struct ChunkKernels {
   using acc = acc_t<scalar_t>;
 
-  // Statistics; `exps` (null: not wanted) receives exp(z - max), all 0 when max is not finite.
-  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum, acc* exps);
-  // out = slope (scale exps - offset w); out may be x
+  // Statistics; `exps` (null: not wanted) receives exp(z - max), all 0 when max is not finite. Meanwhile n elements at
+  // `next` (null: none; nor need they exist) come into the cache.
+  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum, acc* exps,
+                           const scalar_t* next);
+  // Those below write. past_cache: not through the caches, for what is not read again soon; `finish` comes after, and
+  // out is not x. out = slope (scale exps - offset w); out may be x
   void (*grad_from_exps)(const scalar_t* x, const acc* exps, const acc* w, int64_t n, LogitMap<acc> map, acc scale,
-                         acc offset, scalar_t* out);
+                         acc offset, scalar_t* out, bool past_cache);
   // out = slope (scale exp(z - shift) - offset w); out may be x
   void (*grad)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, acc shift, acc scale, acc offset,
-               scalar_t* out);
+               scalar_t* out, bool past_cache);
   // out = z - lse - lse_low
-  void (*log_prob)(const scalar_t* x, int64_t n, LogitMap<acc> map, acc lse, acc lse_low, scalar_t* out);
+  void (*log_prob)(const scalar_t* x, int64_t n, LogitMap<acc> map, acc lse, acc lse_low, scalar_t* out,
+                   bool past_cache);
+  void (*fill)(scalar_t* out, int64_t n, acc value, bool past_cache);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
-  void (*fill)(scalar_t* out, int64_t n, acc value);
   // z of one logit, with the bits that it has in a chunk.
   acc (*mapped)(const scalar_t* x, LogitMap<acc> map);
   void (*store)(scalar_t* out, acc value);
+  // Makes what this thread has written past the cache visible to others.
+  void (*finish)();
 };
 
 struct KernelTable {
