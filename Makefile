@@ -5,6 +5,9 @@
 #                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
 #   make test-aarch64
 #                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
+#   make bench    measures speed and memory on this CPU beside PyTorch's losses and others, appends every figure to
+#                 benchmarks/results.csv and draws docs/bench_*.png: half an hour or more; QUICK=1: three minutes
+#                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
 #                 cann_sim's sdist and wheel
@@ -38,10 +41,10 @@ SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeList
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 docs wheel smoke build check format clean
+.PHONY: help train test test-aarch64 bench docs wheel smoke build check format clean
 
 help:
-	@sed -n '3,15s/^# \{0,1\}//p' Makefile
+	@sed -n '3,18s/^# \{0,1\}//p' Makefile
 
 train: $(VENV)/.train $(VENV)/.build
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
@@ -89,6 +92,12 @@ ifneq ($(shell uname -m),aarch64)
 	@echo "== Building for aarch64, and testing under qemu"
 	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/aarch64/toolchain.cmake))
 endif
+
+# What is compiled for a comparison is compiled by g++, as the extension is.
+bench: $(VENV)/.bench $(VENV)/.build
+	@echo "== Measuring: $(PY) benchmarks/run.py $(BENCH_FLAGS)"
+	@$(PY) benchmarks/run.py $(BENCH_FLAGS)
+BENCH_FLAGS = $(strip $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH_ARGS))
 
 # Warnings are errors: a link that leads nowhere, a docstring that does not parse.
 docs: $(VENV)/.docs $(VENV)/.build
@@ -183,6 +192,12 @@ $(VENV)/.train: $(TORCH_STAMP)
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@touch $@
+
+# --no-deps: the part of cut-cross-entropy that runs on a CPU does without its triton, which is hundreds of megabytes.
+$(VENV)/.bench: $(TORCH_STAMP)
+	@echo "== Installing what the benchmarks need"
+	@$(PIP) install matplotlib && $(PIP) install --no-deps cut-cross-entropy
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created

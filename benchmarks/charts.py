@@ -1,0 +1,477 @@
+"""Draws the charts of the README from benchmarks/results.csv, or prints its figures as Markdown.
+
+    python benchmarks/charts.py [--csv FILE] [--run DATE] [--out docs] [--table]
+
+Of the last full run, or of the last run if none is full; --run picks another, by its date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Page
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from cpu.methods import (
+    COMPILE,
+    CONSUME,
+    COPIED,
+    COPY,
+    CUT,
+    EAGER,
+    FORWARD,
+    LINEAR,
+    LOG_PROB,
+    NONE,
+    OURS,
+    TORCH_CHUNKED,
+    TRAINING,
+)
+from cpu.records import RESULTS, ROOT, Figure, Run, newest, read
+from cpu.targets import (
+    CROSS_ENTROPY,
+    LARGE_LINEAR_MEMORY,
+    LINEAR_MEMORY,
+    LINEAR_SPEED,
+    MEMORY,
+    PEAK,
+    PREDICTED,
+    SCALING_C,
+    SCALING_N,
+    SCALING_THREADS,
+    outcomes,
+)
+
+INK, FAINT = "#24292f", "#6e7781"
+BLUE, LIGHT_BLUE = "#0969da", "#6cb0f5"  # ours, and ours over the logits
+GREY, DARK_GREY = "#a8b1ba", "#6e7781"
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10.5,
+    "text.color": INK,
+    "axes.labelcolor": FAINT,
+    "axes.edgecolor": "#d0d7de",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+WIDTH = 9.0  # inches; at DPI, twice the pixels that a README is wide
+DPI = 200
+MIB = 2**20
+
+
+class Results:
+    """The figures of one run, by what they are of."""
+
+    def __init__(self, run: Run, figures: list[Figure]) -> None:
+        self.run, self.figures = run, figures
+        self.by_key = {(f.benchmark, f.shape, f.dtype, f.threads, f.method, f.figure): f for f in figures}
+
+    def of(self, benchmark: str) -> list[Figure]:
+        """All figures of one benchmark."""
+        return [figure for figure in self.figures if figure.benchmark == benchmark]
+
+    def cases(self, benchmark: str) -> list[tuple[str, str, int]]:
+        """The shapes, dtypes and threads of one benchmark."""
+        return list(dict.fromkeys((figure.shape, figure.dtype, figure.threads) for figure in self.of(benchmark)))
+
+    def value(self, benchmark: str, case: tuple[str, str, int], method: str, figure: str) -> float:
+        """NaN where it was not measured."""
+        found = self.by_key.get((benchmark, *case, method, figure))
+        return found.value if found else math.nan
+
+    def conditions(self, *more: str) -> str:
+        """The small print below a title."""
+        run = self.run
+        versions = f"torch {run.torch}, npu_xent {run.npu_xent} ({run.commit})"
+        where = " · ".join((f"{run.machine}, {run.cores} cores", *more))
+        return f"{where}\n{versions} · {run.date[:10]}"
+
+
+def load(path: Path, date: str | None = None) -> Results:
+    """One run of the CSV."""
+    runs = read(path)
+    run = next((run for run in runs if run.date == date), None) if date else newest(runs)
+    if run is None:
+        raise SystemExit(f"{path} has no run of {date}, but of: {', '.join(run.date for run in runs)}")
+    return Results(run, runs[run])
+
+
+# Parts of charts ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar, in the colour of its method."""
+
+    label: str
+    value: float
+    text: str
+    color: str
+
+
+def titled(page: Page, title: str, conditions: str) -> None:
+    """A title that says what is seen, and the conditions in small print."""
+    height = page.get_figheight()
+    page.text(0.012, 1 - 0.16 / height, title, fontsize=13.5, fontweight="bold", va="top")
+    page.text(0.012, 1 - 0.47 / height, conditions, fontsize=8, color=FAINT, va="top", linespacing=1.4)
+
+
+def bars(axes: Axes, rows: list[Bar], heading: str, largest: float) -> None:
+    """Horizontal bars, each with its label and figure."""
+    rows = [row for row in rows if not math.isnan(row.value)]
+    places = range(len(rows))
+    axes.barh(places, [row.value for row in rows], color=[row.color for row in rows], height=0.72)
+    for place, row in zip(places, rows, strict=True):
+        ours = row.color in (BLUE, LIGHT_BLUE)
+        axes.annotate(
+            row.text,
+            (row.value, place),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9.5,
+            color=BLUE if ours else INK,
+            fontweight="bold" if ours else "normal",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # over a dashed line
+        )
+    axes.set_yticks(places, [row.label for row in rows], fontsize=9.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.22 * largest)
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_title(heading, fontsize=10.5, loc="left", color=INK, pad=5)
+
+
+def dashed(axes: Axes, value: float, label: str, offset: tuple[float, float], end: int, side: str) -> None:
+    """A line to compare bars with, and its name at its lower (0) or upper (1) end."""
+    axes.axvline(value, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side}
+    axes.annotate(label, (value, end), offset, fontsize=8, color=FAINT, annotation_clip=False, **place)
+
+
+def save(page: Page, path: Path) -> Path:
+    """A PNG without the version of matplotlib in it, so that it changes with its figures alone."""
+    page.savefig(path, dpi=DPI, metadata={"Software": None})
+    pyplot.close(page)
+    return path
+
+
+# The charts -----------------------------------------------------------------------------------------------------------
+
+SPEED_METHODS = (
+    ("F.cross_entropy", EAGER, TRAINING, GREY),
+    ("torch.compile", COMPILE, TRAINING, GREY),
+    ("npu_xent", OURS, TRAINING, BLUE),
+    ("… consume_logits", OURS, CONSUME, LIGHT_BLUE),
+)
+
+
+def speed(results: Results, path: Path) -> Path:
+    """The time of a training step, per shape and dtype."""
+    cases = results.cases(CROSS_ENTROPY)
+    shapes = list(dict.fromkeys(shape for shape, _, _ in cases))
+    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in cases))
+    height = 1.15 + 1.6 * len(shapes)
+    page, grid = pyplot.subplots(len(shapes), len(dtypes), figsize=(WIDTH, height), squeeze=False)
+    for case in cases:
+        axes = grid[shapes.index(case[0]), dtypes.index(case[1])]
+        times = {
+            key: results.value(CROSS_ENTROPY, case, *key) for _, *pair, _ in SPEED_METHODS for key in [tuple(pair)]
+        }
+        eager = times[EAGER, TRAINING]
+        rows = [
+            Bar(label, times[method, figure], speed_text(times[method, figure], eager), color)
+            for label, method, figure, color in SPEED_METHODS
+        ]
+        bars(axes, rows, f"{case[0]}  {case[1]}", 1.25 * max_of(rows))
+        copied = results.value(CROSS_ENTROPY, case, COPY, COPIED)
+        dashed(axes, copied, "copy_ of the logits", (0, -9), 0, "center")
+    titled(
+        page,
+        "Time of a training step: forward and backward, mean",
+        results.conditions(f"{cases[0][2]} threads", f"medians of {rounds(results, CROSS_ENTROPY)} interleaved rounds"),
+    )
+    page.subplots_adjust(left=0.145, right=0.985, top=1 - 1.12 / height, bottom=0.24 / height, wspace=0.4, hspace=0.5)
+    return save(page, path)
+
+
+def speed_text(time: float, eager: float) -> str:
+    """Milliseconds, and times faster than eager."""
+    if math.isnan(time):
+        return ""
+    faster = "" if time == eager else f"  ({eager / time:.1f}x faster)"
+    return f"{1000 * time:.3g} ms{faster}"
+
+
+def max_of(rows: list[Bar]) -> float:
+    """Of what was measured."""
+    return max((row.value for row in rows if not math.isnan(row.value)), default=1.0)
+
+
+def rounds(results: Results, benchmark: str) -> int:
+    """Of a benchmark's times."""
+    return max((figure.n_runs for figure in results.of(benchmark)), default=0)
+
+
+MEMORY_METHODS = (
+    ("F.cross_entropy", EAGER, TRAINING, GREY),
+    ("torch.compile", COMPILE, TRAINING, GREY),
+    ("npu_xent", OURS, TRAINING, BLUE),
+    ("… reduction none", OURS, NONE, BLUE),
+    ("… with log_prob", OURS, LOG_PROB, BLUE),
+    ("… consume_logits", OURS, CONSUME, LIGHT_BLUE),
+    ("… no gradient", OURS, FORWARD, LIGHT_BLUE),
+)
+LINEAR_METHODS = (
+    ("F.linear +\nF.cross_entropy", LINEAR, TRAINING, GREY),
+    ("F.linear_cross_\nentropy, chunked", TORCH_CHUNKED, TRAINING, GREY),
+    ("cut-cross-entropy\n(torch_compile)", CUT, TRAINING, GREY),
+    ("npu_xent.linear_\ncross_entropy", OURS, TRAINING, BLUE),
+)
+
+
+def memory(results: Results, path: Path) -> Path:
+    """Peak memory beyond the inputs: of the losses that take logits, and with a linear layer."""
+    case = largest(results, MEMORY)
+    linear_name = LARGE_LINEAR_MEMORY if results.of(LARGE_LINEAR_MEMORY) else LINEAR_MEMORY
+    linear_case = largest(results, linear_name)
+    height = 3.95
+    page, (left, right) = pyplot.subplots(1, 2, figsize=(WIDTH, height))
+    for axes, benchmark, of, methods, heading in (
+        (left, MEMORY, case, MEMORY_METHODS, "Loss of logits, {} x {}, {}"),
+        (right, linear_name, linear_case, LINEAR_METHODS, "Linear layer and loss, {} x {} x {}, {}"),
+    ):
+        rows = []
+        for label, method, figure, color in methods:
+            value = results.value(benchmark, of, method, f"{figure}: {PEAK}")
+            rows.append(Bar(label, value, bytes_text(value), color))
+        bars(axes, rows, "", max_of(rows))
+        marks = references(benchmark, of)
+        for value, label in marks:
+            side = "left" if value == max(marks)[0] else "right"  # away from one another
+            dashed(axes, value, label, (3 if side == "left" else -3, 2), 1, side)
+        edge = 0.012 if axes is left else 0.525
+        page.text(edge, 1 - 0.95 / height, heading.format(*sizes(of[0]), of[1]), fontsize=10.5, va="top")
+    how = "training steps unless it says otherwise"
+    titled(page, "Peak memory of a call, beyond its inputs", results.conditions(how))
+    page.subplots_adjust(left=0.145, right=0.985, top=1 - 1.4 / height, bottom=0.08 / height, wspace=0.5)
+    return save(page, path)
+
+
+def references(benchmark: str, case: tuple[str, str, int]) -> list[tuple[float, str]]:
+    """What a peak is compared with by eye."""
+    rows, *features, classes = (int(size) for size in case[0].split(" x "))
+    size = {"float32": 4, "bfloat16": 2}[case[1]]
+    logits = rows * classes * size
+    if benchmark == MEMORY:
+        return [(logits, "size of the logits")]
+    return [(logits, "size of the logits"), (classes * features[0] * size, "weight gradient")]
+
+
+def largest(results: Results, benchmark: str) -> tuple[str, str, int]:
+    """The case with the most classes, in float32."""
+    return max(
+        (case for case in results.cases(benchmark) if case[1] == "float32"), key=lambda case: math.prod(sizes(case[0]))
+    )
+
+
+def sizes(shape: str) -> list[int]:
+    """4096 x 8080 as numbers."""
+    return [int(size) for size in shape.split(" x ")]
+
+
+def bytes_text(value: float) -> str:
+    """MiB, or GiB where there are many."""
+    if math.isnan(value):
+        return ""
+    if value >= 1024 * MIB:
+        return f"{value / 1024 / MIB:.2f} GiB"
+    return f"{value / MIB:.0f} MiB" if value >= MIB else "< 1 MiB"
+
+
+SCALING_METHODS = (
+    ("F.cross_entropy", EAGER, TRAINING, GREY, "o"),
+    ("torch.compile", COMPILE, TRAINING, DARK_GREY, "s"),
+    ("npu_xent", OURS, TRAINING, BLUE, "o"),
+    ("consume_logits", OURS, CONSUME, LIGHT_BLUE, "o"),
+)
+
+
+def scaling(results: Results, path: Path) -> Path:
+    """Time for an element against the number of classes, rows and threads."""
+    height = 3.7
+    page, grid = pyplot.subplots(1, 3, figsize=(WIDTH, height), sharey=True, width_ratios=(1, 1, 0.8))
+    panels: list[tuple[str, str, Callable[[tuple[str, str, int]], int]]] = [
+        (SCALING_C, "classes C", lambda case: sizes(case[0])[1]),
+        (SCALING_N, "rows N", lambda case: sizes(case[0])[0]),
+        (SCALING_THREADS, "threads", lambda case: case[2]),
+    ]
+    for axes, (benchmark, label, position) in zip(grid, panels, strict=True):
+        cases = results.cases(benchmark)
+        ends = []
+        for name, method, figure, color, marker in SCALING_METHODS:
+            points = [
+                (position(case), 1e9 * results.value(benchmark, case, method, figure) / math.prod(sizes(case[0])))
+                for case in cases
+            ]
+            points = [point for point in points if not math.isnan(point[1])]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.8)
+                ends.append((points[-1], name, color if method == OURS else FAINT))
+        axes.set_xscale("log", base=2 if benchmark == SCALING_THREADS else 10)
+        axes.set_yscale("log")
+        places = [position(case) for case in cases]
+        axes.set_xticks(places, [count_text(place) for place in places], fontsize=9)
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(axis="y", color="#eaeef2", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0, which="both")
+        axes.set_xlabel(label)
+        axes.set_title(held(benchmark, cases), fontsize=10.5, loc="left")
+        if axes is grid[-1]:
+            label_ends(axes, ends)
+    grid[0].set_ylabel("nanoseconds an element")
+    case = results.cases(SCALING_C)[0]
+    titled(
+        page,
+        "Time of a training step for each logit, nanoseconds",
+        results.conditions(f"{case[1]}", f"{case[2]} threads unless it says otherwise"),
+    )
+    page.subplots_adjust(left=0.075, right=0.87, top=1 - 1.1 / height, bottom=0.55 / height, wspace=0.1)
+    return save(page, path)
+
+
+def held(benchmark: str, cases: list[tuple[str, str, int]]) -> str:
+    """What does not change in a panel."""
+    rows, classes = sizes(cases[0][0])
+    return {
+        SCALING_C: f"N = {rows:,}",
+        SCALING_N: f"C = {classes:,}",
+        SCALING_THREADS: f"{rows:,} x {classes:,}",
+    }[benchmark]
+
+
+def count_text(count: int) -> str:
+    """64000 as 64k."""
+    return f"{count // 1000}k" if count >= 1000 and count % 1000 == 0 else str(count)
+
+
+def label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> None:
+    """Each line's name at its right end, moved apart where they are close."""
+    ends = sorted(ends, key=lambda end: end[0][1])
+    bottom, top = axes.get_ylim()
+    apart = (top / bottom) ** 0.075
+    least = 0.0
+    for (x, y), name, color in ends:
+        at = max(y, least)
+        axes.annotate(
+            name,
+            (x, at),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=color,
+            annotation_clip=False,
+        )
+        least = at * apart
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+CHARTS = {"bench_speed.png": speed, "bench_memory.png": memory, "bench_scaling.png": scaling}
+NEEDED = {"bench_speed.png": CROSS_ENTROPY, "bench_memory.png": MEMORY, "bench_scaling.png": SCALING_C}
+
+
+def draw_all(path: Path = RESULTS, out: Path = ROOT / "docs", date: str | None = None) -> list[Path]:
+    """Those that the run has figures for."""
+    results = load(path, date)
+    matplotlib.use("Agg")
+    with matplotlib.rc_context(STYLE):
+        return [draw(results, out / name) for name, draw in CHARTS.items() if results.of(NEEDED[name])]
+
+
+def table(results: Results) -> str:
+    """Markdown: times in milliseconds and ratios, memory, targets."""
+    lines = [
+        results.conditions().replace("\n", " · "),
+        "",
+        "| shape | dtype | " + " | ".join(label for label, *_ in TIMES) + " |",
+    ]
+    lines.append("|---" * (2 + len(TIMES)) + "|")
+    for case in results.cases(CROSS_ENTROPY):
+        copied = results.value(CROSS_ENTROPY, case, COPY, COPIED)
+        cells = []
+        for _, method, figure in TIMES:
+            time = results.value(CROSS_ENTROPY, case, method, figure)
+            cells.append("-" if math.isnan(time) else f"{1000 * time:.1f} ms ({time / copied:.2f})")
+        lines.append(f"| {case[0]} | {case[1]} | " + " | ".join(cells) + " |")
+    lines += ["", "Medians; in brackets, in units of `out.copy_(logits)`.", ""]
+    lines += ["| with a linear layer | shape | dtype | time | of npu_xent's |", "|---|---|---|---|---|"]
+    for case in results.cases(LINEAR_SPEED):
+        ours = results.value(LINEAR_SPEED, case, OURS, TRAINING)
+        for figure in (f for f in results.of(LINEAR_SPEED) if (f.shape, f.dtype, f.threads) == case):
+            time = "-" if math.isnan(figure.value) else f"{1000 * figure.value:.1f} ms"
+            lines.append(f"| {figure.method} | {case[0]} | {case[1]} | {time} | {figure.value / ours:.2f} |")
+    lines += ["", "| peak memory beyond the inputs | shape | dtype | measured | predicted |", "|---|---|---|---|---|"]
+    for benchmark in (MEMORY, LINEAR_MEMORY, LARGE_LINEAR_MEMORY):
+        for figure in results.of(benchmark):
+            what, _, kind = figure.figure.partition(": ")
+            if kind == PEAK:
+                case = (figure.shape, figure.dtype, figure.threads)
+                predicted = bytes_text(results.value(benchmark, case, figure.method, f"{what}: {PREDICTED}")) or "-"
+                cells = (f"{figure.method}, {what}", *case[:2], bytes_text(figure.value), predicted)
+                lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| target | shape | dtype | figure | should be | |", "|---|---|---|---|---|---|"]
+    for line in outcomes(results.figures):
+        value = "-" if line.value is None else f"{line.value:.3g}"
+        cells = (line.target.name, line.shape, line.dtype, value, line.target.says(line.dtype), line.verdict)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TIMES = (
+    ("F.cross_entropy", EAGER, TRAINING),
+    ("torch.compile", COMPILE, TRAINING),
+    ("npu_xent", OURS, TRAINING),
+    ("consume_logits", OURS, CONSUME),
+    ("reduction none", OURS, NONE),
+    ("with log_prob", OURS, LOG_PROB),
+    ("forward alone", OURS, FORWARD),
+)
+
+
+def main() -> None:
+    """Draws or prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=RESULTS)
+    parser.add_argument("--run", help="the date of a run, as in the CSV")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--table", action="store_true", help="print the figures as Markdown instead of drawing")
+    options = parser.parse_args()
+    if options.table:
+        print(table(load(options.csv, options.run)))
+        return
+    for path in draw_all(options.csv, options.out, options.run):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Processes of their own, for what needs an environment of its own: the same steps, with figures handed back as JSON.
+
+torch reads THP_MEM_ALLOC_ENABLE once, and glibc its own variables at the start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .cases import DTYPES
+from .measure import in_turns
+from .memory import peak_allocated, peak_resident, resident
+from .methods import COPIED, HALF, TRAINING, Steps, cross_entropy_steps, huge_page_steps, linear_steps
+
+ENTRY = Path(__file__).resolve().parents[1] / "run.py"
+FEW_ROWS = 32  # of a warm-up
+
+
+def ask(task: str, environment: dict[str, str], **arguments: Any) -> Any:
+    """Runs a task of TASKS in a process of its own and returns what it returns."""
+    command = [sys.executable, str(ENTRY), "--child", json.dumps({"task": task, **arguments})]
+    out = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def answer(question: str) -> None:
+    """In that process."""
+    arguments = json.loads(question)
+    torch.set_num_threads(arguments.pop("threads"))
+    print(json.dumps(TASKS[arguments.pop("task")](**arguments)))
+
+
+def huge_page_times(shape: list[int], dtype: str, rounds: int, seconds: float) -> list[Any]:
+    """PyTorch's own steps and copy_: [method, figure, median, iqr, rounds] each."""
+    times = in_turns(huge_page_steps(*shape, DTYPES[dtype]), rounds, seconds, torch.get_num_threads())
+    return [[*key, time.median, time.iqr, time.rounds] for key, time in times.items()]
+
+
+def peaks(steps: Steps) -> list[Any]:
+    """[method, figure, resident, allocated, kept] of each."""
+    found = []
+    for key, step in steps.items():
+        before = resident()
+        step()
+        found.append([*key, peak_resident(step), peak_allocated(step), max(resident() - before, 0)])
+    return found
+
+
+def memory(cases: list[Any], compiled: bool) -> list[Any]:
+    """Of [shape, dtype] each, with a linear layer where the shape has features."""
+    found = []
+    for shape, dtype in cases:
+        if len(shape) == 2:
+            steps = cross_entropy_steps(*shape, DTYPES[dtype], compiled, False)
+            steps = {key: step for key, step in steps.items() if key[1] not in (COPIED, HALF)}
+        else:
+            steps, _ = linear_steps(*shape, DTYPES[dtype], compiled, False)
+        found.append(peaks(steps))
+    return found
+
+
+def large_linear_memory(shape: list[int], dtype: str, method: str) -> list[Any]:
+    """Of one of them, where a call takes minutes: once, with few rows to warm up."""
+    rows, features, classes = shape
+    # A method that compiles does so for any number of rows, at the second number that it sees.
+    for few in (FEW_ROWS, FEW_ROWS + 1):
+        linear_steps(few, features, classes, DTYPES[dtype], True, False)[0][method, TRAINING]()
+    step = linear_steps(rows, features, classes, DTYPES[dtype], True, False)[0][method, TRAINING]
+    return [[method, TRAINING, peak_resident(step), None, None]]
+
+
+TASKS: dict[str, Callable[..., list[Any]]] = {
+    task.__name__: task for task in (huge_page_times, memory, large_linear_memory)
+}

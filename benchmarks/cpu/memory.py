@@ -1,0 +1,76 @@
+"""The most memory that a call has beyond what was there before it, measured in two ways, and what it should be.
+
+Resident: the peak resident set of the process, as Linux counts it. All that the call touches is in it, ours, PyTorch's
+or the C library's; it is coarse, to about a MiB, and blind to memory that an allocator has kept from an earlier call.
+Allocated: the running sum of what torch.profiler records of PyTorch's allocator and of those that report to it. It
+knows such memory, but no scratch space from elsewhere. So the peak of a call is the larger of the two. Outputs and
+gradients are in both, inputs in neither.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile
+
+from .methods import CONSUME, FORWARD, LOG_PROB, NONE, TRAINING, Step
+
+# Bytes beyond the inputs, of N rows, C classes, H features and b bytes an element. A row's statistics are at most six
+# numbers in float32 and its reductions; so many are left out where there is a matrix.
+PREDICTED: dict[str, Callable[[int, int, int, int], float]] = {
+    FORWARD: lambda N, C, H, b: 40 * N,
+    TRAINING: lambda N, C, H, b: N * C * b,  # the gradient
+    CONSUME: lambda N, C, H, b: 40 * N,
+    NONE: lambda N, C, H, b: N * C * b,
+    LOG_PROB: lambda N, C, H, b: 2 * N * C * b,  # the gradient and log_prob
+}
+# The gradients of weight and input, and chunks of logits.
+PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {
+    TRAINING: lambda N, C, H, b: C * H * b + N * H * b + 0.04 * N * C * b,
+}
+
+# glibc keeps freed blocks for itself, and the next call would find them resident. With this, blocks of 256 KiB and more
+# go back to the system at once. It has to be in the environment when the process starts.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+
+
+def peak_resident(step: Step) -> int:
+    """Bytes. The step should have run before, or what is loaded or started once is in it."""
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    kept = step()
+    peak = status("VmHWM")
+    del kept
+    return max(peak - before, 0)
+
+
+def resident() -> int:
+    """Bytes, without what can be given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return status("VmRSS")
+
+
+def status(name: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    return 1024 * int(re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
+
+
+def peak_allocated(step: Step) -> int:
+    """Bytes."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its start and its end on stderr
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        kept = step()
+    del kept
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    in_use = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        in_use += event.nbytes()
+        most = max(most, in_use)
+    return most

@@ -1,0 +1,241 @@
+"""The calls that are compared: for each, a step without arguments that may be run any number of times.
+
+A step is known by its method and its figure: ("eager", "training step"). A training step is forward and backward with a
+fresh gradient of the logits, as where they come out of a linear layer.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import npu_xent
+
+OURS, EAGER, COMPILE, COPY = "npu_xent", "F.cross_entropy", "torch.compile", "copy_"
+# In a process with THP_MEM_ALLOC_ENABLE=1: torch then asks for huge pages for all of its large tensors.
+EAGER_THP, COPY_THP = "F.cross_entropy, huge pages", "copy_, huge pages"
+LINEAR, LINEAR_COMPILE = "F.linear + F.cross_entropy", "torch.compile of both"
+TORCH_LINEAR, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
+CUT = "cut-cross-entropy"
+
+FORWARD, TRAINING, CONSUME = "forward", "training step", "consume_logits"
+NONE, LOG_PROB, HALF, COPIED = "reduction none", "log_prob", "half ignored", "copy"
+
+Step = Callable[[], Any]
+Steps = dict[tuple[str, str], Step]
+
+
+class NotAvailable(Exception):
+    """A method that is not installed; says what is missing."""
+
+
+class OutputOf(torch.autograd.Function):
+    """Passes a buffer off as the output of an operation, which consume_logits asks for; copies nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
+        """The buffer itself, written over by whoever consumes it."""
+        return buffer.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The gradient has arrived, and goes nowhere."""
+        return torch.zeros(()), None
+
+
+def make_logits(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Standard normal logits, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    # Row by row: in 16 bits, random numbers in float32 would be the largest thing in memory.
+    logits = torch.empty(rows, classes, dtype=dtype)
+    for row in logits:
+        row.copy_(torch.randn(classes, generator=generator))
+    return logits, torch.randint(classes, (rows,), generator=generator)
+
+
+def training(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Step:
+    """Forward and backward of a loss that is reduced."""
+    return lambda: torch.autograd.grad(loss(logits, target), logits)
+
+
+def training_of_each_row(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> Step:
+    """The same of reduction "none", with a gradient for each row."""
+    upstream = torch.full(target.shape, 1 / len(target), dtype=logits.dtype)
+    return lambda: torch.autograd.grad(loss(logits, target, reduction="none"), logits, upstream)
+
+
+def consuming(logits: Tensor, target: Tensor) -> Step:
+    """The gradients that the first run leaves are the logits of the next, which takes as long."""
+    anchor, buffer = torch.zeros((), requires_grad=True), logits.detach().clone()
+
+    def step() -> Any:
+        loss = npu_xent.cross_entropy(OutputOf.apply(anchor, buffer), target, consume_logits=True)
+        return torch.autograd.grad(loss, anchor)
+
+    return step
+
+
+def with_log_prob(logits: Tensor, target: Tensor) -> Step:
+    """The loss of the vendor's contract, with the log_prob that it returns."""
+
+    def step() -> Any:
+        loss, log_prob, _, _ = npu_xent.npu_cross_entropy_loss(logits, target)
+        return torch.autograd.grad(loss, logits), log_prob
+
+    return step
+
+
+def compiled() -> Callable[..., Tensor]:
+    """Compiled anew for each case, for its very shape, which is the fastest that it can be."""
+    torch._dynamo.reset()
+    torch._inductor.config.compile_threads = 1  # no pool of processes beside what is measured
+    return torch.compile(F.cross_entropy, dynamic=False)
+
+
+def copying(logits: Tensor) -> Step:
+    """The yardstick: reads the logits and writes as much, into memory that is there."""
+    out = torch.empty_like(logits, requires_grad=False).fill_(0)
+    return lambda: out.copy_(logits.detach())
+
+
+def cross_entropy_steps(
+    rows: int, classes: int, dtype: torch.dtype, compile_training: bool, compile_forward: bool
+) -> Steps:
+    """All of what takes logits."""
+    values, target = make_logits(rows, classes, dtype)
+    logits, half = values.clone().requires_grad_(), target.clone()
+    half[::2] = -100
+    steps: Steps = {
+        (COPY, COPIED): copying(logits),
+        (OURS, FORWARD): lambda: npu_xent.cross_entropy(values, target),
+        (OURS, TRAINING): training(npu_xent.cross_entropy, logits, target),
+        (OURS, CONSUME): consuming(values, target),
+        (OURS, NONE): training_of_each_row(npu_xent.cross_entropy, logits, target),
+        (OURS, LOG_PROB): with_log_prob(logits, target),
+        (OURS, HALF): training(npu_xent.cross_entropy, logits, half),
+        **eager_steps(EAGER, logits, target),
+    }
+    if compile_training:
+        loss = compiled()
+        steps[COMPILE, TRAINING] = training(loss, logits, target)
+        if compile_forward:
+            steps[COMPILE, FORWARD] = lambda: loss(values, target)
+    return steps
+
+
+def eager_steps(name: str, logits: Tensor, target: Tensor) -> Steps:
+    """PyTorch's own."""
+    values = logits.detach()
+    return {
+        (name, FORWARD): lambda: F.cross_entropy(values, target),
+        (name, TRAINING): training(F.cross_entropy, logits, target),
+        (name, NONE): training_of_each_row(F.cross_entropy, logits, target),
+    }
+
+
+def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
+    """For a process with THP_MEM_ALLOC_ENABLE=1, which torch reads once."""
+    logits, target = make_logits(rows, classes, dtype)
+    return {(COPY_THP, COPIED): copying(logits), **eager_steps(EAGER_THP, logits.requires_grad_(), target)}
+
+
+def training_steps(rows: int, classes: int, dtype: torch.dtype, with_compile: bool) -> Steps:
+    """What small inputs and scaling are about: training steps alone."""
+    values, target = make_logits(rows, classes, dtype)
+    logits = values.clone().requires_grad_()
+    steps = {
+        (EAGER, TRAINING): training(F.cross_entropy, logits, target),
+        (OURS, TRAINING): training(npu_xent.cross_entropy, logits, target),
+        (OURS, CONSUME): consuming(values, target),
+    }
+    if with_compile:
+        steps[COMPILE, TRAINING] = training(compiled(), logits, target)
+    return steps
+
+
+# With a linear layer ------------------------------------------------------------------------------------------------
+
+LinearLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ours_linear() -> LinearLoss:
+    """npu_xent.linear_cross_entropy."""
+    if not hasattr(npu_xent, "linear_cross_entropy"):
+        raise NotAvailable(f"npu_xent {npu_xent.__version__} has no linear_cross_entropy")
+    return npu_xent.linear_cross_entropy
+
+
+def eager_linear() -> LinearLoss:
+    """What users write today."""
+    return lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target)
+
+
+def compiled_linear() -> LinearLoss:
+    """The same, compiled."""
+    torch._dynamo.reset()
+    torch._inductor.config.compile_threads = 1
+    return torch.compile(eager_linear(), dynamic=False)
+
+
+def torch_linear(chunked: bool) -> LinearLoss:
+    """PyTorch's own, of 2.13 and newer; chunked as its defaults choose."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise NotAvailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
+    if not chunked:
+        return F.linear_cross_entropy
+    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def cut_linear() -> LinearLoss:
+    """Apple's, by its torch_compile path: the other one is for GPUs, and its import asks for triton except on a Mac."""
+    try:
+        with mock.patch.object(platform, "system", return_value="Darwin"):
+            from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise NotAvailable(f"{error}; pip install --no-deps cut-cross-entropy") from error
+    return functools.partial(linear_cross_entropy, impl="torch_compile")
+
+
+LINEAR_LOSSES: dict[str, Callable[[], LinearLoss]] = {
+    OURS: ours_linear,
+    LINEAR: eager_linear,
+    LINEAR_COMPILE: compiled_linear,
+    TORCH_LINEAR: functools.partial(torch_linear, chunked=False),
+    TORCH_CHUNKED: functools.partial(torch_linear, chunked=True),
+    CUT: cut_linear,
+}
+
+
+def linear_steps(
+    rows: int, features: int, classes: int, dtype: torch.dtype, compile_cut: bool, compile_torch: bool
+) -> tuple[Steps, dict[str, str]]:
+    """Training steps of all of what takes the input of the last layer, and why a method is missing."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features, generator=generator).to(dtype).requires_grad_()
+    # Logits of about 1, as a model's: far larger ones have gradients that are denormal numbers, which take a product of
+    # matrices fifty times as long.
+    weight = torch.randn(classes, features, generator=generator).mul_(features**-0.5).to(dtype).requires_grad_()
+    target = torch.randint(classes, (rows,), generator=generator)
+    steps: Steps = {}
+    missing: dict[str, str] = {}
+    for name, make in LINEAR_LOSSES.items():
+        if (name == CUT and not compile_cut) or (name == LINEAR_COMPILE and not compile_torch):
+            missing[name] = "left out of a short run, since it takes long to compile"
+            continue
+        try:
+            steps[name, TRAINING] = functools.partial(linear_step, make(), x, weight, target)
+        except NotAvailable as error:
+            missing[name] = str(error)
+    return steps, missing
+
+
+def linear_step(loss: LinearLoss, x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of the input and of the weight."""
+    return torch.autograd.grad(loss(x, weight, target), (x, weight))

@@ -1,0 +1,181 @@
+"""The benchmarks. Each yields its figures, and says what it is doing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from . import child, memory
+from .cases import DTYPES, Plan, Shape, shape_name, thread_counts
+from .measure import Times, in_turns
+from .methods import (
+    CUT,
+    LINEAR,
+    OURS,
+    TORCH_CHUNKED,
+    Steps,
+    cross_entropy_steps,
+    linear_steps,
+    training_steps,
+)
+from .records import Figure
+from .targets import (
+    ALLOCATED,
+    BEYOND,
+    CROSS_ENTROPY,
+    KEPT,
+    LARGE_LINEAR_MEMORY,
+    LINEAR_MEMORY,
+    LINEAR_SPEED,
+    MEMORY,
+    OF_LOGITS,
+    PEAK,
+    PREDICTED,
+    RESIDENT,
+    SCALING_C,
+    SCALING_N,
+    SCALING_THREADS,
+    SMALL,
+)
+
+Figures = Iterator[Figure]
+
+
+def say(what: str) -> None:
+    """Of progress."""
+    print(f"-- {what}", flush=True)
+
+
+def timed(benchmark: str, steps: Steps, shape: Shape, dtype: str, plan: Plan, threads: int) -> Figures:
+    """The times of the steps, in turns."""
+    say(f"{benchmark}: {shape_name(shape)} {dtype}, {threads} threads")
+    for (method, figure), times in in_turns(steps, plan.rounds, plan.seconds, threads).items():
+        yield time_figure(benchmark, method, figure, shape, dtype, threads, times)
+
+
+def time_figure(
+    benchmark: str, method: str, figure: str, shape: Shape, dtype: str, threads: int, times: Times
+) -> Figure:
+    """In seconds."""
+    return Figure(
+        benchmark, method, shape_name(shape), dtype, threads, figure, times.median, "s", times.rounds, times.iqr
+    )
+
+
+def cross_entropy(plan: Plan, threads: int) -> Figures:
+    """The losses that take logits, and PyTorch's own with huge pages in a process of its own."""
+    for shape in plan.shapes:
+        for name in plan.dtypes:
+            yield from timed(
+                CROSS_ENTROPY,
+                cross_entropy_steps(*shape, DTYPES[name], plan.compiled, plan.compiled_everywhere),
+                shape,
+                name,
+                plan,
+                threads,
+            )
+            say(f"{CROSS_ENTROPY}: the same with THP_MEM_ALLOC_ENABLE=1")
+            arguments = {"shape": shape, "dtype": name, "rounds": plan.rounds, "seconds": plan.seconds}
+            environment = {"THP_MEM_ALLOC_ENABLE": "1"}
+            for method, figure, *times in child.ask("huge_page_times", environment, threads=threads, **arguments):
+                yield time_figure(CROSS_ENTROPY, method, figure, shape, name, threads, Times(*times))
+
+
+def small(plan: Plan, threads: int) -> Figures:
+    """A loss that is over in microseconds."""
+    for name in plan.dtypes:
+        yield from timed(SMALL, training_steps(*plan.small, DTYPES[name], False), plan.small, name, plan, threads)
+
+
+def linear(plan: Plan, threads: int) -> Figures:
+    """The losses with a linear layer."""
+    for shape in plan.linear:
+        for name in plan.dtypes:
+            steps, missing = linear_steps(*shape, DTYPES[name], plan.compiled, plan.compiled_everywhere)
+            yield from not_available(LINEAR_SPEED, missing, shape, name, threads)
+            yield from timed(LINEAR_SPEED, steps, shape, name, plan, threads)
+
+
+def not_available(benchmark: str, missing: dict[str, str], shape: Shape, dtype: str, threads: int) -> Figures:
+    """Methods that are not there, with the reason as the name of the figure."""
+    for method, reason in missing.items():
+        say(f"{benchmark}: {method} is not measured: {reason}")
+        yield Figure(benchmark, method, shape_name(shape), dtype, threads, f"not measured: {reason}", math.nan, "")
+
+
+def peak_memory(plan: Plan, threads: int) -> Figures:
+    """Beside what it should be."""
+    cases = [(shape, name) for name in plan.dtypes for shape in (*plan.memory, *plan.linear_memory)]
+    say("memory: " + ", ".join(f"{shape_name(shape)} {name}" for shape, name in cases))
+    found = child.ask("memory", memory.ENVIRONMENT, threads=threads, cases=cases, compiled=plan.compiled)
+    for (shape, name), peaks in zip(cases, found, strict=True):
+        benchmark = LINEAR_MEMORY if shape in plan.linear_memory else MEMORY
+        yield from memory_figures(benchmark, peaks, shape, name, threads)
+    name = "float32"
+    for shape in plan.large_linear_memory:
+        methods = (OURS, LINEAR, TORCH_CHUNKED, CUT)
+        _, missing = linear_steps(1, 1, 2, DTYPES[name], True, False)
+        missing = {method: reason for method, reason in missing.items() if method in methods}
+        yield from not_available(LARGE_LINEAR_MEMORY, missing, shape, name, threads)
+        for method in methods:
+            if method in missing:
+                continue
+            say(f"{LARGE_LINEAR_MEMORY}: {shape_name(shape)} {name}, {method}")
+            found = child.ask(
+                "large_linear_memory", memory.ENVIRONMENT, threads=threads, shape=shape, dtype=name, method=method
+            )
+            yield from memory_figures(LARGE_LINEAR_MEMORY, found, shape, name, threads)
+
+
+def memory_figures(benchmark: str, found: list[Any], shape: Shape, dtype: str, threads: int) -> Figures:
+    """What was measured, beside the logits, and of ours what was predicted."""
+    rows, *features, classes = shape
+    size = DTYPES[dtype].itemsize
+    logits = rows * classes * size
+    weight = classes * features[0] * size if features else 0
+    for method, key, resident, allocated, kept in found:
+        peak = max(resident, allocated or 0)
+        figures = {PEAK: peak, RESIDENT: resident, OF_LOGITS: peak / logits}
+        if allocated is not None:
+            figures[ALLOCATED] = allocated
+        if kept is not None and method == OURS:  # of what compiles, it would be the compiler
+            figures[KEPT] = kept
+        if features:
+            figures[BEYOND] = (peak - weight) / logits
+        if method == OURS:
+            predict = (memory.PREDICTED_LINEAR if features else memory.PREDICTED)[key]
+            figures[PREDICTED] = predict(rows, classes, features[0] if features else 0, size)
+        for figure, value in figures.items():
+            unit = "" if figure in (OF_LOGITS, BEYOND) else "bytes"
+            yield Figure(benchmark, method, shape_name(shape), dtype, threads, f"{key}: {figure}", value, unit)
+
+
+def scaling(plan: Plan, threads: int) -> Figures:
+    """Training steps against the number of classes, of rows, and of threads; float32."""
+    name = "float32"
+    cases = [
+        *((SCALING_C, (plan.scaling_rows, classes), threads) for classes in plan.classes),
+        *((SCALING_N, (rows, plan.scaling_classes), threads) for rows in plan.rows),
+        *((SCALING_THREADS, plan.threaded, count) for count in thread_counts()),
+    ]
+    if not plan.compiled_everywhere:
+        say("scaling: torch.compile is left out of a short run, since it would compile each case")
+    for benchmark, shape, count in cases:
+        yield from timed(
+            benchmark,
+            training_steps(*shape, DTYPES[name], plan.compiled and plan.compiled_everywhere),
+            shape,
+            name,
+            plan,
+            count,
+        )
+
+
+PARTS = {
+    "speed": cross_entropy,
+    "small": small,
+    "linear": linear,
+    "memory": peak_memory,
+    "scaling": scaling,
+}

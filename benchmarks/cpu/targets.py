@@ -1,0 +1,139 @@
+"""What the figures should be. A target that is missed is printed as such, and stays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .methods import (
+    COMPILE,
+    CONSUME,
+    COPIED,
+    COPY,
+    COPY_THP,
+    EAGER,
+    EAGER_THP,
+    FORWARD,
+    HALF,
+    LINEAR,
+    LOG_PROB,
+    NONE,
+    OURS,
+    TORCH_CHUNKED,
+    TRAINING,
+)
+from .records import Figure
+
+CROSS_ENTROPY, SMALL, LINEAR_SPEED, MEMORY = "cross_entropy", "small input", "linear_cross_entropy", "memory"
+SCALING_C, SCALING_N, SCALING_THREADS = "scaling in C", "scaling in N", "scaling in threads"
+LINEAR_MEMORY, LARGE_LINEAR_MEMORY = "memory, linear_cross_entropy", "memory, large linear_cross_entropy"
+RESIDENT, ALLOCATED, PREDICTED = "peak resident", "peak allocated", "predicted"
+PEAK = "peak"  # the larger of the two
+KEPT = "kept"  # resident still when all that the first call returned is gone
+BEYOND = "peak beyond the weight's gradient, of the logits' size"
+OF_LOGITS = "peak, of the logits' size"
+
+Key = tuple[str, str]  # method, figure
+
+
+@dataclass(frozen=True)
+class Target:
+    """That the time of `this` over the time of `that`, or a figure of memory, lies at or below (or above) a limit."""
+
+    benchmark: str
+    name: str
+    this: Key
+    that: Key | None  # None: the figure is a ratio already
+    at_least: bool
+    float32: float
+    bfloat16: float
+
+    def met(self, value: float, dtype: str) -> bool:
+        """NaN meets nothing."""
+        limit = getattr(self, dtype)
+        return value >= limit if self.at_least else value <= limit
+
+    def says(self, dtype: str) -> str:
+        """The limit in words."""
+        return f"{'>=' if self.at_least else '<='} {getattr(self, dtype):g}"
+
+
+def at_most(benchmark: str, name: str, this: Key, that: Key | None, float32: float, bfloat16: float) -> Target:
+    """`this` takes at most so many times what `that` takes."""
+    return Target(benchmark, name, this, that, False, float32, bfloat16)
+
+
+def faster(benchmark: str, name: str, this: Key, that: Key, times: float) -> Target:
+    """`that` takes at least so many times what `this` takes."""
+    return Target(benchmark, name, that, this, True, times, times)
+
+
+_COPY = (COPY, COPIED)
+_STEP, _CONSUME = (OURS, TRAINING), (OURS, CONSUME)
+
+TARGETS = (
+    at_most(CROSS_ENTROPY, "forward without gradient, x copy_", (OURS, FORWARD), _COPY, 0.9, 1.4),
+    at_most(CROSS_ENTROPY, "training step, x copy_", _STEP, _COPY, 2.3, 3.0),
+    faster(CROSS_ENTROPY, "training step, x faster than F.cross_entropy", _STEP, (EAGER, TRAINING), 4.5),
+    faster(CROSS_ENTROPY, "training step, x faster than it with huge pages", _STEP, (EAGER_THP, TRAINING), 4.5),
+    faster(CROSS_ENTROPY, "training step, x faster than torch.compile", _STEP, (COMPILE, TRAINING), 2.7),
+    at_most(CROSS_ENTROPY, "consume_logits, x copy_", _CONSUME, _COPY, 1.2, 1.8),
+    faster(CROSS_ENTROPY, "consume_logits, x faster than F.cross_entropy", _CONSUME, (EAGER, TRAINING), 9.0),
+    faster(CROSS_ENTROPY, "consume_logits, x faster than it with huge pages", _CONSUME, (EAGER_THP, TRAINING), 9.0),
+    at_most(CROSS_ENTROPY, "reduction none, x copy_", (OURS, NONE), _COPY, 3.0, 4.0),
+    faster(CROSS_ENTROPY, "with log_prob, x faster than F.cross_entropy", (OURS, LOG_PROB), (EAGER, TRAINING), 2.5),
+    at_most(CROSS_ENTROPY, "half of the rows ignored, x all rows", (OURS, HALF), _STEP, 0.6, 0.6),
+    at_most(SMALL, "small input, x F.cross_entropy", _STEP, (EAGER, TRAINING), 1.0, 1.0),
+    at_most(LINEAR_SPEED, "linear_cross_entropy, x F.linear + F.cross_entropy", _STEP, (LINEAR, TRAINING), 1.0, 1.0),
+    at_most(LINEAR_SPEED, "linear_cross_entropy, x PyTorch's, chunked", _STEP, (TORCH_CHUNKED, TRAINING), 1.0, 1.0),
+    # An N x C allocation would be 0.5 or more.
+    at_most(MEMORY, "consume_logits, memory / logits", (OURS, f"{CONSUME}: {OF_LOGITS}"), None, 0.1, 0.1),
+    at_most(
+        LARGE_LINEAR_MEMORY,
+        "linear_cross_entropy, (memory - weight gradient) / logits",
+        (OURS, f"{TRAINING}: {BEYOND}"),
+        None,
+        0.05,
+        0.05,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A target at one shape and dtype; no value where something that it needs was not measured."""
+
+    target: Target
+    shape: str
+    dtype: str
+    value: float | None
+
+    @property
+    def verdict(self) -> str:
+        """The last word of its line."""
+        if self.value is None:
+            return "not measured"
+        return "met" if self.target.met(self.value, self.dtype) else "missed"
+
+
+def outcomes(figures: list[Figure]) -> Iterator[Outcome]:
+    """Of every target, at every shape and dtype that its benchmark has figures for."""
+    for target in TARGETS:
+        of_benchmark = [figure for figure in figures if figure.benchmark == target.benchmark]
+        for shape, dtype in dict.fromkeys((figure.shape, figure.dtype) for figure in of_benchmark):
+            values = {(f.method, f.figure): f.value for f in of_benchmark if (f.shape, f.dtype) == (shape, dtype)}
+            yield Outcome(target, shape, dtype, value_of(target, values))
+
+
+def value_of(target: Target, values: dict[Key, float]) -> float | None:
+    """Times are divided by copy_ of the same process first, where there is one: processes differ in their luck."""
+    if target.that is None:
+        return values.get(target.this)
+    times = [relative(key, values) for key in (target.this, target.that)]
+    return None if None in times else times[0] / times[1]
+
+
+def relative(key: Key, values: dict[Key, float]) -> float | None:
+    """A time in units of copy_; in seconds where a benchmark does without it."""
+    copied = values.get((COPY_THP if key[0] == EAGER_THP else COPY, COPIED), 1.0)
+    return values[key] / copied if key in values else None
