@@ -33,8 +33,8 @@ inline void check_loss_options(const OptionalTensor& weight, const LossOptions& 
 
 // Everything that can be wrong, checked before the first sweep.
 inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const LossOptions& o) {
-  check_loss_options(weight, o);
   check_rows(logits, target, weight, o.softcap, 0, std::nullopt);
+  check_loss_options(weight, o);
 }
 
 // `dtype` is that of the logits.

@@ -50,9 +50,9 @@ def linear_cross_entropy(
         label_smoothing: in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
         softcap: c in [1e-6, 1e6], or None: c * tanh(logits / c) takes the place of the logits.
-        chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. None takes a
-            25th of the rows, of 16-bit inputs two (so that a chunk of logits has 4 % of the memory that all would
-            have in float32), but at least 128 and at most 512; where classes are few, as many as have 2 million logits.
+        chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. With None
+            the logits of a chunk have 4 % of the memory that all would have in float32, but a chunk has at least 128
+            rows (256 in 16 bits) and at most 512; where classes are few, as many as make 2 million logits.
         return_lse: also return logsumexp of every row, ignored ones included.
         return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already.
 

@@ -160,8 +160,8 @@ Outputs linear_cross_entropy_autograd(const Tensor& input, const Tensor& linear_
   o.loss_dtype = loss_dtype.value_or(input.scalar_type());
   o.need_lse = need_lse;
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows};
-  check_loss_options(weight, o);
   check_linear_rows(rows);
+  check_loss_options(weight, o);
   const auto any = [&](const auto& f) { return f(input) || f(linear_weight) || (linear_bias && f(*linear_bias)); };
   TORCH_CHECK(!any([](const Tensor& t) { return torch::autograd::isFwGradDefined(t); }),
               "npu_xent: forward-mode derivatives of linear_cross_entropy are not supported. Use "

@@ -7,9 +7,6 @@
 namespace npu_xent::composite {
 namespace {
 
-// Columns of linear_weight's gradient that are made at a time in 16 bits: what is added to fp32 is still in the cache.
-constexpr int64_t kColumns = 2048;
-
 Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   auto t = at::empty(sizes, options);
   if (t.is_cpu()) {
@@ -18,19 +15,31 @@ Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   return t;
 }
 
+// sum += part in blocks of rows, since torch makes a copy of a 16-bit part in fp32 first.
+void add_in_blocks(const Tensor& sum, const Tensor& part) {
+  constexpr int64_t kElements = int64_t{1} << 19;
+  const int64_t n_rows = sum.size(0), block = std::max<int64_t>(kElements / std::max<int64_t>(sum.size(1), 1), 1);
+  for (int64_t begin = 0; begin < n_rows; begin += block) {
+    const int64_t size = std::min(block, n_rows - begin);
+    sum.narrow(0, begin, size).add_(part.narrow(0, begin, size));
+  }
+}
+
 }  // namespace
 
 LinearGrads::LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted) : sweep_(sweep), wanted_(wanted) {
   const auto& rows = sweep.rows();
   const auto options = rows.input.options();
-  const auto sums = sweep.one_chunk() ? options : options.dtype(stats_dtype(rows.input.scalar_type()));
+  const auto sums = options.dtype(stats_dtype(rows.input.scalar_type()));
   const auto none = at::empty({0}, options);
   input_ = !wanted[0]         ? none
            : sweep.has_gaps() ? at::zeros(rows.input.sizes(), options)
                               : at::empty(rows.input.sizes(), options);
-  linear_weight_ = wanted[1] ? empty_large(rows.linear_weight.sizes(), sums) : none;
-  linear_bias_ =
-      wanted[2] ? at::zeros({sweep.n_classes()}, options.dtype(stats_dtype(rows.input.scalar_type()))) : none;
+  linear_weight_ = wanted[1] ? empty_large(rows.linear_weight.sizes(), options) : none;
+  if (wanted[1] && sums.dtype() != options.dtype() && !sweep.one_chunk()) {
+    linear_weight_sum_ = empty_large(rows.linear_weight.sizes(), sums);
+  }
+  linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none;
 }
 
 void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
@@ -46,7 +55,7 @@ void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
     add_to_linear_weight(chunk, grad_logits);
   }
   if (wanted_[2]) {
-    linear_bias_.add_(grad_logits.sum(0, /*keepdim=*/false, linear_bias_.scalar_type()));
+    linear_bias_sum_.add_(grad_logits.sum(0, /*keepdim=*/false, linear_bias_sum_.scalar_type()));
   }
   first_ = false;
 }
@@ -57,33 +66,29 @@ void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_lo
     // Their logits have the gradient 0; 0 times a NaN would still be one.
     input = input.masked_fill(chunk.target.eq(sweep_.rows().ignore_index).unsqueeze(1), 0);
   }
-  const auto transposed = grad_logits.t();
-  if (linear_weight_.scalar_type() == input.scalar_type()) {
-    if (first_) {
-      at::mm_out(linear_weight_, transposed, input);
-    } else {
-      linear_weight_.addmm_(transposed, input);
-    }
+  if (first_ || linear_weight_sum_.defined()) {
+    at::mm_out(linear_weight_, grad_logits.t(), input);
+  } else {
+    linear_weight_.addmm_(grad_logits.t(), input);
+  }
+  if (!linear_weight_sum_.defined()) {
     return;
   }
-  for (int64_t begin = 0; begin < sweep_.n_classes(); begin += kColumns) {
-    const int64_t size = std::min(kColumns, sweep_.n_classes() - begin);
-    auto sum = linear_weight_.narrow(0, begin, size);
-    const auto part = transposed.narrow(0, begin, size).mm(input);
-    if (first_) {
-      sum.copy_(part);
-    } else {
-      sum.add_(part);
-    }
+  // linear_weight_ has the part of this chunk, and the result in the end.
+  if (first_) {
+    linear_weight_sum_.copy_(linear_weight_);
+  } else {
+    add_in_blocks(linear_weight_sum_, linear_weight_);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> LinearGrads::results() {
   if (first_ && wanted_[1]) {  // there was no chunk
     linear_weight_.zero_();
+  } else if (linear_weight_sum_.defined()) {
+    linear_weight_.copy_(linear_weight_sum_);
   }
-  const auto dtype = sweep_.rows().input.scalar_type();
-  return {input_, linear_weight_.to(dtype), linear_bias_.to(dtype)};
+  return {input_, linear_weight_, linear_bias_sum_.to(sweep_.rows().input.scalar_type())};
 }
 
 }  // namespace npu_xent::composite

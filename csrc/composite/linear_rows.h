@@ -19,13 +19,14 @@
 
 namespace npu_xent::composite {
 
-// Rows in a chunk, unless the caller says. Long enough for the products to be near their best speed, and for the
-// gradient of linear_weight, which every chunk adds to, not to cost more than they do; from there on a 25th of the
-// memory of all logits in fp32, until more rows bring nothing.
+// Rows in a chunk, unless the caller says: those whose logits have 4 % of the memory of all logits in fp32, but so many
+// that the products are near their best speed and that adding to the gradient of linear_weight, which every chunk does,
+// costs little beside them; and so few that more would bring nothing.
 inline int64_t default_chunk_rows(int64_t n_rows, int64_t n_cols, int64_t element_size) {
-  constexpr int64_t kFew = 128, kMany = 512, kElements = int64_t{1} << 21;
-  const int64_t share = n_rows * 4 / (25 * element_size);
-  return std::max(std::clamp(share, kFew, kMany), kElements / n_cols);
+  constexpr int64_t kMany = 512, kStep = 32, kElements = int64_t{1} << 21;
+  const int64_t few = element_size == 2 ? 256 : 128;
+  const int64_t share = n_rows * 4 / (25 * element_size) / kStep * kStep;
+  return std::max(std::clamp(share, few, kMany), kElements / n_cols);
 }
 
 struct Chunk {
@@ -150,7 +151,9 @@ class LinearGrads {
   const LinearSweep& sweep_;
   std::array<bool, 3> wanted_;
   bool first_ = true;
-  Tensor input_, linear_weight_, linear_bias_;  // the latter two in fp32 for 16 bits, but for a single chunk
+  Tensor input_, linear_weight_;
+  Tensor linear_weight_sum_;  // in fp32, of 16 bits and several chunks
+  Tensor linear_bias_sum_;    // in fp32 or fp64
 };
 
 }  // namespace npu_xent::composite
