@@ -144,11 +144,14 @@ def test_loss_and_gradients(case: dict[str, Any], device: torch.device) -> None:
     target = make_target(23, 40, device, ignore_index=options["ignore_index"])
     if options["ignore_index"] is None:
         options.pop("ignore_index")
-    expected, grads = by_linear(head, target, weight, upstream=upstream, **options)
+    from_above = torch.tensor(upstream, dtype=dtype, device=device)
+    if options["reduction"] == "none":  # another for each row, so that it matters which has which
+        from_above = from_above * torch.arange(1, 24, device=device).to(dtype) / 8
+    expected, grads = by_linear(head, target, weight, upstream=from_above, **options)
 
     other = head.leaves()
     others = torch_loss(other, target, weight, **options)
-    others.backward(torch.full_like(others, upstream))
+    others.backward(from_above)
     ours = head.leaves()
     out = npu_xent.linear_cross_entropy(
         ours.input,
@@ -161,7 +164,7 @@ def test_loss_and_gradients(case: dict[str, Any], device: torch.device) -> None:
         return_z_loss=True,
         **options,
     )
-    out.loss.backward(torch.full_like(out.loss, upstream))
+    out.loss.backward(from_above)
 
     assert out.loss.dtype == dtype
     assert_as_good(out.loss, expected.loss, others, "loss")

@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_row_stats_composite(
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows};
   check_linear_rows(rows);
   const LinearSweep sweep(rows, read_ignored);
-  const LinearStats stats(sweep, need_wsum);
+  LinearStats stats(sweep, need_wsum);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
     const auto [lse, lse_low, picked, wsum, _] =
         row_stats(logits, chunk.target, sweep.rows().weight, ignore_index, 1, softcap, 0, std::nullopt, need_wsum,

@@ -14,7 +14,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_row_st
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows};
   check_linear_row_stats_grad(rows, totals, parse_reduction(reduction), label_smoothing, lse_square_scale);
   const LinearSweep sweep(rows, read_ignored);
-  const LinearStats stats(sweep, /*need_wsum=*/label_smoothing != 0);
+  LinearStats stats(sweep, /*need_wsum=*/label_smoothing != 0);
   LinearGrads grads(sweep, output_mask);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
     const auto [lse, lse_low, picked, wsum] =

@@ -61,11 +61,11 @@ class LinearSweep {
     if (rows.input.is_cpu()) {
       rows_.target = rows.target.contiguous();
       check_target_range(rows_.target, n_classes(), rows.ignore_index);
-      const auto kept = rows.target.ne(rows.ignore_index).nonzero().squeeze(1);
-      may_have_ignored_ = kept.numel() != n;
+      const auto* y = rows_.target.const_data_ptr<int64_t>();
+      may_have_ignored_ = std::find(y, y + n, rows.ignore_index) != y + n;
       if (may_have_ignored_ && !read_ignored) {
-        kept_ = kept;
-        n_kept_ = kept.numel();
+        kept_ = rows_.target.ne(rows.ignore_index).nonzero().squeeze(1);
+        n_kept_ = kept_.numel();
         may_have_ignored_ = false;
       }
     }
@@ -127,7 +127,14 @@ struct LinearStats {
         wsum(sweep.new_values(need_wsum)) {}
 
   void put(const Chunk& chunk, const Tensor& chunk_lse, const Tensor& chunk_low, const Tensor& chunk_picked,
-           const Tensor& chunk_wsum) const {
+           const Tensor& chunk_wsum) {
+    if (chunk.size == lse.size(0)) {  // it has all rows
+      lse = chunk_lse;
+      lse_low = chunk_low;
+      picked = chunk_picked;
+      wsum = chunk_wsum;
+      return;
+    }
     chunk.put(lse, chunk_lse);
     chunk.put(lse_low, chunk_low);
     chunk.put(picked, chunk_picked);
