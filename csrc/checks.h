@@ -190,6 +190,75 @@ inline void check_row_stats_grad(const Tensor& logits, const Tensor& target, con
                     "\"sum\"; call row_stats and row_grad instead.");
 }
 
+// The arguments of the linear_* operators; the rows are checked as those of logits are.
+inline void check_linear_rows(const LinearRows& rows) {
+  const auto& [input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows] = rows;
+  check_softcap(softcap);
+  TORCH_CHECK_VALUE(chunk_rows.value_or(1) >= 1, "npu_xent: chunk_rows must be at least 1, but is ",
+                    chunk_rows.value_or(1), "; leave it at None for a number that suits the shape.");
+  TORCH_CHECK_VALUE(input.dim() == 2, "npu_xent: input must have shape [N, H], but has ", input.dim(),
+                    " dimensions: ", input.sym_sizes(), ".");
+  TORCH_CHECK_VALUE(linear_weight.dim() == 2, "npu_xent: linear_weight must have shape [C, H], but has ",
+                    linear_weight.dim(), " dimensions: ", linear_weight.sym_sizes(), ".");
+  const auto dtype = input.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
+                   "npu_xent: input must be float32, bfloat16, float16 or float64, but is ", dtype, ".");
+  check_npu_dtype(input, "input");
+  const auto alike = [&](const Tensor& other, const char* name) {
+    TORCH_CHECK_TYPE(other.scalar_type() == dtype, "npu_xent: ", name, " must have the dtype of input, ", dtype,
+                     ", but is ", other.scalar_type(), "; convert one of them, or call it under autocast.");
+    TORCH_CHECK_VALUE(other.device() == input.device(), "npu_xent: ", name, " must be on the device of input, ",
+                      input.device(), ", but is on ", other.device(), ".");
+  };
+  alike(linear_weight, "linear_weight");
+  const auto classes = linear_weight.sym_size(0);
+  CHECK_SYM_VALUE(linear_weight.sym_size(1).sym_eq(input.sym_size(1)),
+                  "npu_xent: linear_weight must have a column for each of the ", input.sym_size(1),
+                  " features of input, but has shape ", linear_weight.sym_sizes(), ".");
+  CHECK_SYM_VALUE(classes.sym_gt(0), "npu_xent: linear_weight must have at least one class, but has shape ",
+                  linear_weight.sym_sizes(), ".");
+  if (linear_bias) {
+    alike(*linear_bias, "linear_bias");
+    TORCH_CHECK_VALUE(linear_bias->dim() == 1, "npu_xent: linear_bias must have shape [C], but has ",
+                      linear_bias->dim(), " dimensions: ", linear_bias->sym_sizes(), ".");
+    CHECK_SYM_VALUE(linear_bias->sym_size(0).sym_eq(classes),
+                    "npu_xent: linear_bias must have one value for each of the ", classes, " classes, but has ",
+                    linear_bias->sym_size(0), ".");
+  }
+  check_target_and_weight(target, weight, classes, input.device());
+  check_weight_dtype(weight, dtype);
+  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(input.sym_size(0)), "npu_xent: target must have one value for each of the ",
+                  input.sym_size(0), " rows of input, but has ", target.sym_size(0), ".");
+}
+
+// [N] of the statistics that a gradient is made of, and the upstream gradients.
+inline void check_linear_row_grad(const LinearRows& rows, const Tensor& lse, const OptionalTensor& lse_low,
+                                  const Tensor& totals, const OptionalTensor& grad_loss,
+                                  const OptionalTensor& grad_z_loss, Reduction reduction, double label_smoothing,
+                                  double lse_square_scale) {
+  check_options(label_smoothing, lse_square_scale);
+  check_linear_rows(rows);
+  const auto n = rows.input.sym_size(0);
+  const auto device = rows.input.device();
+  check_stats(lse, "lse", n, stats_dtype(rows.input.scalar_type()), device);
+  if (lse_low) {
+    check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);
+  }
+  check_totals(totals, device);
+  check_upstream(grad_loss, "grad_loss", reduction, n, device);
+  check_upstream(grad_z_loss, "grad_z_loss", reduction, n, device);
+}
+
+inline void check_linear_row_stats_grad(const LinearRows& rows, const Tensor& totals, Reduction reduction,
+                                        double label_smoothing, double lse_square_scale) {
+  check_options(label_smoothing, lse_square_scale);
+  check_linear_rows(rows);
+  check_totals(totals, rows.input.device());
+  TORCH_CHECK_VALUE(reduction != Reduction::none,
+                    "npu_xent: linear_row_stats_grad needs the upstream gradient beforehand, so reduction must be "
+                    "\"mean\" or \"sum\"; call linear_row_stats and linear_row_grad instead.");
+}
+
 // Memory that is to be overwritten: every element has a place of its own, and they follow one another.
 inline void check_dense(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.is_contiguous(),

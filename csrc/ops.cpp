@@ -13,6 +13,10 @@
 //                  Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
 //                  shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be left out
 //   loss_dtype     of the loss and z_loss; the logits' dtype unless given (under autocast fp32)
+//
+// linear_*: the logits are input [N, H] times linear_weight [C, H], plus linear_bias [C], all of one dtype; they exist
+// in chunks of `chunk_rows` rows (a number is picked unless given), one after another in the same memory. Gradients of
+// a 16-bit linear_weight and linear_bias are added up in fp32 and rounded once.
 #include "ops.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -89,6 +93,36 @@ TORCH_LIBRARY(npu_xent, m) {
       "float? softcap=None, float? grad_scale=None, ScalarType? loss_dtype=None, bool need_lse=False, "
       "bool need_log_prob=False, bool differentiable_z_loss=False) -> (Tensor loss, Tensor z_loss, Tensor lse, "
       "Tensor log_prob)",
+      tags);
+
+  // The primitives for logits that are never all there at once. output_mask says which of the three gradients are
+  // wanted.
+  m.def(
+      "linear_row_stats(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight=None, "
+      "*, int ignore_index=-100, float? softcap=None, int? chunk_rows=None, bool need_wsum=False, "
+      "bool read_ignored=False) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)",
+      tags);
+  m.def(
+      "linear_row_grad(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+      "Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, Tensor? grad_z_loss=None, *, "
+      "str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
+      "float? softcap=None, int? chunk_rows=None, bool[3] output_mask) -> (Tensor grad_input, "
+      "Tensor grad_linear_weight, Tensor grad_linear_bias)",
+      tags);
+  m.def(
+      "linear_row_stats_grad(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
+      "Tensor totals, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
+      "float lse_square_scale=0.0, float? softcap=None, int? chunk_rows=None, bool read_ignored=False, "
+      "bool[3] output_mask) -> (Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor grad_input, "
+      "Tensor grad_linear_weight, Tensor grad_linear_bias)",
+      tags);
+
+  // The loss, made of those and of reduce_rows; differentiable in input, linear_weight and linear_bias through `loss`.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, "
+      "Tensor? weight=None, *, str reduction=\"mean\", int ignore_index=-100, float label_smoothing=0.0, "
+      "float lse_square_scale=0.0, float? softcap=None, int? chunk_rows=None, ScalarType? loss_dtype=None, "
+      "bool need_lse=False) -> (Tensor loss, Tensor z_loss, Tensor lse)",
       tags);
 }
 
@@ -185,6 +219,55 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
   return (inplace ? over_logits : fresh)
       .call(logits, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale, logit_scale, softcap,
             grad_scale, loss_dtype, need_lse, need_log_prob, differentiable_z_loss);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_row_stats(const LinearRows& rows, bool need_wsum, bool read_ignored) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, int64_t,
+      std::optional<double>, std::optional<int64_t>, bool, bool);
+  static const auto op = find<Signature>("npu_xent::linear_row_stats");
+  return op.call(rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, rows.ignore_index,
+                 rows.softcap, rows.chunk_rows, need_wsum, read_ignored);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_row_grad(const LinearRows& rows, const Tensor& lse,
+                                                   const OptionalTensor& lse_low, const Tensor& totals,
+                                                   const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                                                   std::string_view reduction, double label_smoothing,
+                                                   double lse_square_scale, std::array<bool, 3> output_mask) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+      const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, std::string_view, int64_t,
+      double, double, std::optional<double>, std::optional<int64_t>, std::array<bool, 3>);
+  static const auto op = find<Signature>("npu_xent::linear_row_grad");
+  return op.call(rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, lse, lse_low, totals,
+                 grad_loss, grad_z_loss, reduction, rows.ignore_index, label_smoothing, lse_square_scale, rows.softcap,
+                 rows.chunk_rows, output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_row_stats_grad(
+    const LinearRows& rows, const Tensor& totals, std::string_view reduction, double label_smoothing,
+    double lse_square_scale, bool read_ignored, std::array<bool, 3> output_mask) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+      std::string_view, int64_t, double, double, std::optional<double>, std::optional<int64_t>, bool,
+      std::array<bool, 3>);
+  static const auto op = find<Signature>("npu_xent::linear_row_stats_grad");
+  return op.call(rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, totals, reduction,
+                 rows.ignore_index, label_smoothing, lse_square_scale, rows.softcap, rows.chunk_rows, read_ignored,
+                 output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const LinearRows& rows, std::string_view reduction,
+                                                        double label_smoothing, double lse_square_scale,
+                                                        std::optional<at::ScalarType> loss_dtype, bool need_lse) {
+  using Signature = std::tuple<Tensor, Tensor, Tensor>(
+      const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const OptionalTensor&, std::string_view,
+      int64_t, double, double, std::optional<double>, std::optional<int64_t>, std::optional<at::ScalarType>, bool);
+  static const auto op = find<Signature>("npu_xent::linear_cross_entropy");
+  return op.call(rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, reduction,
+                 rows.ignore_index, label_smoothing, lse_square_scale, rows.softcap, rows.chunk_rows, loss_dtype,
+                 need_lse);
 }
 
 }  // namespace npu_xent

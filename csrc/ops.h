@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymInt.h>
 
+#include <array>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -67,6 +68,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
     int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
     std::optional<double> softcap, std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
     bool need_lse, bool need_log_prob, bool differentiable_z_loss);
+
+// What the linear_* operators have in common: rows whose logits are input times linear_weight, plus linear_bias.
+struct LinearRows {
+  Tensor input, linear_weight;
+  OptionalTensor linear_bias;
+  Tensor target;
+  OptionalTensor weight;
+  int64_t ignore_index;
+  std::optional<double> softcap;
+  std::optional<int64_t> chunk_rows;
+};
+
+// (lse, lse_low, picked, wsum)
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_row_stats(const LinearRows& rows, bool need_wsum, bool read_ignored);
+
+// (grad_input, grad_linear_weight, grad_linear_bias)
+std::tuple<Tensor, Tensor, Tensor> linear_row_grad(const LinearRows& rows, const Tensor& lse,
+                                                   const OptionalTensor& lse_low, const Tensor& totals,
+                                                   const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                                                   std::string_view reduction, double label_smoothing,
+                                                   double lse_square_scale, std::array<bool, 3> output_mask);
+
+// (lse, lse_low, picked, wsum, grad_input, grad_linear_weight, grad_linear_bias)
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_row_stats_grad(
+    const LinearRows& rows, const Tensor& totals, std::string_view reduction, double label_smoothing,
+    double lse_square_scale, bool read_ignored, std::array<bool, 3> output_mask);
+
+// (loss, z_loss, lse)
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const LinearRows& rows, std::string_view reduction,
+                                                        double label_smoothing, double lse_square_scale,
+                                                        std::optional<at::ScalarType> loss_dtype, bool need_lse);
 
 // fp32, or fp64 for fp64.
 inline at::ScalarType stats_dtype(at::ScalarType dtype) {

@@ -1,6 +1,7 @@
 """Fused cross entropy for Huawei Atlas NPUs and for CPUs::
 
     npu_xent.cross_entropy              in the place of torch.nn.functional.cross_entropy
+    npu_xent.linear_cross_entropy       the same of a linear layer's output, which is never all there
     npu_xent.CrossEntropyLoss           in the place of torch.nn.CrossEntropyLoss
     npu_xent.npu_cross_entropy_loss     in the place of torch_npu.npu_cross_entropy_loss
     npu_xent.compat                     in the place of the losses of nnsight, unit_scaling and mindformers
@@ -20,6 +21,7 @@ _loading.load_operators()
 from . import compat, integrations  # noqa: E402
 from ._build import VERSION  # noqa: E402
 from ._constraints import ConstraintError  # noqa: E402
+from ._linear import linear_cross_entropy  # noqa: E402
 from ._loading import load_npu  # noqa: E402
 from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
 from .integrations.torch_npu import patch_torch_npu  # noqa: E402
@@ -34,6 +36,7 @@ __all__ = [
     "compat",
     "cross_entropy",
     "integrations",
+    "linear_cross_entropy",
     "load_npu",
     "npu_cross_entropy_loss",
     "patch_torch_npu",

@@ -16,6 +16,7 @@ from ._loading import prepare
 
 # What a target may be besides int64, which the operators take, and uint64, which takes a conversion of its own.
 _INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
+_OPTIONAL = ("weight", "linear_bias")  # tensors that may be None
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -101,10 +102,10 @@ def cross_entropy(
             class probabilities.
     """
     refuse_deprecated("cross_entropy", deprecated)
-    _check_types("cross_entropy", input, target, weight, reduction)
+    _check_types("cross_entropy", reduction, input=input, target=target, weight=weight)
     _check_numbers(
         "cross_entropy",
-        ignore_index,
+        {"ignore_index": ignore_index},
         label_smoothing=label_smoothing,
         lse_square_scale=lse_square_scale,
         softcap=0.0 if softcap is None else softcap,
@@ -193,10 +194,10 @@ def npu_cross_entropy_loss(
         ConstraintError: (strict) a documented constraint is broken. It is a ValueError.
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
-    _check_types("npu_cross_entropy_loss", input, target, weight, reduction)
+    _check_types("npu_cross_entropy_loss", reduction, input=input, target=target, weight=weight)
     _check_numbers(
         "npu_cross_entropy_loss",
-        ignore_index,
+        {"ignore_index": ignore_index},
         label_smoothing=label_smoothing,
         lse_square_scale_for_zloss=lse_square_scale_for_zloss,
     )
@@ -224,10 +225,10 @@ def npu_cross_entropy_loss(
     return loss, log_prob, z_loss, lse.to(input.dtype)
 
 
-def _check_types(name: str, input: Any, target: Any, weight: Any, reduction: Any) -> None:
+def _check_types(name: str, reduction: Any, **tensors: Any) -> None:
     """Raise TypeError for what is no tensor, or no name of a reduction: the operator would say it in C++ terms."""
-    for argument, value in (("input", input), ("target", target), ("weight", weight)):
-        if not isinstance(value, Tensor) and not (argument == "weight" and value is None):
+    for argument, value in tensors.items():
+        if not isinstance(value, Tensor) and not (argument in _OPTIONAL and value is None):
             raise TypeError(f"npu_xent.{name}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
     if not isinstance(reduction, str):
         raise TypeError(
@@ -235,12 +236,13 @@ def _check_types(name: str, input: Any, target: Any, weight: Any, reduction: Any
         )
 
 
-def _check_numbers(name: str, ignore_index: Any, **numbers: Any) -> None:
+def _check_numbers(name: str, integers: dict[str, Any], **numbers: Any) -> None:
     """Raise TypeError for what is no number. A compiler cannot trace the question, and needs no such words."""
     if torch.compiler.is_compiling():
         return
-    if not hasattr(ignore_index, "__index__"):
-        raise TypeError(f"npu_xent.{name}: ignore_index must be an integer, but is a {type(ignore_index).__name__}")
+    for argument, value in integers.items():
+        if not hasattr(value, "__index__"):
+            raise TypeError(f"npu_xent.{name}: {argument} must be an integer, but is a {type(value).__name__}")
     for argument, value in numbers.items():
         if not hasattr(value, "__float__"):
             raise TypeError(f"npu_xent.{name}: {argument} must be a number, but is a {type(value).__name__}")

@@ -38,6 +38,7 @@ FEWEST_WORDS = 3  # of a message; less is a part of one, or a name
 LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)"')
 CHECK = re.compile(r"\b(?:TORCH_CHECK(?:_VALUE|_TYPE|_INDEX|_NOT_IMPLEMENTED)?|CHECK_SYM_VALUE)\(")
 THROW = re.compile(r"\bthrow std::\w+\(")
+REFUSE = re.compile(r"\bset_refusing_history\(")
 # Messages with a name: `constexpr char kName[] = ...;` and `const auto message = ...;`.
 NAMED = re.compile(r"\bchar (k\w+)\[\]\s*=\s*([^;]+);|\bauto (message)\s*=\s*([^;]+);")
 
@@ -82,10 +83,10 @@ def messages_of(expression: str, names: dict[str, str]) -> list[str]:
 def from_cxx(path: Path) -> Iterator[str]:
     text = re.sub(r"^\s*#define.*$|//.*$", "", path.read_text(), flags=re.MULTILINE)
     names = {match[1] or match[3]: match[2] or match[4] for match in NAMED.finditer(text)}
-    for pattern, skipped in ((CHECK, 1), (THROW, 0)):
+    for pattern, words in ((CHECK, slice(1, None)), (THROW, slice(None)), (REFUSE, slice(1, 2))):
         for call in pattern.finditer(text):
             said = [""]
-            for argument in arguments(text, call.end())[skipped:]:
+            for argument in arguments(text, call.end())[words]:
                 said = [before + more for before in said for more in messages_of(argument, names)]
             yield from said
 

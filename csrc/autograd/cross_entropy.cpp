@@ -4,11 +4,11 @@
 // logits is made together with the statistics, and the backward only scales it (which costs nothing when it is 1). Two
 // sweeps (statistics now, gradient in the backward) for "none"; for log_prob and a differentiable z_loss; and for fp16,
 // where a gradient stored at upstream 1 would underflow exactly what a loss scale is there to save.
-#include <ATen/SavedTensorHooks.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
+#include "autograd/one_sweep.h"
 #include "autograd/refuse.h"
 #include "loss.h"
 
@@ -18,12 +18,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-
-bool one_sweep(const Tensor& logits, const LossOptions& o) {
-  // Hooks on saved tensors (activation checkpointing, offloading) want to see what is kept: let them have the logits.
-  return o.reduction != "none" && logits.scalar_type() != at::kHalf && !o.need_log_prob && !o.differentiable_z_loss &&
-         !at::SavedTensorDefaultHooks::get_hooks().has_value();
-}
 
 void check_consumable(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.requires_grad() && at::GradMode::is_enabled(),
@@ -58,12 +52,12 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     saved["softcap"] = o.softcap;
     saved["grad_scale"] = o.grad_scale;
     saved["inplace"] = inplace;
-    const bool in_one_sweep = one_sweep(logits, o);
+    const bool in_one_sweep = one_sweep(logits.scalar_type(), o);
     saved["one_sweep"] = in_one_sweep;
 
     LossAndStats out;
     if (in_one_sweep) {
-      out.totals = totals_of(logits, target, weight, o);
+      out.totals = totals_of(target, weight, logits.sym_size(1), logits.scalar_type(), o);
       Tensor picked, wsum, grad;
       if (inplace) {
         std::tie(out.lse, out.lse_low, picked, wsum) =
@@ -76,7 +70,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
                            o.lse_square_scale, o.logit_scale, o.softcap, o.grad_scale, o.need_lse);
       }
       std::tie(out.loss, out.z_loss) =
-          loss_of(logits, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, o);
+          loss_of(target, weight, out.lse, out.lse_low, picked, wsum, out.totals, logits.sym_size(1), o);
       out.log_prob = not_wanted(logits);
       // Not save_for_backward: the backward gives this tensor away, and must hold the only reference to it.
       saved["grad"] = grad;
@@ -124,13 +118,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
     if (!copy) {
       ctx->saved_data.erase(found);
     }
-    {
-      at::AutoDispatchBelowADInplaceOrView below;
-      if (copy) {
-        grad = grad.clone();
-      }
-      scale_(grad, upstream.detach());
-    }
+    grad = scaled(grad, upstream, copy);
     if (at::GradMode::is_enabled()) {
       // Connected to whatever the logits and the upstream gradient came from, so that a second derivative raises
       // wherever it is asked for.

@@ -23,4 +23,14 @@ inline Tensor empty_logits(const Tensor& logits) {
   return at::empty_symint({logits.sym_size(0), logits.sym_size(1)}, logits.options());
 }
 
+// The gradients of input, linear_weight and linear_bias, contiguous; [0] where not wanted.
+inline std::tuple<Tensor, Tensor, Tensor> empty_linear_grads(const LinearRows& rows, std::array<bool, 3> wanted) {
+  const auto& options = rows.input.options();
+  const auto empty = [&](bool is_wanted, c10::SymIntArrayRef sizes) {
+    return is_wanted ? at::empty_symint(sizes, options) : at::empty({0}, options);
+  };
+  return {empty(wanted[0], rows.input.sym_sizes()), empty(wanted[1], rows.linear_weight.sym_sizes()),
+          empty(wanted[2], {rows.linear_weight.sym_size(0)})};
+}
+
 }  // namespace npu_xent::meta

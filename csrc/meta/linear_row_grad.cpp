@@ -1,0 +1,27 @@
+// linear_row_grad without values.
+#include <torch/library.h>
+
+#include "meta/shapes.h"
+
+namespace npu_xent::meta {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> linear_row_grad_meta(
+    const Tensor& input, const Tensor& linear_weight, const OptionalTensor& linear_bias, const Tensor& target,
+    const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+    const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss, std::string_view reduction,
+    int64_t ignore_index, double label_smoothing, double lse_square_scale, std::optional<double> softcap,
+    std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
+  const LinearRows rows{input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows};
+  check_linear_row_grad(rows, lse, lse_low, totals, grad_loss, grad_z_loss, parse_reduction(reduction), label_smoothing,
+                        lse_square_scale);
+  return empty_linear_grads(rows, output_mask);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, Meta, m) {
+  m.impl("linear_row_grad", linear_row_grad_meta);
+}
+
+}  // namespace npu_xent::meta

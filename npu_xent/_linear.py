@@ -1,0 +1,143 @@
+"""Cross entropy of a linear layer's output, without the logits: thin over torch.ops.npu_xent.linear_cross_entropy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import functional
+from ._loading import prepare
+from .functional import CrossEntropyOutput, cross_entropy, index_target
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    return_lse: bool = False,
+    return_z_loss: bool = False,
+) -> Tensor | CrossEntropyOutput:
+    """`cross_entropy` of the logits F.linear(input, linear_weight, linear_bias), which are never all there.
+
+    Rows are taken in chunks. While the logits of a chunk are there, the same memory is used for their gradient, and the
+    gradients of input, linear_weight and linear_bias are made of that; so no memory of size N x C is needed. The
+    formulas of the loss, z-loss and softcap are those of `cross_entropy`. ("mean" and "sum" make the gradients during
+    the forward, of those tensors that need one, and scale them in the backward: Liger Kernel,
+    https://arxiv.org/abs/2410.10989, sec. 3.2. "none", float16, and hooks on saved tensors such as activation
+    checkpointing make the logits again in the backward.)
+
+    Args:
+        input: [..., H], any number of leading dimensions, N rows in all; float32, bfloat16, float16 or float64.
+        linear_weight: [C, H], C > 0, in the dtype of input.
+        target: classes in [0, C) or ignore_index, any integer dtype, in the shape of input without H; or class
+            probabilities, floating point, in the shape of the logits. Those are as large as the logits: they are served
+            by F.linear and `cross_entropy`, and so are the transforms of torch.func.
+        linear_bias: [C], in the dtype of input.
+        weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
+        reduction: "mean", "sum" or "none".
+        ignore_index: rows with this target take no part, as in `cross_entropy`. On the CPU they cost no time either:
+            they are left out before the products, unless return_lse asks for their lse. NaN in them does no harm.
+        label_smoothing: in [0, 1].
+        lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
+        softcap: c in [1e-6, 1e6], or None: c * tanh(logits / c) takes the place of the logits.
+        chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. With None
+            the logits of a chunk have 4 % of the memory that all would have in float32, but a chunk has at least 128
+            rows (256 in 16 bits) and at most 512; where classes are few, as many as make 2 million logits.
+        return_lse: also return logsumexp of every row, ignored ones included.
+        return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already.
+
+    Returns:
+        What `cross_entropy` returns: the loss, [] or for "none" in the shape of target, in the dtype of input (float32
+        under autocast); a CrossEntropyOutput(loss, lse, z_loss) if an extra is asked for. Only the loss is
+        differentiable, once, in input, linear_weight and linear_bias. With retain_graph=True the backward hands over
+        copies, so that a second one is right.
+
+        Logits are rounded to the dtype of input, as F.linear does. Gradients of linear_weight and linear_bias are added
+        up over chunks in float32 (float64) and rounded once; of 16-bit inputs, the part of a chunk of several is
+        rounded as the product is. Under autocast the three are cast as F.linear casts them.
+
+    Raises:
+        ValueError: a shape, reduction, label_smoothing, lse_square_scale, softcap or chunk_rows that breaks the rules
+            above; tensors on different devices.
+        TypeError: what should be a tensor, a number or a string and is not; a dtype that is not listed, dtypes of
+            input, linear_weight and linear_bias that differ, and float64 on an NPU.
+        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices, where nobody waits
+            to look, the row's loss is NaN, and with it every gradient that the row is part of.
+        RuntimeError: weight requires a gradient; a second backward without retain_graph=True in the first; a second or
+            a forward-mode derivative. (The transforms of torch.func take any derivative.)
+    """
+    functional._check_types(
+        "linear_cross_entropy",
+        reduction,
+        input=input,
+        linear_weight=linear_weight,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+    )
+    functional._check_numbers(
+        "linear_cross_entropy",
+        {"ignore_index": ignore_index, "chunk_rows": 1 if chunk_rows is None else chunk_rows},
+        label_smoothing=label_smoothing,
+        lse_square_scale=lse_square_scale,
+        softcap=0.0 if softcap is None else softcap,
+    )
+    probabilities = target.is_floating_point()
+    expected = input.shape[:-1] + (linear_weight.shape[:1] if probabilities else ())
+    if input.dim() == 0 or target.shape != expected:
+        raise ValueError(
+            "npu_xent.linear_cross_entropy: target must have the shape of input without its last dimension (class "
+            "indices), or with the classes in its place (probabilities), but input has "
+            f"{list(input.shape)}, linear_weight {list(linear_weight.shape)} and target {list(target.shape)}"
+        )
+    shape = input.shape[:-1]
+    if input.dim() != 2:
+        input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
+    if probabilities or functional._transformed():
+        loss, lse, z_loss = cross_entropy(
+            linear(input, linear_weight, linear_bias),
+            target.reshape(-1, *target.shape[len(shape) :]),
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            return_lse=True,
+            return_z_loss=True,
+        )
+    else:
+        prepare(input)
+        loss, z_loss, lse = torch.ops.npu_xent.linear_cross_entropy.default(
+            input,
+            linear_weight,
+            linear_bias,
+            index_target(target.reshape(-1)),
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale,
+            softcap=softcap,
+            chunk_rows=chunk_rows,
+            need_lse=return_lse,
+        )
+    if reduction == "none":
+        loss = loss.view(shape)
+    if not (return_lse or return_z_loss):
+        return loss
+    return CrossEntropyOutput(
+        loss,
+        lse.view(shape) if return_lse else None,
+        functional._z_loss_like(loss, z_loss) if return_z_loss else None,
+    )
