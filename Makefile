@@ -59,10 +59,12 @@ ifneq ($(TEST_ARGS),)
 else
 	@echo "== Testing on the CPU"
 	@$(PY) -m pytest -n auto
-	@echo "== Testing on a simulated NPU"
-	@$(ON_NPU) tests
-	@echo "== Testing cann_sim"
-	@cd cann_sim && ../$(PY) -m pytest -n auto
+	@echo "== Testing on a simulated NPU, and cann_sim beside it"
+	@mkdir -p build; (cd cann_sim && ../$(PY) -m pytest -n auto) >build/cann_sim_tests.log 2>&1 & cann_sim=$$!; \
+	  $(ON_NPU) tests; on_npu=$$?; \
+	  wait $$cann_sim; of_cann_sim=$$?; \
+	  echo "== cann_sim's tests"; cat build/cann_sim_tests.log; \
+	  exit $$((on_npu || of_cann_sim))
 endif
 
 # Builds tests/aarch64 in folder $(1) with the options $(2), and runs it. The first run here writes what the planner

@@ -2,17 +2,13 @@
 #include <ATen/ops/sum.h>
 
 #include "composite/linear_rows.h"
-#include "cpu/memory.h"
+#include "cpu/allocator.h"
 
 namespace npu_xent::composite {
 namespace {
 
-Tensor empty_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  auto t = at::empty(sizes, options);
-  if (t.is_cpu()) {
-    cpu::use_huge_pages(t.data_ptr(), t.nbytes());
-  }
-  return t;
+Tensor empty_matrix(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  return options.device().is_cpu() ? cpu::empty_output(rows, columns, options) : at::empty({rows, columns}, options);
 }
 
 // sum += part in blocks of rows, since torch makes a copy of a 16-bit part in fp32 first.
@@ -35,9 +31,9 @@ LinearGrads::LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted) :
   input_ = !wanted[0]         ? none
            : sweep.has_gaps() ? at::zeros(rows.input.sizes(), options)
                               : at::empty(rows.input.sizes(), options);
-  linear_weight_ = wanted[1] ? empty_large(rows.linear_weight.sizes(), options) : none;
+  linear_weight_ = wanted[1] ? empty_matrix(sweep.n_classes(), rows.linear_weight.size(1), options) : none;
   if (wanted[1] && sums.dtype() != options.dtype() && !sweep.one_chunk()) {
-    linear_weight_sum_ = empty_large(rows.linear_weight.sizes(), sums);
+    linear_weight_sum_ = empty_matrix(sweep.n_classes(), rows.linear_weight.size(1), sums);
   }
   linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none;
 }
