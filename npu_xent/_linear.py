@@ -52,7 +52,7 @@ def linear_cross_entropy(
         softcap: c in [1e-6, 1e6], or None: c * tanh(logits / c) takes the place of the logits.
         chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. With None
             the logits of a chunk have 4 % of the memory that all would have in float32, but a chunk has at least 128
-            rows (256 in 16 bits) and at most 512; where classes are few, as many as make 2 million logits.
+            rows (256 in 16 bits) and at most 512, or as many as 32 MiB hold.
         return_lse: also return logsumexp of every row, ignored ones included.
         return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already.
 
@@ -104,6 +104,7 @@ def linear_cross_entropy(
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or functional._transformed():
+        _check_as_the_operator_does(input, linear_weight, linear_bias, weight, ignore_index, softcap, chunk_rows)
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
             target.reshape(-1, *target.shape[len(shape) :]),
@@ -140,4 +141,34 @@ def linear_cross_entropy(
         loss,
         lse.view(shape) if return_lse else None,
         functional._z_loss_like(loss, z_loss) if return_z_loss else None,
+    )
+
+
+def _check_as_the_operator_does(
+    input: Tensor,
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    softcap: float | None,
+    chunk_rows: int | None,
+) -> None:
+    """Raise what the operator would, of tensors without memory; devices are left to F.linear."""
+
+    autocast = torch.is_autocast_enabled(input.device.type)
+
+    def shape_of(tensor: Tensor | None, *, is_cast: bool = True) -> Tensor | None:
+        if tensor is None:
+            return None
+        dtype = torch.get_autocast_dtype(input.device.type) if autocast and is_cast else tensor.dtype
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+    target = torch.empty(input.shape[:1], dtype=torch.int64, device="meta")
+    torch.ops.npu_xent.linear_row_stats.default(
+        *map(shape_of, (input, linear_weight, linear_bias)),
+        target,
+        shape_of(weight, is_cast=False),
+        ignore_index=ignore_index,
+        softcap=softcap,
+        chunk_rows=chunk_rows,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -40,6 +41,43 @@ def test_past_the_cache_and_over_the_logits_are_the_same_bits(dtype: torch.dtype
     assert_same_bits(grad, parts)
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [8191, 5_000_001])
+def test_log_prob_and_the_gradient_of_each_row_are_the_same_bits(dtype: torch.dtype, classes: int) -> None:
+    """Few long rows are shared out in chunks; the last rows alone are no large output."""
+    rows = (33 << 20) // (classes * dtype.itemsize) + 2
+    logits = make_logits(rows, classes, dtype, CPU)
+    target = make_target(rows, classes, CPU)
+    part = slice(rows - 1, rows)
+    log_prob = npu_xent.npu_cross_entropy_loss(logits, target)[1]
+    assert_same_bits(log_prob[part], npu_xent.npu_cross_entropy_loss(logits[part], target[part])[1])
+    grad = loss_and_grad(npu_xent.cross_entropy, logits, target, reduction="none")[1]
+    assert_same_bits(grad[part], loss_and_grad(npu_xent.cross_entropy, logits[part], target[part], reduction="none")[1])
+
+
+def test_memory_that_no_element_is_aligned_in() -> None:
+    rows, classes = 2200, 4000
+    buffer = bytearray(4 * rows * classes + 1)
+    logits = torch.frombuffer(buffer, dtype=torch.float32, offset=1, count=rows * classes).view(rows, classes)
+    target = torch.zeros(rows, dtype=torch.int64)
+    target[1] = -100
+    totals = torch.tensor([rows - 1.0, rows - 1.0, classes])
+    aligned = logits.clone()
+    for x in (logits, aligned):
+        torch.ops.npu_xent.row_stats_grad_(x, target, None, totals, reduction="mean")
+    assert_same_bits(logits.clone(), aligned)
+
+
+def test_a_child_process_takes_and_gives_back_memory() -> None:
+    kept = gradient()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # OpenMP has no threads after fork
+        os._exit(0 if torch.equal(gradient(), kept) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def gradient(rows: int = 9000) -> torch.Tensor:
     logits = torch.zeros(rows, 1000, requires_grad=True)
     npu_xent.cross_entropy(logits, torch.zeros(rows, dtype=torch.int64)).backward()
@@ -48,6 +86,8 @@ def gradient(rows: int = 9000) -> torch.Tensor:
 
 
 def test_memory_is_used_again_once_nobody_has_it() -> None:
+    others = gradient(20000), gradient(20000)
+    del others  # now nothing else is kept, and these are too large for what follows
     first = gradient()
     second = gradient()
     address = first.data_ptr()

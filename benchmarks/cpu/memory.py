@@ -29,14 +29,20 @@ PREDICTED: dict[str, Callable[[int, int, int, int], float]] = {
     NONE: lambda N, C, H, b: N * C * b,
     LOG_PROB: lambda N, C, H, b: 2 * N * C * b,  # the gradient and log_prob
 }
-# The gradients of weight and input, and chunks of logits.
-PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {
-    TRAINING: lambda N, C, H, b: C * H * b + N * H * b + 0.04 * N * C * b,
-}
 
-# glibc keeps freed blocks for itself, and the next call would find them resident. With this, blocks of 256 KiB and more
-# go back to the system at once. It has to be in the environment when the process starts.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+
+def predicted_linear(N: int, C: int, H: int, b: int) -> float:
+    """The gradients of weight and input, a chunk of logits, and of 16 bits a sum of the weight's in float32."""
+    most, least = 512, 256 if b == 2 else 128
+    rows = max(min(max(N * 4 // (25 * b) // 32 * 32, least), most), (32 << 20) // (C * b))  # docstring of chunk_rows
+    return C * H * b + N * H * b + min(rows, N) * C * b + (4 * C * H if b == 2 and rows < N else 0)
+
+
+PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {TRAINING: predicted_linear}
+
+# Memory that was kept from an earlier call would be resident before the next. With this, glibc gives blocks of 256 KiB
+# and more back to the system at once, and npu_xent its large outputs. Both read it when they start.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "262144", "NPU_XENT_KEEP_MEMORY": "0"}
 
 
 def peak_resident(step: Step) -> int:

@@ -21,6 +21,8 @@ import npu_xent
 OURS, EAGER, COMPILE, COPY = "npu_xent", "F.cross_entropy", "torch.compile", "copy_"
 # In a process with THP_MEM_ALLOC_ENABLE=1: torch then asks for huge pages for all of its large tensors.
 EAGER_THP, COPY_THP = "F.cross_entropy, huge pages", "copy_, huge pages"
+# There with NPU_XENT_KEEP_MEMORY=0: every gradient comes in pages that the system has to make.
+OURS_FRESH = "npu_xent, fresh pages"
 LINEAR, LINEAR_COMPILE = "F.linear + F.cross_entropy", "torch.compile of both"
 TORCH_LINEAR, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
 CUT = "cut-cross-entropy"
@@ -141,9 +143,14 @@ def eager_steps(name: str, logits: Tensor, target: Tensor) -> Steps:
 
 
 def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
-    """For a process with THP_MEM_ALLOC_ENABLE=1, which torch reads once."""
+    """For a process with THP_MEM_ALLOC_ENABLE=1 and NPU_XENT_KEEP_MEMORY=0, which are read once."""
     logits, target = make_logits(rows, classes, dtype)
-    return {(COPY_THP, COPIED): copying(logits), **eager_steps(EAGER_THP, logits.requires_grad_(), target)}
+    return {
+        (COPY_THP, COPIED): copying(logits),
+        **eager_steps(EAGER_THP, logits.requires_grad_(), target),
+        (OURS_FRESH, TRAINING): training(npu_xent.cross_entropy, logits, target),
+        (OURS_FRESH, LOG_PROB): with_log_prob(logits, target),
+    }
 
 
 def training_steps(rows: int, classes: int, dtype: torch.dtype, with_compile: bool) -> Steps:

@@ -73,7 +73,9 @@ def cpu_name() -> str:
 def commit() -> str:
     """The commit of the sources, with a plus where they differ from it."""
     try:
-        sha = subprocess.check_output(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True, stderr=-3)
+        sha = subprocess.check_output(
+            ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
+        )
         changed = ["git", "diff", "--quiet", "HEAD", "--", "csrc", "npu_xent", "benchmarks/*.py"]
         return sha.strip() + ("+" if subprocess.run(changed, cwd=ROOT).returncode else "")
     except (OSError, subprocess.CalledProcessError):

@@ -27,21 +27,23 @@ LinearGrads::LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted) :
   const auto& rows = sweep.rows();
   const auto options = rows.input.options();
   const auto sums = options.dtype(stats_dtype(rows.input.scalar_type()));
-  const auto none = at::empty({0}, options);
-  input_ = !wanted[0]         ? none
+  const auto none = [&] { return at::empty({0}, options); };  // outputs of an operator share no memory
+  input_ = !wanted[0]         ? none()
            : sweep.has_gaps() ? at::zeros(rows.input.sizes(), options)
                               : at::empty(rows.input.sizes(), options);
-  linear_weight_ = wanted[1] ? empty_matrix(sweep.n_classes(), rows.linear_weight.size(1), options) : none;
+  linear_weight_ = wanted[1] ? empty_matrix(sweep.n_classes(), rows.linear_weight.size(1), options) : none();
   if (wanted[1] && sums.dtype() != options.dtype() && !sweep.one_chunk()) {
     linear_weight_sum_ = empty_matrix(sweep.n_classes(), rows.linear_weight.size(1), sums);
   }
-  linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none;
+  linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none();
 }
 
 void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
   if (wanted_[0]) {
     if (chunk.places.defined()) {
-      chunk.put(input_, grad_logits.mm(sweep_.rows().linear_weight));
+      auto part = at::empty({chunk.size, input_.size(1)}, input_.options());
+      at::mm_out(part, grad_logits, sweep_.rows().linear_weight);  // autocast leaves it alone, as it does the others
+      chunk.put(input_, part);
     } else {
       auto part = chunk.slice(input_);
       at::mm_out(part, grad_logits, sweep_.rows().linear_weight);

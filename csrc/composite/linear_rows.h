@@ -21,12 +21,12 @@ namespace npu_xent::composite {
 
 // Rows in a chunk, unless the caller says: those whose logits have 4 % of the memory of all logits in fp32, but so many
 // that the products are near their best speed and that adding to the gradient of linear_weight, which every chunk does,
-// costs little beside them; and so few that more would bring nothing.
+// costs little beside them; and so few that more would bring nothing. Memory of 32 MiB is not worth saving.
 inline int64_t default_chunk_rows(int64_t n_rows, int64_t n_cols, int64_t element_size) {
-  constexpr int64_t kMany = 512, kStep = 32, kElements = int64_t{1} << 21;
+  constexpr int64_t kMany = 512, kStep = 32, kBytes = int64_t{32} << 20;
   const int64_t few = element_size == 2 ? 256 : 128;
   const int64_t share = n_rows * 4 / (25 * element_size) / kStep * kStep;
-  return std::max(std::clamp(share, few, kMany), kElements / n_cols);
+  return std::max(std::clamp(share, few, kMany), kBytes / (n_cols * element_size));
 }
 
 struct Chunk {

@@ -31,7 +31,7 @@ class OutputAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_output(int64_t rows, int64_t columns, const at::TensorOptions& options) {
-  static OutputAllocator allocator;
+  static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive what is destroyed at exit
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   return at::detail::empty_generic({rows, columns}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    std::nullopt);

@@ -61,45 +61,50 @@ bool offer(const Block& block) {
 
 class Pool {
  public:
+  Pool() { kept_.reserve(kKept + 1); }
+
   void* take(size_t bytes) {
     bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    const std::lock_guard<std::mutex> lock(mutex_);
-    // The smallest that is large enough, and not so large that a larger output would miss it; of equals the last, which
-    // is the likeliest to be in a cache.
-    auto best = kept_.end();
-    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
-      if (block->bytes >= bytes && block->bytes / 2 <= bytes && (best == kept_.end() || block->bytes <= best->bytes)) {
-        best = block;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = fitting(bytes);
+      if (found != kept_.end()) {
+        const Block block = *found;
+        taken_.emplace(block.memory, block.bytes);
+        kept_.erase(found);
+        return block.memory;
       }
     }
-    Block taken{nullptr, bytes};
-    if (best != kept_.end()) {
-      taken = *best;
-      kept_.erase(best);
-    } else {
-      taken.memory = map(bytes);
-      if (taken.memory == nullptr) {
-        return nullptr;
-      }
+    void* memory = map(bytes);
+    if (memory == nullptr) {
+      unmap_kept();
+      memory = map(bytes);
     }
-    taken_.emplace(taken.memory, taken.bytes);
-    return taken.memory;
+    if (memory != nullptr) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      taken_.emplace(memory, bytes);
+    }
+    return memory;
   }
 
   void give_back(void* memory) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = taken_.find(memory);
-    const Block block{memory, found->second};
-    taken_.erase(found);
-    if (!offer(block)) {
-      munmap(block.memory, block.bytes);
-      return;
+    Block block{memory, 0};
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto found = taken_.find(memory);
+      block.bytes = found->second;
+      taken_.erase(found);
     }
-    kept_.push_back(block);
-    if (kept_.size() > kKept) {
-      munmap(kept_.front().memory, kept_.front().bytes);  // the one that nobody wanted for the longest time
+    if (offer(block)) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      kept_.push_back(block);
+      if (kept_.size() <= kKept) {
+        return;
+      }
+      block = kept_.front();  // the one that nobody has wanted for the longest time
       kept_.erase(kept_.begin());
     }
+    munmap(block.memory, block.bytes);
   }
 
   // A child of fork() finds the pool whole and unlocked.
@@ -107,6 +112,26 @@ class Pool {
   void unlock() { mutex_.unlock(); }
 
  private:
+  // The smallest block that is large enough, but no more than twice as large, so that a larger output will not miss it.
+  // Of equals the last, which is the likeliest to be in a cache.
+  std::vector<Block>::iterator fitting(size_t bytes) {
+    auto best = kept_.end();
+    for (auto block = kept_.begin(); block != kept_.end(); ++block) {
+      const bool fits = block->bytes >= bytes && block->bytes / 2 <= bytes;
+      if (fits && (best == kept_.end() || block->bytes <= best->bytes)) {
+        best = block;
+      }
+    }
+    return best;
+  }
+  void unmap_kept() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Block& block : kept_) {
+      munmap(block.memory, block.bytes);
+    }
+    kept_.clear();
+  }
+
   std::mutex mutex_;
   std::vector<Block> kept_;
   std::unordered_map<void*, size_t> taken_;

@@ -1,7 +1,7 @@
 // Memory of large outputs. The page faults of fresh memory cost more than the arithmetic, so such memory comes in huge
 // pages, and what is given back is kept for the next output of about that size: a training step writes its gradient
-// where the last one was. Kept memory is marked as free for the system to take (MADV_FREE), so that keeping it denies
-// it to nobody; until the system wants it, it still counts as resident.
+// where the last one was. Kept memory is marked as free for the system to take when it runs short (MADV_FREE); until
+// then it counts as resident, and its addresses count as used.
 //
 // NPU_XENT_HUGE_PAGES=0 turns the former off, NPU_XENT_KEEP_MEMORY=0 the latter.
 #pragma once

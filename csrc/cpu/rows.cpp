@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/memory.h"
+
 namespace npu_xent::cpu {
 namespace {
 
@@ -15,8 +17,8 @@ constexpr int64_t kChunk = 4096;
 constexpr int64_t kMaxExpBytes = int64_t{1} << 20;
 // Elements of a task: enough that handing it to a thread costs nothing, and that fetching ahead from row to row pays.
 constexpr int64_t kTask = 65536;
-// Outputs from this size on are written past the caches, which would not hold them until they are read.
-constexpr int64_t kPastCacheBytes = int64_t{32} << 20;
+// Elements that are scaled by one task.
+constexpr int64_t kScaleTask = 16384;
 // Rows whose losses are summed by one task, whatever the number of threads.
 constexpr int64_t kSumBlock = 4096;
 
@@ -88,6 +90,7 @@ class Sweep {
         r_(rows),
         parallel_(parallel),
         n_chunks_(div_up(rows.n_cols, kChunk)),
+        // At least four tasks a thread, so that threads end at about the same time.
         rows_per_task_(std::clamp<int64_t>(rows.n_rows / (4 * parallel.threads), 1,
                                            std::max<int64_t>(1, kTask / std::max<int64_t>(1, rows.n_cols)))) {}
 
@@ -141,8 +144,9 @@ class Sweep {
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
     return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps, chunk_after(n, c));
   }
-  // Whether [n_rows, n_cols] outputs go past the caches. Not over logits that were read: those are in the cache.
-  bool past_cache() const { return r_.n_rows * r_.n_cols * static_cast<int64_t>(sizeof(scalar_t)) >= kPastCacheBytes; }
+  // Whether [n_rows, n_cols] outputs go past the caches, which would hardly hold them until they are read. Not
+  // gradients over logits: those are in the cache.
+  bool past_cache() const { return r_.n_rows * r_.n_cols * sizeof(scalar_t) >= kLargeOutput; }
   bool past_cache(const scalar_t* out) const { return out != r_.logits && past_cache(); }
 
   // Joins what the chunks of row n yielded, and stores it.
@@ -388,7 +392,6 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
 
 template <typename scalar_t>
 void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel) {
-  constexpr int64_t kScaleTask = 16384;
   parallel.run(div_up(n, kScaleTask), [&](int64_t task) {
     const int64_t begin = task * kScaleTask;
     kernels.scale(x + begin, std::min(kScaleTask, n - begin), static_cast<acc_t<scalar_t>>(factor));

@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/kernels/vec_blocks.h"
 #include "cpu/kernels/vec_math.h"
 
 namespace npu_xent::cpu::CPU_CAPABILITY {
@@ -131,12 +132,17 @@ acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>
 }
 
 template <typename scalar_t>
-bool has_nan(const scalar_t* x, int64_t n) {
-  bool found = false;
-  for (int64_t i = 0; i < n; ++i) {
-    found |= std::isnan(static_cast<acc_t<scalar_t>>(as_vec(x)[i]));
+bool has_nan(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> factor(scale);
+  Vec<acc> seen(0);
+  for (int64_t i = 0; i < n; i += kBlock<acc>) {
+    const auto v = load(x + i, std::min(n - i, kBlock<acc>));
+    seen = at::vec::maximum(seen, at::vec::maximum(v.lo * factor, v.hi * factor));
   }
-  return found;
+  alignas(64) acc lanes[Vec<acc>::size()];
+  seen.store(lanes);
+  return std::any_of(lanes, lanes + Vec<acc>::size(), [](acc lane) { return std::isnan(lane); });
 }
 
 // The block at `ahead` + i goes into the cache, if it exists.
@@ -214,7 +220,8 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
     return result;
   }
   // All -inf, or a +inf or NaN: of the sums only wsum is worth having, and it is what the arithmetic gives.
-  result.max = has_nan(x, n) ? std::numeric_limits<acc>::quiet_NaN() : max;
+  const bool nan = std::isfinite(max) || has_nan(x, n, map.scale);
+  result.max = nan ? std::numeric_limits<acc>::quiet_NaN() : max;
   result.sum = 0;
   if (exps) {
     std::fill_n(exps, n, acc(0));
@@ -228,10 +235,10 @@ template <typename scalar_t, typename F>
 void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
   using acc = acc_t<scalar_t>;
   constexpr std::integral_constant<int64_t, kBlock<acc>> whole{};
+  constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
+  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
   int64_t i = 0;
-  if (past_cache) {
-    constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
-    const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
+  if (past_cache && unaligned % sizeof(scalar_t) == 0) {  // else no element begins where a vector may
     if (unaligned != 0) {
       i = std::min(n, static_cast<int64_t>((vector_bytes - unaligned) / sizeof(scalar_t)));
       store(out, f(0, i), i);
