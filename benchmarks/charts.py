@@ -26,11 +26,13 @@ from cpu.methods import (
     COPY,
     CUT,
     EAGER,
+    EAGER_THP,
     FORWARD,
     LINEAR,
     LOG_PROB,
     NONE,
     OURS,
+    OURS_FRESH,
     TORCH_CHUNKED,
     TRAINING,
 )
@@ -174,8 +176,10 @@ def save(page: Page, path: Path) -> Path:
 
 SPEED_METHODS = (
     ("F.cross_entropy", EAGER, TRAINING, GREY),
+    ("… huge pages", EAGER_THP, TRAINING, GREY),
     ("torch.compile", COMPILE, TRAINING, GREY),
     ("npu_xent", OURS, TRAINING, BLUE),
+    ("… fresh pages", OURS_FRESH, TRAINING, LIGHT_BLUE),
     ("… consume_logits", OURS, CONSUME, LIGHT_BLUE),
 )
 
@@ -185,7 +189,7 @@ def speed(results: Results, path: Path) -> Path:
     cases = results.cases(CROSS_ENTROPY)
     shapes = list(dict.fromkeys(shape for shape, _, _ in cases))
     dtypes = list(dict.fromkeys(dtype for _, dtype, _ in cases))
-    height = 1.15 + 1.6 * len(shapes)
+    height = 1.15 + 2.1 * len(shapes)
     page, grid = pyplot.subplots(len(shapes), len(dtypes), figsize=(WIDTH, height), squeeze=False)
     for case in cases:
         axes = grid[shapes.index(case[0]), dtypes.index(case[1])]

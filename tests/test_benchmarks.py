@@ -134,7 +134,7 @@ def test_another_process_is_normalised_by_its_own_copy() -> None:
 
 
 def test_no_target_is_looser_than_it_was() -> None:
-    """These are asked for; a target may become tighter, and then here too."""
+    """What a user may rely on; a target may become tighter, and then here too."""
     asked = {
         "forward without gradient, x copy_": (0.9, 1.4),
         "training step, x copy_": (2.3, 3.0),

@@ -198,7 +198,7 @@ def test_every_launch_is_listed() -> None:
 def test_every_environment_variable_is_documented() -> None:
     reading = re.compile(r'(?:getenv\(|environ\.(?:get|setdefault)\(|environ\[)"(\w+)"')
     read = {name for path in (*PYTHON, *CXX) for name in reading.findall(path.read_text())}
-    assert {"NPU_XENT_DEBUG", "NPU_XENT_HUGE_PAGES", "SOC_VERSION"} <= read
+    assert {"NPU_XENT_DEBUG", "NPU_XENT_HUGE_PAGES", "NPU_XENT_KEEP_MEMORY", "SOC_VERSION"} <= read
     pages = ATLAS.read_text() + (ROOT / "README.md").read_text()
     assert not {name for name in read if f"`{name}" not in pages}
 
