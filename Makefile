@@ -6,7 +6,7 @@
 #   make test-aarch64
 #                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
 #   make bench    measures speed and memory on this CPU beside PyTorch's losses and others, appends every figure to
-#                 benchmarks/results.csv and draws docs/bench_*.png: half an hour or more; QUICK=1: three minutes
+#                 benchmarks/results.csv and draws docs/bench_*.png: twenty minutes or more; QUICK=1: two or three
 #                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
