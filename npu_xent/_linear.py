@@ -98,7 +98,8 @@ def linear_cross_entropy(
         raise ValueError(
             "npu_xent.linear_cross_entropy: target must have the shape of input without its last dimension (class "
             "indices), or with the classes in its place (probabilities), but input has "
-            f"{list(input.shape)}, linear_weight {list(linear_weight.shape)} and target {list(target.shape)}"
+            f"{list(input.shape)}, linear_weight {list(linear_weight.shape)} and target {list(target.shape)} "
+            f"of {target.dtype}"
         )
     shape = input.shape[:-1]
     if input.dim() != 2:
