@@ -21,7 +21,7 @@ from .memory import peak_allocated, peak_resident, resident
 from .methods import COPIED, HALF, TRAINING, Steps, cross_entropy_steps, huge_page_steps, linear_steps
 
 ENTRY = Path(__file__).resolve().parents[1] / "run.py"
-FEW_ROWS = 32  # of a warm-up
+FEW_ROWS = 320  # of a warm-up: chunks of full size, so that what products keep for themselves is there
 
 
 def ask(task: str, environment: dict[str, str], **arguments: Any) -> Any:
