@@ -51,8 +51,8 @@ def linear_cross_entropy(
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
         softcap: c in [1e-6, 1e6], or None: c * tanh(logits / c) takes the place of the logits.
         chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. With None
-            the logits of a chunk have 4 % of the memory that all would have in float32, but a chunk has at least 128
-            rows (256 in 16 bits) and at most 512, or as many as 32 MiB hold.
+            the logits of a chunk have 4 % of the memory that all would have in float32, in at least 128 rows (256 in 16
+            bits) and at most 512; or it has as many rows as 32 MiB hold, if those are more.
         return_lse: also return logsumexp of every row, ignored ones included.
         return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already.
 
