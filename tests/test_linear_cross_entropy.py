@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import npu_xent
+from npu_xent.doctor.timing import peak_memory
 
 ops = torch.ops.npu_xent
 
@@ -465,18 +466,6 @@ def test_transforms_and_probabilities(reduction: str, device: torch.device) -> N
 # Memory ---------------------------------------------------------------------------------------------------------------
 
 
-def peak(function: Callable[[], object]) -> int:
-    """The largest sum of what was allocated by the CPU allocator, and not yet freed, while function ran."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = highest = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        highest = max(highest, now)
-    return highest
-
-
 @pytest.mark.cpu
 @pytest.mark.parametrize("ignored", [False, True], ids=["all kept", "some ignored"])
 def test_memory_is_5_percent_of_the_logits_beyond_the_weight_gradient(ignored: bool, device: torch.device) -> None:
@@ -488,7 +477,7 @@ def test_memory_is_5_percent_of_the_logits_beyond_the_weight_gradient(ignored: b
     def train() -> None:
         npu_xent.linear_cross_entropy(head.input, head.linear_weight, target).backward()
 
-    assert peak(train) - head.linear_weight.nbytes <= 0.05 * rows * classes * 4
+    assert peak_memory(train, device) - head.linear_weight.nbytes <= 0.05 * rows * classes * 4
 
 
 @pytest.mark.cpu
@@ -507,9 +496,9 @@ def test_chunk_rows_bounds_the_memory(dtype: torch.dtype, reduction: str, device
     def forward() -> Tensor:
         return loss_of(head, target, reduction=reduction, chunk_rows=chunk_rows).sum()
 
-    assert peak(lambda: forward().backward()) <= chunk + grads + sums + 100 * rows + 2**16
+    assert peak_memory(lambda: forward().backward(), device) <= chunk + grads + sums + 100 * rows + 2**16
     with torch.no_grad():
-        assert peak(forward) <= chunk + 100 * rows + 2**16
+        assert peak_memory(forward, device) <= chunk + 100 * rows + 2**16
 
 
 # The operators --------------------------------------------------------------------------------------------------------

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from torch.profiler import ProfilerActivity, profile
+import torch
+
+from npu_xent.doctor.timing import peak_memory
 
 from .methods import CONSUME, FORWARD, LOG_PROB, NONE, TRAINING, Step
 
@@ -69,14 +70,4 @@ def status(name: str) -> int:
 
 def peak_allocated(step: Step) -> int:
     """Bytes."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its start and its end on stderr
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        kept = step()
-    del kept
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    in_use = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        in_use += event.nbytes()
-        most = max(most, in_use)
-    return most
+    return peak_memory(step, torch.device("cpu"))

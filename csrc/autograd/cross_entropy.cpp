@@ -137,7 +137,6 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
                 "consume_logits=False.");
     const auto tensors = ctx->get_saved_variables();
     const auto& logits = tensors[0];
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     const auto arguments = [&](const auto& op) {
       return op(logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5], optional(grads[0]),
                 optional(grads[1]), saved["reduction"].toStringView(), saved["ignore_index"].toInt(),

@@ -24,10 +24,6 @@ constexpr char kDoubleBackward[] =
 
 constexpr std::array<const char*, 3> kGrads{"grad_input", "grad_linear_weight", "grad_linear_bias"};
 
-OptionalTensor optional(const Tensor& t) {
-  return t.defined() ? OptionalTensor(t) : std::nullopt;
-}
-
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
   // What is differentiated comes first, so that its place is its edge.

@@ -1,4 +1,5 @@
-// A gradient that the forward makes as if the upstream gradient were 1, and that the backward only scales.
+// What the losses share: a gradient that the forward makes as if the upstream gradient were 1, and that the backward
+// only scales; and what two sweeps have saved.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -22,6 +23,11 @@ inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   const auto result = copy ? grad.clone() : grad;
   scale_(result, upstream.detach());
   return result;
+}
+
+// A saved tensor or an upstream gradient, of which an undefined one stands for none.
+inline OptionalTensor optional(const Tensor& t) {
+  return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
 
 }  // namespace npu_xent::autograd
