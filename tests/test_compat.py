@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from npu_xent.compat import mindformers, nnsight, unit_scaling
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 # One rounding of the result to its dtype, and float32 statistics.
-RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float64: 1e-13}
+RELATIVE = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float64: 1e-13}
 
 
 def close(actual: Tensor, truth: Tensor, dtype: torch.dtype, scale: float = 1.0) -> None:
@@ -239,9 +240,9 @@ def test_mindformers(dtype: torch.dtype, mask_dtype: torch.dtype, device: torch.
 
 
 def test_mindformers_corners(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
-    loss = mindformers.CrossEntropyLoss(seq_split_num=4)
+    loss = mindformers.CrossEntropyLoss()
     page = torch.tensor([[3.0, 5, 6, 9, 12, 33, 42, 12, 32, 72]], device=device)
-    assert loss(page, torch.tensor([1], device=device), torch.tensor([1.0], device=device)).shape == (1,)
+    assert loss(page, torch.tensor([1], device=device), torch.tensor([1.0], device=device)).tolist() == [67]
     logits, label = case(torch.float32, 4, 6, device=device, ignored=False)
     nothing = torch.zeros(4, device=device)
     logits.requires_grad_()
@@ -267,6 +268,143 @@ def test_mindformers_corners(device: torch.device, capsys: pytest.CaptureFixture
     assert "local loss: " in capsys.readouterr().out
 
 
+def probability_case(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, class probabilities with some zeros, and a mask with zeros and fractions."""
+    logits, _ = case(dtype, 9, 17, device=device)
+    generator = torch.Generator().manual_seed(1)
+    label = torch.rand(9, 17, generator=generator).mul(6).sub(3).relu().softmax(1)
+    label[:, 5] = 0
+    mask = torch.tensor([1, 0, 0.5, 1, 0, 0.25, 2, 1, 0])
+    return logits, label.to(device), mask.to(device)
+
+
+@pytest.mark.parametrize("label_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.float32, torch.bool, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
+def test_mindformers_class_probabilities(
+    dtype: torch.dtype, mask_dtype: torch.dtype, label_dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, label, mask = probability_case(dtype, device)
+    label, mask = label.to(label_dtype), mask.to(mask_dtype)
+    logits.requires_grad_()
+    exact = logits.detach().cpu().double().requires_grad_()
+    weight = mask.cpu().double()
+    losses = (label.cpu().double() * (exact.logsumexp(1, keepdim=True) - exact)).sum(1)
+    numerator, denominator = (losses * weight).sum(), weight.sum().reshape(1) + 1e-8
+    truth = numerator / denominator
+    out_dtype = torch.float64 if torch.float64 in (dtype, mask_dtype) else torch.float32
+    out_digits = torch.float32 if dtype != torch.float64 else torch.float64
+    loss = mindformers.CrossEntropyLoss()(logits, label, mask)
+    assert (loss.dtype, loss.shape) == (out_dtype, (1,))
+    close(loss, truth.detach(), out_digits, scale=2)
+    loss.backward()
+    truth.sum().backward()
+    assert logits.grad.dtype == dtype
+    # Rounded once, also where it is small.
+    relative = RELATIVE[dtype] + RELATIVE[out_digits]
+    torch.testing.assert_close(logits.grad.cpu().double(), exact.grad, rtol=relative, atol=relative / 1000)
+    parts = mindformers.CrossEntropyLoss(calculate_per_token_loss=True)(logits.detach(), label, mask)
+    assert [(part.dtype, tuple(part.shape)) for part in parts] == [(out_dtype, ()), (out_dtype, (1,))]
+    close(parts[0], numerator.detach(), out_digits, scale=2)
+    close(parts[1], denominator, out_digits)
+
+
+def test_mindformers_one_hot_probabilities_are_class_indices(device: torch.device) -> None:
+    logits, _, mask = probability_case(torch.float32, device)
+    label = torch.arange(9, device=device)
+    one_hot = torch.nn.functional.one_hot(label, 17).float()
+    gradients = []
+    for target in (label, one_hot):
+        x = logits.clone().requires_grad_()
+        loss = mindformers.CrossEntropyLoss()(x, target, mask)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        gradients.append((loss.detach(), gradient))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["logits", "label"])
+def test_mindformers_masked_rows_do_no_harm_to_class_probabilities(
+    where: str, poison: float, device: torch.device
+) -> None:
+    logits, label, mask = probability_case(torch.float32, device)
+    results = []
+    for poisoned in (False, True):
+        x, q = logits.clone(), label.clone()
+        if poisoned:
+            (x if where == "logits" else q)[mask == 0] = poison
+        x.requires_grad_()
+        loss = mindformers.CrossEntropyLoss()(x, q, mask)
+        loss.backward()
+        results.append((loss.detach(), x.grad))
+    assert all(torch.equal(clean, poisoned) for clean, poisoned in zip(*results, strict=True))
+    assert (results[1][1][mask == 0] == 0).all()
+    x = logits.clone().requires_grad_()
+    nothing = mindformers.CrossEntropyLoss()(x, label, torch.zeros_like(mask))
+    nothing.backward()
+    assert nothing == 0
+    assert (x.grad == 0).all()
+
+
+def test_mindformers_infinite_logits_and_class_probabilities(device: torch.device) -> None:
+    logits, label, mask = probability_case(torch.float32, device)
+    loss = mindformers.CrossEntropyLoss()
+    logits[0, 5] = -math.inf  # of probability 0
+    logits.requires_grad_()
+    finite = loss(logits, label, mask)
+    finite.backward()
+    without = [i for i in range(17) if i != 5]
+    torch.testing.assert_close(
+        loss(logits[:1, without], label[:1, without], mask[:1]), loss(logits[:1], label[:1], mask[:1])
+    )
+    assert finite.isfinite()
+    assert logits.grad.isfinite().all()
+    assert logits.grad[0, 5] == 0
+    with torch.no_grad():
+        logits[0, 4] = -math.inf
+    label[0, 4] = 0.5
+    assert loss(logits, label, mask) == math.inf
+
+
+def test_mindformers_class_probabilities_are_differentiable(device: torch.device) -> None:
+    logits, label, mask = probability_case(torch.float32, device)
+    label.requires_grad_()
+    mindformers.CrossEntropyLoss()(logits, label, mask).backward()
+    weight = mask.cpu().double()
+    truth = -logits.cpu().double().log_softmax(1) * (weight / (weight.sum() + 1e-8)).unsqueeze(1)
+    close(label.grad, truth, torch.float32, scale=2)
+
+
+KEYWORDS = {
+    "reduction": ("none", "calculate_per_token_loss"),
+    "weight": (torch.ones(6), "input_mask"),
+    "ignore_index": (-100, "input_mask"),
+    "label_smoothing": (0.1, "class probabilities"),
+    "seq_split_num": (4, "calculate_per_token_loss"),
+    "monitor_device_local_loss": (True, "only parallel_config, "),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_mindformers_keywords_that_change_nothing_warn(name: str, device: torch.device) -> None:
+    value, instead = KEYWORDS[name]
+    with pytest.warns(UserWarning, match=rf"^mindformers\.CrossEntropyLoss: {name} is ignored; .*{instead}") as warned:
+        loss = mindformers.CrossEntropyLoss(**{name: value})
+    assert [warning.filename for warning in warned] == [__file__]
+    logits, label = case(torch.float32, 4, 6, device=device, ignored=False)
+    mask = torch.ones(4, device=device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = mindformers.CrossEntropyLoss(None, False, False)
+    assert torch.equal(loss(logits, label, mask), plain(logits, label, mask))
+
+
+def test_mindformers_warns_of_each_keyword() -> None:
+    with pytest.warns(UserWarning, match="is ignored") as warned:
+        mindformers.CrossEntropyLoss(reduction="sum", foo=1)
+    assert [str(warning.message).split(" is ignored")[0].split(": ")[1] for warning in warned] == ["reduction", "foo"]
+
+
 def refusals(device: torch.device) -> list[tuple[type[Exception], Callable[[], object]]]:
     """What is refused, and how."""
     loss = mindformers.CrossEntropyLoss()
@@ -278,15 +416,25 @@ def refusals(device: torch.device) -> list[tuple[type[Exception], Callable[[], o
     return [
         (NotImplementedError, lambda: mindformers.CrossEntropyLoss({"model_parallel": 2})),
         (TypeError, lambda: loss(logits, label.short(), mask)),
+        (TypeError, lambda: loss(logits, label.bool(), mask)),
+        (TypeError, lambda: loss(logits.long(), label, mask)),
+        (TypeError, lambda: loss(logits.long(), logits, mask)),
         (ValueError, lambda: loss(logits.view(2, 2, 6), label, mask)),
+        (ValueError, lambda: loss(logits[:, :0], label, mask)),
+        (ValueError, lambda: loss(logits[:, :0], logits[:, :0], mask)),
+        (ValueError, lambda: loss(logits, label.float(), mask)),
+        (ValueError, lambda: loss(logits, logits[:1], mask)),
+        (ValueError, lambda: loss(logits, logits.T, mask)),
+        (ValueError, lambda: loss(logits, logits, mask[:1])),
         (ValueError, lambda: loss(logits, label, mask[:1])),
         (ValueError, lambda: loss(logits, label[:3], mask)),
         (RuntimeError, lambda: loss(logits[:0], label[:0], mask[:0])),
+        (RuntimeError, lambda: loss(logits[:0], logits[:0], mask[:0])),
         (RuntimeError, lambda: loss(logits, label, mask.clone().requires_grad_())),
     ]
 
 
-@pytest.mark.parametrize("which", range(7))
+@pytest.mark.parametrize("which", range(15))
 def test_mindformers_refusals(which: int, device: torch.device) -> None:
     error, call = refusals(device)[which]
     with pytest.raises(error, match=r"mindformers\.CrossEntropyLoss: "):
