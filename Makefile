@@ -208,9 +208,12 @@ $(VENV)/.train: $(TORCH_STAMP)
 	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
 	@touch $@
 
+# --no-deps: the originals that npu_xent.compat is compared with, without the transformers, diffusers and torch that they
+# require. docstring_parser and einops are what unit_scaling imports.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2
 	@touch $@
 
 # --no-deps: the part of cut-cross-entropy that runs on a CPU does without its triton, which is hundreds of megabytes.
