@@ -234,7 +234,7 @@ def _check_types(name: str, reduction: Any, **tensors: Any) -> None:
     """Raise TypeError for what is no tensor, or no name of a reduction: the operator would say it in C++ terms."""
     for argument, value in tensors.items():
         if isinstance(value, Tensor):
-            require_dense(name, argument, value)
+            require_dense(name, **{argument: value})
         elif not (argument in _OPTIONAL and value is None):
             raise TypeError(f"npu_xent.{name}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
     if not isinstance(reduction, str):
@@ -243,16 +243,17 @@ def _check_types(name: str, reduction: Any, **tensors: Any) -> None:
         )
 
 
-def require_dense(name: str, argument: str, tensor: Tensor) -> None:
+def require_dense(name: str, **tensors: Tensor) -> None:
     """Raise TypeError for a tensor whose memory is not one value for each element."""
-    if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
-        return
-    kind, remedy = f"of layout {tensor.layout}", "to_dense()"
-    if tensor.is_nested:
-        kind, remedy = "nested", "to_padded_tensor(0.0)"
-    elif tensor.is_quantized:
-        kind, remedy = "quantized", "dequantize()"
-    raise TypeError(f"npu_xent.{name}: {argument} must be a dense tensor, but is {kind}; pass {argument}.{remedy}")
+    for argument, tensor in tensors.items():
+        if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
+            continue
+        kind, remedy = f"of layout {tensor.layout}", "to_dense()"
+        if tensor.is_nested:
+            kind, remedy = "nested", "to_padded_tensor(0.0)"
+        elif tensor.is_quantized:
+            kind, remedy = "quantized", "dequantize()"
+        raise TypeError(f"npu_xent.{name}: {argument} must be a dense tensor, but is {kind}; pass {argument}.{remedy}")
 
 
 def _check_numbers(name: str, integers: dict[str, Any], **numbers: Any) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import npu_xent
+from npu_xent import compat
 
 # Both sides of a vector (16 lanes of fp32 in AVX512), one class, no rows, several rows a task and several chunks a row.
 SHAPES = [(0, 7), (1, 1), (3, 2), (1, 15), (97, 16), (97, 17), (97, 8080)]
@@ -259,6 +260,11 @@ def test_tensors_that_are_not_dense_are_a_type_error(kind: str) -> None:
         "linear_cross_entropy: linear_weight": lambda: npu_xent.linear_cross_entropy(logits, odd, target),
         "linear_cross_entropy: linear_bias": lambda: npu_xent.linear_cross_entropy(
             logits, torch.randn(5, 6), target, linear_bias=odd
+        ),
+        "compat.unit_scaling.cross_entropy: input": lambda: compat.unit_scaling.cross_entropy(odd, target),
+        "compat.nnsight.cross_entropy_loss: logits": lambda: compat.nnsight.cross_entropy_loss(odd, target),
+        "compat.mindformers.CrossEntropyLoss: label": lambda: compat.mindformers.CrossEntropyLoss()(
+            logits, odd, torch.ones(4)
         ),
     }
     for place, call in calls.items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._loading import prepare
+from ..functional import require_dense
 
 IGNORE_INDEX = -100
 EPSILON = 1e-8
@@ -105,6 +106,7 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, label: Tensor, input_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The masked loss; see the class."""
+        require_dense("compat.mindformers.CrossEntropyLoss", logits=logits, label=label, input_mask=input_mask)
         if logits.dim() != 2 or logits.shape[1] == 0:
             raise ValueError(
                 "mindformers.CrossEntropyLoss: logits must have shape [N, C] with C > 0, but have shape "

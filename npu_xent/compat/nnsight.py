@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._loading import prepare
+from ..functional import require_dense
 
 IGNORE_INDEX = -100
 
@@ -52,6 +53,7 @@ def cross_entropy_loss(
     - The page says that the result has shape [B] without avg_batch. The code returns [B, T] if avg_token is False too.
     - The page asks for both tensors on one device. The code moves both to the CPU, so they may be on different ones.
     """
+    require_dense("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     if target_ids.dim() == 1:

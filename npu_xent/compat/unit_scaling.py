@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .._loading import prepare
-from ..functional import index_target
+from ..functional import index_target, require_dense
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -82,6 +82,7 @@ def cross_entropy(
       divides by N, ignored rows included.
     - The page does not say that the gradient is not multiplied by mult, nor divided by N for "mean".
     """
+    require_dense("compat.unit_scaling.cross_entropy", input=input, target=target)
     for name, value, default in (
         ("weight", weight, None),
         ("size_average", size_average, None),
