@@ -32,13 +32,13 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import torch
 from torch import Tensor, nn
 
-from lm.checkpoint import save_atomically, set_earlier_run_aside, storable
+from lm.checkpoint import save_atomically, set_earlier_run_aside, storable, why_unwritable
 from lm.data import VALIDATION_BATCHES, Corpus, load_corpus, training_batch, validation_batches
 from lm.losses import make_loss
 from lm.model import GPT
 from lm.optimizer import learning_rate, make_optimizer
 from lm.processes import StopSignal, World, open_device, peak_megabytes
-from lm.report import truncate_metrics, write_report
+from lm.report import first_metrics, truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
 
@@ -118,11 +118,6 @@ class Run:
         save_atomically(self.settings.out / "checkpoint.pt", content)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["corpus"] != self.corpus.key:
-            raise SettingError(
-                f"--data {self.settings.data or '(left out)'}: its text has changed since the "
-                "run started; bring it back, or start a new run in another --out"
-            )
         if checkpoint["ranks"] != self.world.size:
             self.world.say(
                 f"Note: {checkpoint['ranks']} rank(s) before and {self.world.size} now, so the "
@@ -157,15 +152,28 @@ class Run:
         say(write_report(self.settings.out, summary))
 
 
+def check_out(settings: Settings, checkpoint: dict[str, Any] | None) -> None:
+    """Raises SettingError if --out cannot be written, or its metrics are not the checkpoint's. Creates nothing."""
+    unwritable = why_unwritable(settings.out)
+    if unwritable:
+        raise SettingError(f"--out {settings.out}: {unwritable}; name a folder that can be written")
+    if checkpoint:
+        first_metrics(settings.out / "metrics.csv", checkpoint["step"])
+
+
 def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, world: World) -> int:
     """Everything after the command line. Returns the exit code."""
     device, say = open_device(settings.device, world), world.say
     make_loss(settings.loss)  # a missing package should show now, not after the tokenising
     with importing("training", "pip install tqdm"):
         import tqdm  # noqa: F401
+    if world.rank == 0:
+        check_out(settings, checkpoint)
     world.join(device)
 
-    run = Run(settings, load_corpus(settings, world), device, world)
+    key = checkpoint["corpus"] if checkpoint else None
+    corpus = world.from_rank_0(lambda: load_corpus(settings, world, key))
+    run = Run(settings, corpus, device, world)
     say(
         f"A GPT of {run.gpt.size():,} parameters: {settings.layers} layers of width {settings.width}, "
         f"{settings.heads} heads, context {settings.context}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.checkpoint import load_checkpoint
+from lm.checkpoint import DamagedFile, load
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the bytes and END_OF_TEXT
@@ -21,6 +21,7 @@ RUN_FLAGS = (
     *("layers", "heads", "width", "context"),
     *("dtype", "steps", "batch", "lr", "seed"),
 )
+CHECKPOINT = ("step", "model", "optimizer", "settings", "corpus", "ranks")
 
 
 class SettingError(Exception):
@@ -70,6 +71,13 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:  # what torch.manual_seed takes
+        raise ValueError
+    return value
+
+
 def absolute(text: str) -> Path:
     return Path(text).expanduser().resolve()
 
@@ -107,7 +115,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--steps", type=count, default=300, help="optimizer steps in all, the schedule's horizon")
     add("--batch", type=count, default=16, help="windows a step, on each rank")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    add("--seed", type=seed, default=0, help="of the initial weights and the order of the data")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=absolute, default="runs/train_lm", help="folder of this run")
@@ -127,7 +135,13 @@ def read_settings(
             raise SettingError(
                 f"--resume: there is no {path}; name the run's folder with --out, or start without --resume"
             )
-        checkpoint = load_checkpoint(path)
+        try:
+            checkpoint = load(path, CHECKPOINT)
+        except DamagedFile as error:
+            raise SettingError(
+                f"--resume: {path} cannot be loaded ({error}): it is cut short, damaged, or not this program's; bring "
+                f"back a copy of it, or start again without --resume, which moves it to previous-{path.name}"
+            ) from error
         saved = checkpoint["settings"]
         parser.set_defaults(**saved)
         settings = parser.parse_args(argv, Settings())
@@ -145,8 +159,4 @@ def read_settings(
             f"--vocab-size {settings.vocab_size}: the 256 bytes and {END_OF_TEXT} alone "
             f"are {SMALLEST_VOCAB} tokens; ask for more"
         )
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"--out {settings.out}: {error}; name a folder that can be written") from error
     return settings, checkpoint
