@@ -7,6 +7,7 @@ with matplotlib if that is there, downloads nothing, and takes about three minut
     python examples/train_lm.py                                   # on the Python standard library's sources
     python examples/train_lm.py --data texts/ --out runs/mine     # on your own text; Ctrl-C saves and stops
     python examples/train_lm.py --out runs/mine --resume          # goes on to the very same losses
+    python examples/train_lm.py --out runs/mine --resume --steps 600          # and then further
     torchrun --nproc_per_node 8 examples/train_lm.py --device npu --dtype bf16
     python -m cann_sim examples/train_lm.py --device npu          # an NPU simulated on the host: slow, and checked
 
@@ -126,6 +127,10 @@ class Run:
         self.gpt.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step = checkpoint["step"]
+        steps = self.settings.steps
+        self.world.say(f"Resuming {self.settings.out / 'checkpoint.pt'} after {self.step} of {steps} steps")
+        if steps != checkpoint["settings"]["steps"]:
+            self.world.say(f"From here on the learning rate is that of a run of {steps} steps")
 
     def report(self) -> None:
         """The validation loss, beside what knows only the tokens' frequencies and what knows nothing."""
@@ -180,7 +185,6 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
     )
     if checkpoint:
         run.restore(checkpoint)
-        say(f"Resuming {settings.out / 'checkpoint.pt'} after {run.step} of {settings.steps} steps")
     if world.rank == 0:
         for name in [] if checkpoint else set_earlier_run_aside(settings.out):
             say(f"Moved the earlier run's {name} to {settings.out / f'previous-{name}'}")

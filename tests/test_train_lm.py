@@ -199,6 +199,17 @@ def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path:
     assert losses[0] != losses_of(runs["torch"][0])[0]  # rank 1 brings windows of its own
 
 
+@pytest.mark.cpu
+def test_a_finished_run_is_extended(start: Start, runs: Runs, tmp_path: Path) -> None:
+    """Both ended in, or went through, the same warm-up, and have the same rates after it: those of 120 steps."""
+    finish(start(tmp_path, "--loss", "npu_xent", "--steps", "20"))
+    output = finish(start(tmp_path, "--resume", "--steps", str(STEPS)))
+    assert f"checkpoint.pt after 20 of {STEPS} steps" in output
+    assert f"From here on the learning rate is that of a run of {STEPS} steps" in output
+    assert losses_of(tmp_path) == losses_of(runs["npu_xent"][0])
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
+
+
 # Damaged files, and a cache that cannot be written --------------------------------------------------------------------
 
 
@@ -333,6 +344,8 @@ def finished(runs: Runs, tmp_path: Path) -> Path:
 def test_a_resumed_run_is_not_touched_by_what_is_refused(refused: Refused, finished: Path, tmp_path: Path) -> None:
     resume = ("--resume", "--out", str(finished))
     assert refused(*resume, "--width", "64").startswith(f"--width 64: the run in {finished} has 32; leave --width out")
+    steps = refused(*resume, "--steps", "119")
+    assert steps.startswith(f"--steps 119: the run in {finished} has taken 120 already; ask for more")
     (finished / "metrics.csv").write_text("step,loss,tokens_per_s,peak_mb\n0,6.2,1.0,1.0\n")
     assert f"{finished / 'metrics.csv'} has 1 of the 120 steps" in refused(*resume)
 

@@ -15,11 +15,11 @@ from lm.checkpoint import DamagedFile, load
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the bytes and END_OF_TEXT
 
-# What a run's losses depend on: resuming takes these from the checkpoint and refuses other values.
+# What a run's losses depend on, besides --steps: resuming takes these from the checkpoint and refuses other values.
 RUN_FLAGS = (
     *("data", "max_bytes", "vocab_size"),
     *("layers", "heads", "width", "context"),
-    *("dtype", "steps", "batch", "lr", "seed"),
+    *("dtype", "batch", "lr", "seed"),
 )
 CHECKPOINT = ("step", "model", "optimizer", "settings", "corpus", "ranks")
 
@@ -112,7 +112,11 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", help=devices)
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs under autocast")
-    add("--steps", type=count, default=300, help="optimizer steps in all, the schedule's horizon")
+    steps = (
+        "optimizer steps in all, over which the learning rate falls to a tenth of --lr; with --resume, a larger number "
+        "extends the run: from there on the rate is that of a run of so many steps, so it rises once more"
+    )
+    add("--steps", type=count, default=300, help=steps)
     add("--batch", type=count, default=16, help="windows a step, on each rank")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--seed", type=seed, default=0, help="of the initial weights and the order of the data")
@@ -120,7 +124,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add = parser.add_argument_group("output").add_argument
     add("--out", type=absolute, default="runs/train_lm", help="folder of this run")
     add("--save-every", type=count, default=100, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings; --steps may differ")
     return parser
 
 
@@ -152,6 +156,11 @@ def read_settings(
                     f"{flag} {getattr(settings, name)}: the run in {settings.out} has "
                     f"{saved[name]}; leave {flag} out, or start a new run in another --out"
                 )
+        if settings.steps < checkpoint["step"]:
+            raise SettingError(
+                f"--steps {settings.steps}: the run in {settings.out} has taken {checkpoint['step']} already; ask for "
+                "more, or start a new run in another --out"
+            )
     if settings.width % settings.heads:
         raise SettingError(f"--width {settings.width}: not a multiple of --heads {settings.heads}; change one of them")
     if settings.vocab_size < SMALLEST_VOCAB:
