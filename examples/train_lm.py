@@ -38,7 +38,7 @@ from lm.data import VALIDATION_BATCHES, Corpus, load_corpus, training_batch, val
 from lm.losses import make_loss
 from lm.model import GPT
 from lm.optimizer import learning_rate, make_optimizer
-from lm.processes import StopSignal, World, open_device, peak_megabytes
+from lm.processes import StopSignal, World, command_line, open_device, peak_megabytes
 from lm.report import first_metrics, truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
@@ -196,11 +196,9 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
     )
     stopped_by = run.train()
     if stopped_by:
-        command = shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"])
-        say(
-            f"Stopped by {signal.Signals(stopped_by).name} and saved, after {run.step} of "
-            f"{settings.steps} steps. To resume, add --resume to the same command: {command}"
-        )
+        command = shlex.join([*command_line(world), "--out", str(settings.out), "--resume"])
+        name = signal.Signals(stopped_by).name
+        say(f"Stopped by {name} and saved, after {run.step} of {settings.steps} steps. To resume:\n{command}")
     elif world.rank == 0:
         run.report()
     world.leave()

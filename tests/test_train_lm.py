@@ -38,6 +38,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "
 
 Start = Callable[..., "subprocess.Popen[str]"]
 Refused = Callable[..., str]
+AsPrinted = Callable[[str], "subprocess.Popen[str]"]
 Runs = dict[str, tuple[Path, int, str]]
 
 
@@ -74,6 +75,19 @@ def start(text: Path, environment: dict[str, str], tmp_path_factory: pytest.Temp
         command += ["--out", str(out), *TINY, *flags]  # a flag given twice: the last one counts
         output = subprocess.PIPE
         return subprocess.Popen(command, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT)
+
+    return start
+
+
+@pytest.fixture
+def as_printed(environment: dict[str, str]) -> AsPrinted:
+    """Starts a command that the script has printed, as a user who copies it into a shell does."""
+
+    def start(command: str) -> subprocess.Popen[str]:
+        output = subprocess.PIPE
+        return subprocess.Popen(
+            command, shell=True, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT
+        )
 
     return start
 
@@ -156,30 +170,34 @@ def test_the_losses_are_those_of_torch(runs: Runs, loss: str) -> None:
     assert ours == pytest.approx(torchs, abs=1e-4, rel=0)
 
 
-def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals) -> int:
-    """Sends the signal in the middle of training, to which it must save and stop. Returns the steps done."""
+def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals, code: int | None = None) -> tuple[int, str]:
+    """Sends the signal in the middle of training: it must save and stop. Returns the steps done and how to resume."""
     deadline = time.monotonic() + 60
     while not ((out / "metrics.csv").is_file() and (out / "metrics.csv").read_text().count("\n") > 10):
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, finish(process)
         time.sleep(0.002)
     process.send_signal(number)
-    output = finish(process, 128 + number)
+    output = finish(process, 128 + number if code is None else code)
     steps = len(losses_of(out))
     assert 10 <= steps < STEPS
-    assert f"Stopped by {number.name} and saved, after {steps} of {STEPS} steps. To resume, add" in output
+    said, _, command = output.partition("To resume:\n")
+    assert f"Stopped by {number.name} and saved, after {steps} of {STEPS} steps. " in said
     assert (out / "checkpoint.pt").is_file()
     assert not (out / "summary.json").exists()
-    return steps
+    return steps, command.partition("\n")[0]
 
 
 @pytest.mark.cpu
-def test_interrupted_and_resumed_is_bitwise_uninterrupted(start: Start, runs: Runs, tmp_path: Path) -> None:
-    whole, parts, ended = runs["npu_xent"][0], tmp_path / "parts", tmp_path / "ended"
-    steps = stop(start(parts, "--loss", "npu_xent", "--steps", str(STEPS)), parts, signal.SIGINT)
+def test_interrupted_and_resumed_is_bitwise_uninterrupted(
+    start: Start, as_printed: AsPrinted, runs: Runs, tmp_path: Path
+) -> None:
+    """Resumed by the command that it printed, for a folder whose name a shell would split."""
+    whole, parts, ended = runs["npu_xent"][0], tmp_path / "it's in parts", tmp_path / "ended"
+    steps, command = stop(start(parts, "--loss", "npu_xent", "--steps", str(STEPS)), parts, signal.SIGINT)
     with (parts / "metrics.csv").open("a") as file:  # as after a crash: a later step, and a line cut short
         file.write(f"{steps},9.9,1.0,1.0\n{steps + 1},9")
-    resumed = start(parts, "--resume")  # the other settings are the checkpoint's
+    resumed = as_printed(command)  # the other settings are the checkpoint's
     stop(start(ended, "--loss", "torch", "--steps", str(STEPS)), ended, signal.SIGTERM)
     assert f"checkpoint.pt after {steps} of {STEPS} steps" in finish(resumed)
     assert losses_of(parts) == losses_of(whole)
@@ -197,6 +215,17 @@ def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path:
     assert files == {"checkpoint.pt", "loss.png", "metrics.csv", "summary.json"}
     assert json.loads((tmp_path / "summary.json").read_text())["ranks"] == 2
     assert losses[0] != losses_of(runs["torch"][0])[0]  # rank 1 brings windows of its own
+
+
+@pytest.mark.cpu
+def test_two_ranks_are_resumed_by_the_command_that_they_printed(
+    start: Start, as_printed: AsPrinted, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--loss", "torch", "--steps", str(STEPS), launcher=TORCHRUN)
+    _, command = stop(process, tmp_path, signal.SIGTERM, code=1)  # torchrun's own
+    finish(as_printed(command))
+    assert len(losses_of(tmp_path)) == STEPS
+    assert json.loads((tmp_path / "summary.json").read_text())["ranks"] == 2
 
 
 @pytest.mark.cpu
@@ -394,6 +423,16 @@ def test_the_losses_on_the_device_are_the_cpus(
     ends = [json.loads(text)["validation_loss"] for text in (summary, (there / "summary.json").read_text())]
     assert ends[0] == ends[1]
     assert ends[0] == pytest.approx(json.loads((here / "summary.json").read_text())["validation_loss"], abs=1e-3)
+
+
+@pytest.mark.simulated
+def test_a_simulated_run_is_resumed_by_the_command_that_it_printed(
+    device: torch.device, start: Start, as_printed: AsPrinted, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--steps", str(STEPS), "--device", str(device), launcher=("-m", "cann_sim"))
+    _, command = stop(process, tmp_path, signal.SIGINT)
+    assert f"on {device.type}:{device.index or 0} in fp32" in finish(as_printed(command))
+    assert len(losses_of(tmp_path)) == STEPS
 
 
 @pytest.mark.npu

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -96,6 +97,19 @@ def open_device(name: str, world: World) -> torch.device:
         raise SettingError(f"--device {name}: {asked}, but torch finds {count}; use fewer ranks, or a lower number")
     getattr(torch, kind).set_device(device)
     return device
+
+
+def command_line(world: World) -> list[str]:
+    """How the program was started, up to the script and without its arguments.
+
+    With torchrun, its command line is that of the parent process, which ends with the script and the arguments.
+    """
+    command, arguments = sys.orig_argv, len(sys.argv) - 1
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if world.grouped and parent.is_file():
+        launcher = parent.read_text().split("\0")[:-1]
+        command = launcher if launcher[-len(sys.argv) :] == sys.argv else command
+    return command[: len(command) - arguments]
 
 
 def peak_megabytes(device: torch.device) -> float:
