@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import npu_xent
 
@@ -59,3 +60,44 @@ def test_the_picture_on_the_page_is_the_one_that_is_drawn(padded_labels: tuple[s
     size = slice(16, 24)  # width and height
     assert PICTURE.read_bytes()[size] == drawn[size]
     assert PICTURE.stat().st_size < 100_000
+
+
+def test_the_examples_of_the_vendors_page(device: torch.device, simulated: bool) -> None:
+    """Both losses are torch's, the gradients float64's to 1e-6 of the largest entry, and three calls are refused."""
+    launcher = ("-m", "cann_sim") if simulated else ()
+    output = run("npu_cross_entropy_loss.py", "--device", str(device), launcher=launcher)
+    torch.manual_seed(0)
+    logits, target = torch.randn(4096, 8080), torch.arange(4096)
+    for options in ({"reduction": "mean"}, {"reduction": "sum", "ignore_index": 100}):
+        expected = torch.nn.functional.cross_entropy(logits.double(), target, **options)
+        words = re.escape(" and ".join(f'{k} "{v}"' if isinstance(v, str) else f"{k} {v}" for k, v in options.items()))
+        said = re.search(rf"{words}: the loss is (\S+)\n(.*?)\n\n", output, flags=re.DOTALL)
+        assert said is not None
+        assert float(said[1]) == pytest.approx(float(expected), rel=1e-5)
+        lines = said[2].split("\n")
+        table = [line.split() for line in lines[:5]]
+        assert [row[0] for row in table] == ["loss", "log_prob", "zloss", "lse_for_zloss", "input.grad"]
+        assert [row[1] for row in table] == ["[1]", "[4096,", "[0]", "[0]", "[4096,"]
+        assert {row[-1] for row in table} == {"float32"}
+        error, largest = (float(figure) for figure in re.findall(r"\d\.\de[+-]\d\d", lines[5]))
+        assert 0 < error < 1e-6 * largest
+    refused = re.findall(
+        r"^Refused (\d): .*\n  npu_cross_entropy_loss: (.*), but it is (.*)\. Pass", output, re.MULTILINE
+    )
+    assert [number for number, _, _ in refused] == ["1", "2", "3"]
+    assert [seen for _, _, seen in refused] == ["3", "torch.int32", "0.0001"]
+
+
+@pytest.mark.cpu
+def test_an_npu_that_is_not_there_is_said_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where torch_npu is installed and CANN is not."""
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    output = run("npu_cross_entropy_loss.py", "--device", "npu:1", code=2)
+    assert output.count("\n") == 1
+    said = (
+        "--device npu:1: torch_npu cannot be imported (ImportError: libhccl.so: cannot open shared object file); use "
+    )
+    assert said + "--device cpu, or another NPU" in output
+    assert "python -m cann_sim" in output
