@@ -615,12 +615,3 @@ def test_nnsight_refuses_what_the_original_refuses(
     for function, where in ((nnsight_util.cross_entropy_loss, "cpu"), (nnsight.cross_entropy_loss, device)):
         with pytest.raises(AssertionError):
             function(logits.to(where), target.to(where))
-
-
-def test_padded_labels_example(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """examples/padded_labels.py arrives at the tutorial's number."""
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
-    padded_labels = importlib.import_module("padded_labels")
-    padded_labels.explain(*padded_labels.make_batch())
-    assert capsys.readouterr().out.count("= 2.5207") == 2

@@ -7,6 +7,8 @@ whatever they fill in. Launches and environment variables are listed, and progra
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -15,12 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parent.parent
 ERRORS = ROOT / "docs" / "errors.md"
 ATLAS = ROOT / "docs" / "atlas.md"
+PADDED_LABELS = ROOT / "docs" / "padded_labels.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "npu_xent").rglob("*.py"))]
 CXX = sorted(path for kind in ("*.h", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
 CMAKE = [
@@ -226,3 +230,16 @@ def test_the_program_for_several_cards_runs(tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"^step \d+: (\S+)$", run.stdout, flags=re.MULTILINE)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
+
+
+def test_the_programs_on_padded_labels_print_what_the_page_says() -> None:
+    """One after the other, as a reader types them. What a program prints stands below it."""
+    pairs = re.findall(
+        r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", PADDED_LABELS.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    assert len(pairs) == len(programs(PADDED_LABELS)) == 5
+    names: dict[str, object] = {}
+    for program, output in pairs:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
+            exec(program, names)
+        assert printed.getvalue() == output
