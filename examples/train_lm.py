@@ -42,6 +42,8 @@ from lm.processes import StopSignal, World, command_line, open_device, peak_mega
 from lm.report import first_metrics, truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
+SECONDS_BETWEEN_LINES = 5.0
+
 
 class Run:
     """Model, optimizer and the next step: what a checkpoint holds, and what training moves on."""
@@ -80,10 +82,11 @@ class Run:
         settings, world, writes = self.settings, self.world, self.world.rank == 0
         model = world.share(self.gpt, self.device)
         tokens, stopped_by = settings.batch * settings.context * world.size, 0
+        on_terminal, said = sys.stderr.isatty(), time.monotonic()
         with (
             StopSignal() as stop,
             open(settings.out / "metrics.csv" if writes else os.devnull, "a", buffering=1) as metrics,
-            tqdm(total=settings.steps, initial=self.step, unit="step", disable=not writes) as bar,
+            tqdm(total=settings.steps, initial=self.step, unit="step", disable=not (writes and on_terminal)) as bar,
         ):
             while self.step < settings.steps and not stopped_by:
                 start = time.perf_counter()
@@ -94,8 +97,14 @@ class Run:
                 stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
                 rate, peak = tokens / (time.perf_counter() - start), peak_megabytes(self.device)
                 metrics.write(f"{self.step - 1},{loss!r},{rate:.1f},{peak:.1f}\n")
-                bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB", False)
+                progress = f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB"
+                bar.set_postfix_str(progress, False)
                 bar.update()
+                if (
+                    not on_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES
+                ):  # in a log, a line now and then
+                    said = time.monotonic()
+                    world.say(f"step {self.step} of {settings.steps}: {progress}")
                 due = self.step % settings.save_every == 0 or self.step == settings.steps
                 if writes and (due or stopped_by):
                     self.save()

@@ -24,6 +24,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from processes import aborted_at_exit
 
 pytest.importorskip("tokenizers")
 pytest.importorskip("tqdm")
@@ -94,7 +95,7 @@ def as_printed(environment: dict[str, str]) -> AsPrinted:
 
 def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == code, output
+    assert process.returncode == code or (code == 0 and aborted_at_exit(process.returncode, output)), output
     return output
 
 
@@ -159,6 +160,25 @@ def test_a_run_learns_and_leaves_its_files(runs: Runs, loss: str) -> None:
     assert f"Validation loss {summary['validation_loss']:.3f}" in output
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (out / "checkpoint.pt").is_file()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("seconds", [0, 3600])
+def test_in_a_log_progress_is_a_line_now_and_then(
+    seconds: int, text: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    program = f"import train_lm; train_lm.SECONDS_BETWEEN_LINES = {seconds}; train_lm.main()"
+    flags = ["--data", str(text), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out"), *TINY]
+    run = subprocess.run(
+        [sys.executable, "-c", program, *flags, "--loss", "torch", "--steps", "12"],
+        cwd=SCRIPT.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count(" of 12: loss ") == (12 if seconds == 0 else 0)
+    assert "\r" not in run.stdout + run.stderr
 
 
 @pytest.mark.cpu
