@@ -203,6 +203,18 @@ def test_every_environment_variable_is_documented() -> None:
     assert not {name for name in read if f"`{name}" not in pages}
 
 
+SITE = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "cann_sim" / "README.md"})
+WIDEST = 105  # characters of code that fit between the site's two lists of contents, in a window of 1400 pixels
+
+
+@pytest.mark.parametrize("page", SITE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_does_not_scroll_sideways(page: Path) -> None:
+    fenced = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
+    code = [line for block in fenced.findall(page.read_text()) for line in block.splitlines()]
+    code += re.findall(r"^    (.*)", fenced.sub("", page.read_text()), flags=re.MULTILINE)
+    assert not [line for line in code if len(line) > WIDEST]
+
+
 @pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("atlas", "vendor"))])
 def test_programs_parse(page: str) -> None:
     assert programs(ROOT / page)
