@@ -12,7 +12,7 @@
 #   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
 #                 cann_sim's sdist and wheel
 #   make smoke    installs these wheels where there is no compiler, and tries them
-#   make build    only builds, into .venv
+#   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
 #   make check    formatting and lint, as CI runs them        make format    applies them
 #   make clean    removes what the above made
 #
@@ -25,8 +25,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
-# With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
-export TORCH_DEVICE_BACKEND_AUTOLOAD ?= 0
 
 # The release of torch_npu that goes with this torch.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
@@ -37,34 +35,38 @@ DEVICE := cpu
 SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml \
   npu_xent/_soc.py npu_xent/_toolkit.py
 KERNEL_SOURCES := $(shell find csrc/ascendc -type f)
-SIM_SOURCES := $(shell find cann_sim/src -maxdepth 1 -type f) cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
+SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not -name '*.so' -not -path 'cann_sim/src/acl/*' \
+  -not -path 'cann_sim/src/torch/*') cann_sim/CMakeLists.txt cann_sim/setup.py cann_sim/pyproject.toml
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 bench docs wheel smoke build check format clean
+.PHONY: help train test test-aarch64 bench docs wheel smoke build build-npu check format clean
+
+# Recipes of stamps install into one environment, so they run one at a time, also under -j and in two makes at once: the
+# second make waits for the lock, and then finds the stamps $(1) up to date.
+.NOTPARALLEL:
+set_up = mkdir -p build; { flock --nonblock 9 || { echo "== Waiting for another make in this folder"; flock 9; }; \
+  $(MAKE) --no-print-directory $(1) 9>&-; } 9>build/.lock
+
+# A stamp has the time at which its recipe began: a file that is edited during a build is newer than the stamp.
+begin = touch $@.began
+end = mv $@.began $@
 
 help:
 	@sed -n '3,18s/^# \{0,1\}//p' Makefile
 
-train: $(VENV)/.train $(VENV)/.build
+train:
+	+@$(call set_up,$(VENV)/.train $(VENV)/.build)
 	@echo "== Training: $(PY) examples/train_lm.py $(TRAIN_ARGS)"
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
-ON_NPU := $(PY) -m cann_sim -m pytest --device npu
-
-test: $(VENV)/.test $(VENV)/.npu
+test:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.npu)
 ifneq ($(TEST_ARGS),)
 	@echo "== Testing on the $(DEVICE): pytest $(TEST_ARGS)"
-	@$(if $(filter npu,$(DEVICE)),$(ON_NPU),$(PY) -m pytest) $(TEST_ARGS)
+	@$(PY) $(if $(filter npu,$(DEVICE)),-m cann_sim -m pytest --device npu,-m pytest) $(TEST_ARGS)
 else
-	@echo "== Testing on the CPU"
-	@$(PY) -m pytest -n auto
-	@echo "== Testing on a simulated NPU, and cann_sim beside it"
-	@mkdir -p build; (cd cann_sim && ../$(PY) -m pytest -n auto) >build/cann_sim_tests.log 2>&1 & cann_sim=$$!; \
-	  $(ON_NPU) tests; on_npu=$$?; \
-	  wait $$cann_sim; of_cann_sim=$$?; \
-	  echo "== cann_sim's tests"; cat build/cann_sim_tests.log; \
-	  exit $$((on_npu || of_cann_sim))
+	@$(PY) tests/run_suites.py
 endif
 
 # Builds tests/aarch64 in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
@@ -77,7 +79,8 @@ cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("to
   $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
   $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure
 
-test-aarch64: $(TORCH_STAMP)
+test-aarch64:
+	+@$(call set_up,$(TORCH_STAMP))
 ifneq ($(shell uname -m),aarch64)
 	@if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then \
 	  install="apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user"; \
@@ -96,13 +99,15 @@ ifneq ($(shell uname -m),aarch64)
 endif
 
 # What is compiled for a comparison is compiled by g++, as the extension is.
-bench: $(VENV)/.bench $(VENV)/.build
+bench:
+	+@$(call set_up,$(VENV)/.bench $(VENV)/.build)
 	@echo "== Measuring: $(PY) benchmarks/run.py $(BENCH_FLAGS)"
 	@$(PY) benchmarks/run.py $(BENCH_FLAGS)
 BENCH_FLAGS = $(strip $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH_ARGS))
 
 # Warnings are errors: a link that leads nowhere, a docstring that does not parse.
-docs: $(VENV)/.docs $(VENV)/.build
+docs:
+	+@$(call set_up,$(VENV)/.docs $(VENV)/.build)
 	@echo "== Building the documentation"
 	@rm -rf build/docs
 	@$(PY) -m sphinx -W --keep-going -q -b html -d build/doctrees -c docs . build/docs
@@ -111,7 +116,8 @@ docs: $(VENV)/.docs $(VENV)/.build
 # The part for NPUs is built by CANN where its set_env.sh was sourced, else by cann_sim: then the wheel's version says
 # "simulated". The local version is there to tell wheels apart, so the sdists have none. Objects in build/ are used again.
 make_dist = $(PY) -m build --no-isolation --outdir dist $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
-wheel: $(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu
+wheel:
+	+@$(call set_up,$(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu)
 	@rm -rf dist && mkdir -p build
 	@echo "== Building the sdist"
 	@$(call make_dist,--sdist)
@@ -128,15 +134,21 @@ wheel: $(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu
 smoke: wheel
 	@.ci/smoke_test dist
 
-build: $(VENV)/.build
+build:
+	+@$(call set_up,$(VENV)/.build)
 
-check: $(VENV)/.check
+build-npu:
+	+@$(call set_up,$(VENV)/.npu)
+
+check:
+	+@$(call set_up,$(VENV)/.check)
 	@echo "== Checking format and lint"
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 
-format: $(VENV)/.check
+format:
+	+@$(call set_up,$(VENV)/.check)
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
@@ -161,39 +173,47 @@ $(TORCH_STAMP): $(VENV)/.created
 
 $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"
-	@NPU_XENT_BUILD_NPU=$${NPU_XENT_BUILD_NPU:-0} $(PIP) install --no-build-isolation --no-deps --editable . || \
-	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
+	@$(begin)
+	@NPU_XENT_BUILD_NPU=$${NPU_XENT_BUILD_NPU:-0} $(PIP) install --no-build-isolation --no-deps --editable .
 	@rm -f $(VENV)/.npu
-	@touch $@
+	@$(end)
 
 # The part for NPUs, built by cann_sim's toolkit. It comes with the rest: building the rest alone would take it away.
 $(VENV)/.npu: $(VENV)/.cann_sim $(VENV)/.torch_npu $(SOURCES) $(KERNEL_SOURCES)
 	@echo "== Building the extension with the part for NPUs (three to four minutes the first time)"
+	@$(begin)
 	@ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3 \
-	  NPU_XENT_BUILD_NPU=1 $(PIP) install --no-build-isolation --no-deps --editable . || \
-	  { echo "The build failed. It needs g++ and the headers of Python (Debian and Ubuntu: g++, python3-dev)."; exit 1; }
-	@touch $(VENV)/.build $@
+	  NPU_XENT_BUILD_NPU=1 $(PIP) install --no-build-isolation --no-deps --editable .
+	@touch -r $@.began $(VENV)/.build
+	@$(end)
 
-# --no-deps: its own requirement of torch would bring another build of it.
+# --no-deps: its own requirement of torch would bring another build of it. Without CANN, torch_npu makes `import torch`
+# raise unless a variable is set: every Python of this environment sets it, so that plain use needs no preparation.
 $(VENV)/.torch_npu: $(TORCH_STAMP)
 	@echo "== Installing $(TORCH_NPU)"
+	@echo 'import os; os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")' \
+	  >"$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_npu_without_cann.pth"
 	@$(PIP) install --no-deps "$(TORCH_NPU)" && $(PIP) install pyyaml
 	@touch $@
 
 $(VENV)/.cann_sim: $(TORCH_STAMP) $(SIM_SOURCES)
 	@echo "== Building cann_sim"
+	@$(begin)
 	@# compat: an entry in sys.path, which the folder of the same name in the current directory does not shadow.
 	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat --editable ./cann_sim
-	@touch $@
+	@$(end)
 
 $(VENV)/.train: $(TORCH_STAMP)
 	@echo "== Installing what the example needs"
 	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
 	@touch $@
 
+# --no-deps: the originals that npu_xent.compat is compared with, without the transformers, diffusers and torch that they
+# require. docstring_parser and einops are what unit_scaling imports.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2
 	@touch $@
 
 # --no-deps: the part of cut-cross-entropy that runs on a CPU does without its triton, which is hundreds of megabytes.

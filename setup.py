@@ -11,6 +11,8 @@ NPU_XENT_LOCAL_VERSION=1 puts what the extension is built against into the versi
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -19,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -50,6 +53,31 @@ def find_tool(name: str) -> str:
     if found is None:
         raise SystemExit(f"{name} is needed to build {PACKAGE} and was not found: pip install {name}")
     return found
+
+
+def check_compiler() -> None:
+    """Say what is missing before CMake does, which names neither the packages nor the way out."""
+    if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        raise SystemExit(
+            f"a C++ compiler is needed to build {PACKAGE} and was not found: apt-get install g++ (Debian and Ubuntu), "
+            "or set CXX to its path"
+        )
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").exists():
+        raise SystemExit(
+            f"the headers of Python are needed to build {PACKAGE}, and there is no Python.h in {headers}: "
+            "apt-get install python3-dev (Debian and Ubuntu)"
+        )
+
+
+@contextlib.contextmanager
+def one_build_at_a_time() -> Iterator[None]:
+    """Holds the lock of the build folders, which a second build would otherwise write to at the same time."""
+    folder = ROOT / "build"
+    folder.mkdir(exist_ok=True)
+    with (folder / ".cmake.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def hidden_version(name: str) -> str | None:
@@ -194,6 +222,11 @@ class CMakeBuild(build_ext):
 
     npu: NpuPart | None = None
 
+    def run(self) -> None:
+        """Build, and copy what was built into the source tree where that is wanted."""
+        with one_build_at_a_time():
+            super().run()
+
     def build_extensions(self) -> None:
         """Run CMake, once for all extensions, for the torch of this environment."""
         try:
@@ -205,6 +238,7 @@ class CMakeBuild(build_ext):
                 "Install torch first, then: pip install --no-build-isolation ."
             ) from error
 
+        check_compiler()
         self.npu = find_npu_part(torch.__version__)
         output = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).resolve().parent
         # One build folder for each torch and Python, so that going back and forth stays incremental.

@@ -1,8 +1,9 @@
-"""What the cross entropy of padded sequences is, step by step: printed, and drawn into a picture.
+"""The cross entropy of padded sequences, step by step: printed, and drawn into a picture.
 
 A batch of token sequences of unequal length is padded to a rectangle, and its labels are -100 where there is nothing to
 predict. This script takes the loss of such a batch apart: log-probabilities, which rows count, the loss of each token,
-their mean, and at the end the same number from one call.
+their mean, and the same number from one call. Then it writes the loss of three rows in two ways, with labels as ids and
+with one-hot rows. docs/padded_labels.md explains the steps and shows the picture. The script needs matplotlib.
 
     python examples/padded_labels.py --out padded_labels.png
 """
@@ -18,6 +19,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
+from torch.nn import functional as F
 
 import npu_xent
 
@@ -61,6 +63,28 @@ def explain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return log_prob, losses
 
 
+def ids_and_one_hot() -> None:
+    """Print the loss of three rows: by their labels, by one-hot rows, and by a call with each."""
+    x = torch.tensor(
+        [
+            [0.9580, 1.3221, 0.8172, -0.7658, -0.7506],
+            [1.3525, 0.6863, -0.3278, 0.7950, 0.2815],
+            [0.0562, 0.5227, -0.2384, -0.0499, 0.5263],
+        ]
+    )
+    ids = torch.tensor([1, 2, 3])
+    one_hot = F.one_hot(ids, x.shape[1]).float()
+    log_p = x.log_softmax(1)
+    by_id = -log_p[range(len(ids)), ids]
+    by_sum = -(one_hot * log_p).sum(1)
+    print(f"\n6. Labels are ids. Logits {list(x.shape)}, labels {ids.tolist()}: row i loses -log_p[i, label[i]]:")
+    print(f"   {by_id}, of which the mean is {by_id.mean():.4f}")
+    print("7. With a one-hot row y for each label, -sum(y * log_p) picks the same values:")
+    print(f"   {by_sum}, of which the mean is {by_sum.mean():.4f}")
+    print(f"   npu_xent.cross_entropy(x, ids) = {npu_xent.cross_entropy(x, ids):.4f}")
+    print(f"   npu_xent.cross_entropy(x, one_hot) = {npu_xent.cross_entropy(x, one_hot):.4f}   (probabilities)")
+
+
 def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
     """The log-probabilities as a heat map with the labels marked, and the loss of each row beside it."""
     matplotlib.use("Agg")
@@ -78,7 +102,7 @@ def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
     mean = draw_losses(right, losses.tolist(), [target != IGNORE for target in targets])
     right.set(xlabel="loss: minus the log-probability at the label", xlim=(0, float(losses.max()) * 1.25))
     right.set_title(f"dashed: the mean, {mean:.4f}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
     print(f"Drawn into {path}")
 
@@ -114,6 +138,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logits, labels = make_batch()
     log_prob, losses = explain(logits, labels)
+    ids_and_one_hot()
     draw(arguments.out, log_prob, losses, labels)
 
 

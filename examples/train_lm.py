@@ -7,6 +7,7 @@ with matplotlib if that is there, downloads nothing, and takes about three minut
     python examples/train_lm.py                                   # on the Python standard library's sources
     python examples/train_lm.py --data texts/ --out runs/mine     # on your own text; Ctrl-C saves and stops
     python examples/train_lm.py --out runs/mine --resume          # goes on to the very same losses
+    python examples/train_lm.py --out runs/mine --resume --steps 600          # and then further
     torchrun --nproc_per_node 8 examples/train_lm.py --device npu --dtype bf16
     python -m cann_sim examples/train_lm.py --device npu          # an NPU simulated on the host: slow, and checked
 
@@ -32,13 +33,13 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import torch
 from torch import Tensor, nn
 
-from lm.checkpoint import save_atomically, set_earlier_run_aside, storable
+from lm.checkpoint import save_atomically, set_earlier_run_aside, storable, why_unwritable
 from lm.data import VALIDATION_BATCHES, Corpus, load_corpus, training_batch, validation_batches
 from lm.losses import make_loss
 from lm.model import GPT
 from lm.optimizer import learning_rate, make_optimizer
-from lm.processes import StopSignal, World, open_device, peak_megabytes
-from lm.report import truncate_metrics, write_report
+from lm.processes import StopSignal, World, command_line, open_device, peak_megabytes
+from lm.report import first_metrics, truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
 
@@ -118,11 +119,6 @@ class Run:
         save_atomically(self.settings.out / "checkpoint.pt", content)
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        if checkpoint["corpus"] != self.corpus.key:
-            raise SettingError(
-                f"--data {self.settings.data or '(left out)'}: its text has changed since the "
-                "run started; bring it back, or start a new run in another --out"
-            )
         if checkpoint["ranks"] != self.world.size:
             self.world.say(
                 f"Note: {checkpoint['ranks']} rank(s) before and {self.world.size} now, so the "
@@ -131,6 +127,10 @@ class Run:
         self.gpt.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.step = checkpoint["step"]
+        steps = self.settings.steps
+        self.world.say(f"Resuming {self.settings.out / 'checkpoint.pt'} after {self.step} of {steps} steps")
+        if steps != checkpoint["settings"]["steps"]:
+            self.world.say(f"From here on the learning rate is that of a run of {steps} steps")
 
     def report(self) -> None:
         """The validation loss, beside what knows only the tokens' frequencies and what knows nothing."""
@@ -157,22 +157,34 @@ class Run:
         say(write_report(self.settings.out, summary))
 
 
+def check_out(settings: Settings, checkpoint: dict[str, Any] | None) -> None:
+    """Raises SettingError if --out cannot be written, or its metrics are not the checkpoint's. Creates nothing."""
+    unwritable = why_unwritable(settings.out)
+    if unwritable:
+        raise SettingError(f"--out {settings.out}: {unwritable}; name a folder that can be written")
+    if checkpoint:
+        first_metrics(settings.out / "metrics.csv", checkpoint["step"])
+
+
 def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, world: World) -> int:
     """Everything after the command line. Returns the exit code."""
     device, say = open_device(settings.device, world), world.say
     make_loss(settings.loss)  # a missing package should show now, not after the tokenising
     with importing("training", "pip install tqdm"):
         import tqdm  # noqa: F401
+    if world.rank == 0:
+        check_out(settings, checkpoint)
     world.join(device)
 
-    run = Run(settings, load_corpus(settings, world), device, world)
+    key = checkpoint["corpus"] if checkpoint else None
+    corpus = world.from_rank_0(lambda: load_corpus(settings, world, key))
+    run = Run(settings, corpus, device, world)
     say(
         f"A GPT of {run.gpt.size():,} parameters: {settings.layers} layers of width {settings.width}, "
         f"{settings.heads} heads, context {settings.context}"
     )
     if checkpoint:
         run.restore(checkpoint)
-        say(f"Resuming {settings.out / 'checkpoint.pt'} after {run.step} of {settings.steps} steps")
     if world.rank == 0:
         for name in [] if checkpoint else set_earlier_run_aside(settings.out):
             say(f"Moved the earlier run's {name} to {settings.out / f'previous-{name}'}")
@@ -184,11 +196,9 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
     )
     stopped_by = run.train()
     if stopped_by:
-        command = shlex.join([*(arg for arg in sys.argv if arg != "--resume"), "--resume"])
-        say(
-            f"Stopped by {signal.Signals(stopped_by).name} and saved, after {run.step} of "
-            f"{settings.steps} steps. To resume, add --resume to the same command: {command}"
-        )
+        command = shlex.join([*command_line(world), "--out", str(settings.out), "--resume"])
+        name = signal.Signals(stopped_by).name
+        say(f"Stopped by {name} and saved, after {run.step} of {settings.steps} steps. To resume:\n{command}")
     elif world.rank == 0:
         run.report()
     world.leave()

@@ -1,12 +1,17 @@
 """The documented constraints of torch_npu.npu_cross_entropy_loss, checked before any work.
 
-Source: the operator's page in the documentation of torch_npu (Ascend Extension for PyTorch). What passes here also runs
-on the vendor's operator unchanged.
+Source: the operator's page in the documentation of torch_npu (Ascend Extension for PyTorch). What passes here is
+documented to run on the vendor's operator, with one exception: a row whose target is a negative ignore_index. The page
+allows targets in [0, C) only, and says that a negative ignore_index ignores nothing; the vendor's kernel does ignore
+such rows, as torch does (read in its published sources).
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -16,21 +21,27 @@ DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 
 
+# The way out where strict=False computes what was asked for; other rules name their own.
+LIFT = "Pass strict=False to lift the documented restrictions, or call npu_xent.cross_entropy."
+INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+
+
 class ConstraintError(ValueError):
     """A documented constraint of npu_cross_entropy_loss was broken: which one, the value seen, and the way out."""
 
 
-def _broken(rule: str, seen: str) -> ConstraintError:
-    return ConstraintError(
-        f"npu_cross_entropy_loss: {rule}, but {seen}. Pass strict=False to lift the documented restrictions, or call "
-        "npu_xent.cross_entropy."
-    )
+class TargetConstraintError(ConstraintError, IndexError):
+    """A target is out of range: a broken constraint, and the IndexError that torch raises for it."""
 
 
-def _require(condition: bool, rule: str, seen: str, *values: object) -> None:
+def _broken(rule: str, seen: str, way_out: str) -> ConstraintError:
+    return ConstraintError(f"npu_cross_entropy_loss: {rule}, but {seen}. {way_out}")
+
+
+def _require(condition: bool, rule: str, seen: str, *values: object, way_out: str = LIFT) -> None:
     """Raise unless condition; `seen` is formatted with `values` only then, which keeps it out of a compiler's sight."""
     if not condition:
-        raise _broken(rule, seen.format(*values))
+        raise _broken(rule, seen.format(*values), way_out)
 
 
 def check_documented_constraints(
@@ -44,51 +55,107 @@ def check_documented_constraints(
     return_zloss: bool,
 ) -> None:
     """Raise ConstraintError for the first documented rule that the arguments break."""
-    _require(input.dim() == 2, "input must have shape [N, C]", "its shape is {}", list(input.shape))
-    _require(input.dtype in DTYPES, "the dtype of input must be float16, float32 or bfloat16", "it is {}", input.dtype)
+    _require(
+        input.dim() == 2,
+        "input must have shape [N, C]",
+        "its shape is {}",
+        list(input.shape),
+        way_out="Flatten it, and target, to one row for each prediction.",
+    )
+    _require(
+        input.dtype in DTYPES,
+        "the dtype of input must be float16, float32 or bfloat16",
+        "it is {}",
+        input.dtype,
+        way_out=LIFT if input.dtype is torch.float64 else "Pass logits of one of these dtypes.",
+    )
     rows, classes = input.shape
     _require(0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", "N is {}", rows)
-    _require(classes > 0, "C, the columns of input, must be greater than 0", "C is {}", classes)
+    _require(
+        classes > 0,
+        "C, the columns of input, must be greater than 0",
+        "C is {}",
+        classes,
+        way_out="Pass logits with at least one class.",
+    )
     _require(
         target.dim() == 1 and target.shape[0] == rows,
         "target must have shape [N], one value for each row of input",
         "its shape is {} and N is {}",
         list(target.shape),
         rows,
+        way_out="Flatten it, or cut it to the rows of input.",
     )
-    _require(target.dtype == torch.int64, "the dtype of target must be int64", "it is {}", target.dtype)
+    _require(
+        target.dtype == torch.int64,
+        "the dtype of target must be int64",
+        "it is {}",
+        target.dtype,
+        way_out=LIFT if target.dtype in INTEGERS else "Convert class indices with target.long().",
+    )
     if weight is not None:
-        _check_weight(weight, classes)
-    _require(reduction in REDUCTIONS, 'reduction must be "mean", "sum" or "none"', "it is {!r}", reduction)
+        _check_weight(weight, input)
+    _require(
+        reduction in REDUCTIONS,
+        'reduction must be "mean", "sum" or "none"',
+        "it is {!r}",
+        reduction,
+        way_out="Pass one of these names.",
+    )
     _require(ignore_index < classes, "ignore_index must be less than C", "it is {} and C is {}", ignore_index, classes)
-    _require(0.0 <= label_smoothing < 1.0, "label_smoothing must lie in [0, 1)", "it is {}", label_smoothing)
+    _require(
+        0.0 <= label_smoothing < 1.0,
+        "label_smoothing must lie in [0, 1)",
+        "it is {}",
+        label_smoothing,
+        way_out=LIFT if label_smoothing == 1.0 else "Pass a value in that range.",
+    )
     _require(
         lse_square_scale_for_zloss == 0.0,
         "lse_square_scale_for_zloss is documented with the range [0, 1) but not enabled and must be 0",
         "it is {}",
         lse_square_scale_for_zloss,
+        way_out=LIFT if 0.0 < lse_square_scale_for_zloss < math.inf else "Leave it at 0.",
     )
     _require(not return_zloss, "return_zloss is documented but not enabled and must be False", "it is True")
     if input.requires_grad and torch.is_grad_enabled():
         _check_training(weight, reduction, ignore_index, label_smoothing)
 
 
-def _check_weight(weight: Tensor, classes: int) -> None:
+def _check_weight(weight: Tensor, input: Tensor) -> None:
+    classes = input.shape[1]
     _require(
         weight.dim() == 1 and weight.shape[0] == classes,
         "weight must have shape [C], one value for each column of input",
         "its shape is {} and C is {}",
         list(weight.shape),
         classes,
+        way_out="Pass one weight for each class.",
     )
-    _require(weight.dtype == torch.float32, "the dtype of weight must be float32", "it is {}", weight.dtype)
-    # Values are looked at where there are any and that is free: not under a compiler, in a fake tensor, or on a device
+    _require(
+        weight.dtype == torch.float32,
+        "the dtype of weight must be float32",
+        "it is {}",
+        weight.dtype,
+        way_out=LIFT if weight.dtype == input.dtype else "Convert it with weight.float().",
+    )
+    # Values are checked where there are any and that is free: not under a compiler, in a fake tensor, or on a device
     # that would have to be waited for (unless that was asked for).
     if not torch.compiler.is_compiling() and may_look(weight.device.type) and not is_fake(weight):
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
-            raise _broken("the values of weight must lie in (0, 1]", f"weight[{first}] is {float(weight[first])}")
+            seen = f"weight[{first}] is {float(weight[first])}"
+            raise _broken("the values of weight must lie in (0, 1]", seen, LIFT)
+
+
+@contextlib.contextmanager
+def target_errors_as_constraints() -> Iterator[None]:
+    """Raise the operator's IndexError, which quotes the target, as a broken constraint that is an IndexError too."""
+    try:
+        yield
+    except IndexError as error:
+        raise TargetConstraintError(str(error)) from None
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -11,11 +12,9 @@ from torch import Tensor
 # By name, so that whoever puts this package's function in its place in torch.nn.functional does not put it here too.
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from ._constraints import check_documented_constraints
+from ._constraints import INTEGERS, check_documented_constraints, target_errors_as_constraints
 from ._loading import prepare
 
-# What a target may be besides int64, which the operators take, and uint64, which takes a conversion of its own.
-_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32)
 _OPTIONAL = ("weight", "linear_bias")  # tensors that may be None
 _LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -168,7 +167,9 @@ def npu_cross_entropy_loss(
     """Cross entropy with the documented contract of torch_npu.npu_cross_entropy_loss.
 
     The loss is that of `cross_entropy`. With strict=True (the default) every documented constraint is enforced, so that
-    what passes here also runs on the vendor's operator; the constraints are marked (strict) below.
+    what passes here is documented to run on the vendor's operator; the constraints are marked (strict) below. One
+    exception: rows whose target is a negative ignore_index, -100 by default, are ignored as in torch. The vendor's page
+    allows targets in [0, C) only; its kernel ignores such rows too (read in its published sources).
 
     Args:
         input: logits, [N, C], float16, float32 or bfloat16, C > 0; (strict) 0 < N <= 200000. float64 without strict.
@@ -191,7 +192,8 @@ def npu_cross_entropy_loss(
         shape [0], [N] if lse_square_scale_for_zloss is not 0. Only loss and zloss are differentiable, once.
 
     Raises:
-        ConstraintError: (strict) a documented constraint is broken. It is a ValueError.
+        ConstraintError: (strict) a documented constraint is broken. It is a ValueError; for a target that is out of
+            range, on the CPU or with NPU_XENT_DEBUG=1, it is an IndexError too (compiled code raises IndexError alone).
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
     _check_types("npu_cross_entropy_loss", reduction, input=input, target=target, weight=weight)
@@ -206,19 +208,22 @@ def npu_cross_entropy_loss(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
         )
     prepare(input)
-    loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
-        input,
-        index_target(target),
-        weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale_for_zloss,
-        loss_dtype=input.dtype,
-        need_lse=lse_square_scale_for_zloss != 0.0,
-        need_log_prob=True,
-        differentiable_z_loss=return_zloss,
-    )
+    # A compiled graph raises when it runs, outside of any Python that could be traced here.
+    checked = strict and not torch.compiler.is_compiling()
+    with target_errors_as_constraints() if checked else contextlib.nullcontext():
+        loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
+            input,
+            index_target(target),
+            weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            lse_square_scale=lse_square_scale_for_zloss,
+            loss_dtype=input.dtype,
+            need_lse=lse_square_scale_for_zloss != 0.0,
+            need_log_prob=True,
+            differentiable_z_loss=return_zloss,
+        )
     if reduction != "none":
         loss = loss.view(1)
     z_loss = _z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
@@ -228,12 +233,27 @@ def npu_cross_entropy_loss(
 def _check_types(name: str, reduction: Any, **tensors: Any) -> None:
     """Raise TypeError for what is no tensor, or no name of a reduction: the operator would say it in C++ terms."""
     for argument, value in tensors.items():
-        if not isinstance(value, Tensor) and not (argument in _OPTIONAL and value is None):
+        if isinstance(value, Tensor):
+            require_dense(name, **{argument: value})
+        elif not (argument in _OPTIONAL and value is None):
             raise TypeError(f"npu_xent.{name}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
     if not isinstance(reduction, str):
         raise TypeError(
             f'npu_xent.{name}: reduction must be "mean", "sum" or "none", but is a {type(reduction).__name__}'
         )
+
+
+def require_dense(name: str, **tensors: Tensor) -> None:
+    """Raise TypeError for a tensor whose memory is not one value for each element."""
+    for argument, tensor in tensors.items():
+        if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
+            continue
+        kind, remedy = f"of layout {tensor.layout}", "to_dense()"
+        if tensor.is_nested:
+            kind, remedy = "nested", "to_padded_tensor(0.0)"
+        elif tensor.is_quantized:
+            kind, remedy = "quantized", "dequantize()"
+        raise TypeError(f"npu_xent.{name}: {argument} must be a dense tensor, but is {kind}; pass {argument}.{remedy}")
 
 
 def _check_numbers(name: str, integers: dict[str, Any], **numbers: Any) -> None:
@@ -264,7 +284,7 @@ def index_target(target: Tensor) -> Tensor:
     if target.dtype == torch.uint64:  # what does not fit in int64 is no class, and must not wrap round to ignore_index
         target = target.view(torch.int64)
         return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
-    return target.long() if target.dtype in _INTEGERS else target
+    return target.long() if target.dtype in INTEGERS else target
 
 
 def _z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:

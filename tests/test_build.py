@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import importlib.util
+import subprocess
 import sys
 import sysconfig
 import types
@@ -229,3 +231,32 @@ def test_an_isolated_build_does_not_leave_the_npu_part_out_unsaid(
         build.find_npu_part("2.13.0")
     monkeypatch.setenv("NPU_XENT_BUILD_NPU", "0")
     assert build.find_npu_part("2.13.0") is None
+
+
+def test_a_compiler_that_is_missing_is_said_before_anything_is_built(
+    build: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fixture's PATH has none."""
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(SystemExit, match=r"a C\+\+ compiler is needed .* apt-get install g\+\+ .*, or set CXX"):
+        build.check_compiler()
+    monkeypatch.setenv("CXX", "/opt/bin/g++-11")
+    build.check_compiler()
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: "/nowhere/include")
+    with pytest.raises(SystemExit, match=r"no Python\.h in /nowhere/include: apt-get install python3-dev"):
+        build.check_compiler()
+
+
+def test_cmake_by_hand_says_to_use_setup_py(build: types.ModuleType, tmp_path: Path) -> None:
+    command = [build.find_tool("cmake"), "-S", ROOT, "-B", tmp_path]
+    said = subprocess.run(command, capture_output=True, text=True).stderr
+    assert "run setup.py instead, with pip install --no-build-isolation ." in " ".join(said.split())
+
+
+def test_builds_wait_for_one_another(build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    lock = tmp_path / "build" / ".cmake.lock"
+    with build.one_build_at_a_time(), lock.open() as second, pytest.raises(BlockingIOError):
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock.open() as second:
+        fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)

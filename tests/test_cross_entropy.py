@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import npu_xent
+from npu_xent import compat
 
 # Both sides of a vector (16 lanes of fp32 in AVX512), one class, no rows, several rows a task and several chunks a row.
 SHAPES = [(0, 7), (1, 1), (3, 2), (1, 15), (97, 16), (97, 17), (97, 8080)]
@@ -227,6 +228,57 @@ def test_signed_targets_may_hold_the_default_ignore_index(device: torch.device) 
 def test_other_targets_are_a_type_error(dtype: torch.dtype, device: torch.device) -> None:
     with pytest.raises(TypeError, match="target must be int64, but is"):
         npu_xent.cross_entropy(torch.zeros(2, 3, device=device), torch.zeros(2, dtype=dtype, device=device))
+
+
+NOT_DENSE = {
+    "sparse": (lambda x: x.to_sparse(), "of layout torch.sparse_coo", "to_dense()"),
+    "sparse rows": (lambda x: x.to_sparse_csr(), "of layout torch.sparse_csr", "to_dense()"),
+    "mkldnn": (lambda x: x.to_mkldnn(), "of layout torch._mkldnn", "to_dense()"),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x[:1]]), "nested", "to_padded_tensor(0.0)"),
+    "jagged": (
+        lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
+        "nested",
+        "to_padded_tensor(0.0)",
+    ),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized", "dequantize()"),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta|quantize|deprecated)")
+@pytest.mark.parametrize("kind", NOT_DENSE)
+def test_tensors_that_are_not_dense_are_a_type_error(kind: str) -> None:
+    make, seen, remedy = NOT_DENSE[kind]
+    logits, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    odd = make(logits)
+    calls = {
+        "cross_entropy: input": lambda: npu_xent.cross_entropy(odd, target),
+        "cross_entropy: target": lambda: npu_xent.cross_entropy(logits, odd),
+        "cross_entropy: weight": lambda: npu_xent.CrossEntropyLoss(weight=odd)(logits, target),
+        "npu_cross_entropy_loss: input": lambda: npu_xent.npu_cross_entropy_loss(odd, target),
+        "linear_cross_entropy: input": lambda: npu_xent.linear_cross_entropy(odd, logits, target),
+        "linear_cross_entropy: linear_weight": lambda: npu_xent.linear_cross_entropy(logits, odd, target),
+        "linear_cross_entropy: linear_bias": lambda: npu_xent.linear_cross_entropy(
+            logits, torch.randn(5, 6), target, linear_bias=odd
+        ),
+        "compat.unit_scaling.cross_entropy: input": lambda: compat.unit_scaling.cross_entropy(odd, target),
+        "compat.nnsight.cross_entropy_loss: logits": lambda: compat.nnsight.cross_entropy_loss(odd, target),
+        "compat.mindformers.CrossEntropyLoss: label": lambda: compat.mindformers.CrossEntropyLoss()(
+            logits, odd, torch.ones(4)
+        ),
+    }
+    for place, call in calls.items():
+        argument = place.partition(": ")[2]
+        with pytest.raises(TypeError) as raised:
+            call()
+        assert str(raised.value) == f"npu_xent.{place} must be a dense tensor, but is {seen}; pass {argument}.{remedy}"
+
+
+def test_complex_logits_are_a_type_error(device: torch.device) -> None:
+    logits, target = torch.zeros(2, 3, dtype=torch.complex64, device=device), torch.tensor([0, 1], device=device)
+    for values in (target, torch.zeros(2, 3, device=device)):
+        with pytest.raises(TypeError, match=r"logits must be float32, bfloat16, float16 or float64, but are "):
+            npu_xent.cross_entropy(logits, values)
 
 
 def test_strided_target_and_weight(device: torch.device) -> None:

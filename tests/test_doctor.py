@@ -18,7 +18,7 @@ import npu_xent
 from npu_xent.doctor import __main__ as program
 from npu_xent.doctor import behaviour, calls, correctness, environment, repeatability, run, timing, vendor
 from npu_xent.doctor.cases import CASES, ROW_MODES, Case, make_problem, shapes
-from npu_xent.doctor.report import Failure, Report, Result, Task
+from npu_xent.doctor.report import Check, Failure, Report, Result, Task
 from npu_xent.doctor.truth import compare, composed, slack_of, truth
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -116,6 +116,7 @@ def test_importing_the_package_does_not_import_the_doctor() -> None:
     [
         (["--device", "cuda"], "'cuda' is none of cpu, npu"),
         (["--json", "/nowhere/file.json", "--device", "cpu"], "/nowhere is not a folder"),
+        (["--json", "/", "--device", "cpu"], "/ is a folder; name a file"),
         (["--slow"], "unrecognized arguments: --slow"),
     ],
 )
@@ -124,6 +125,26 @@ def test_wrong_usage(arguments: list[str], said: str, capsys: pytest.CaptureFixt
         program.main(arguments)
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.cpu
+def test_a_report_that_cannot_be_written_is_not_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whether the run passed or failed: the disk is full, for example."""
+
+    def fails(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Report, "write", fails)
+    for failures in ([], [Failure("wrong")]):
+        check = Check("correctness", "mean", {}, Result(failures=failures))
+        monkeypatch.setattr(program, "run_all", lambda report, *_, check=check: report.checks.append(check))
+        file = tmp_path / "doctor.json"
+        assert program.main(["--device", "cpu", "--json", str(file)]) == len(failures)
+        said = capsys.readouterr().out
+        assert said.count(str(file)) == 1
+        assert f"{file} could not be written: No space left on device" in said
 
 
 @pytest.mark.npu
@@ -345,10 +366,14 @@ def test_no_npu_to_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     """Asked for, it is a failure; by default the CPU is taken, with a word."""
     monkeypatch.setattr(environment, "import_torch_npu", lambda: "torch_npu sees no NPU")
     monkeypatch.setattr(program, "run_all", lambda *_: None)
-    code, found = doctor(tmp_path, "npu")
-    assert code == 1
-    assert found["checks"][0]["failures"][0]["words"] == "torch_npu sees no NPU"
-    capsys.readouterr()
+    monkeypatch.setattr(environment._build, "CANN_VERSION", "0.1.0-simulated", raising=False)  # as tests are built
+    for toolkit, way_out in ((None, f". {program.NO_CANN}"), (Path("/usr/local/Ascend/cann"), "")):
+        monkeypatch.setattr(environment._toolkit, "home", lambda toolkit=toolkit: toolkit)
+        code, found = doctor(tmp_path, "npu")
+        assert code == 1
+        assert found["checks"][0]["failures"][0]["words"] == "torch_npu sees no NPU" + way_out
+        assert not found["simulated"]
+        assert program.SIMULATED not in capsys.readouterr().out
     assert program.main([]) == 0
     assert capsys.readouterr().out.startswith("npu_xent doctor on cpu, because torch_npu sees no NPU\n")
 

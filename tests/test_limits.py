@@ -81,10 +81,6 @@ def nested(layout: torch.layout) -> None:
     cross_entropy(logits, target)
 
 
-def to_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.quantize_per_tensor(tensor, 0.1, 0, dtype) if dtype is torch.qint8 else tensor.to(dtype)
-
-
 def distributed(tensor: Tensor, *placements: Replicate | Shard) -> DTensor:
     return distribute_tensor(tensor, init_device_mesh("cpu", (1,)), placements)
 
@@ -146,28 +142,30 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "`torch.jit.script` of `cross_entropy`": [script],
     "`torch.jit.script` of `CrossEntropyLoss`": [lambda: torch.jit.script(npu_xent.CrossEntropyLoss())],
     "`torch.fx.symbolic_trace`": [lambda: torch.fx.symbolic_trace(Loss())],
-    "nested, jagged": [lambda: nested(torch.jagged)],
-    "nested, strided": [lambda: nested(torch.strided)],
-    "sparse logits": [
+    "nested (jagged, strided), sparse": [
+        lambda: nested(torch.jagged),
+        lambda: nested(torch.strided),
         lambda: cross_entropy(LOGITS.to_sparse(), TARGET),
         lambda: cross_entropy(LOGITS.to_sparse_csr(), TARGET),
+        lambda: cross_entropy(LOGITS.to_mkldnn(), TARGET),
+        lambda: cross_entropy(torch.quantize_per_tensor(LOGITS, 0.1, 0, torch.qint8), TARGET),
         lambda: cross_entropy(LOGITS, TARGET.to_sparse()),
         lambda: cross_entropy(LOGITS, TARGET, torch.ones(C).to_sparse()),
         lambda: linear_cross_entropy(HIDDEN, WEIGHT.to_sparse(), TARGET),
+        lambda: linear_cross_entropy(HIDDEN, torch.quantize_per_tensor(WEIGHT, 0.1, 0, torch.qint8), TARGET),
     ],
-    "quantized, float8, integer or complex logits": [
-        lambda dtype=dtype: cross_entropy(to_dtype(LOGITS, dtype), TARGET)
-        for dtype in (torch.qint8, torch.float8_e4m3fn, torch.int64, torch.complex64)
+    "float8, integer or complex logits": [
+        lambda dtype=dtype: cross_entropy(LOGITS.to(dtype), TARGET)
+        for dtype in (torch.float8_e4m3fn, torch.int64, torch.complex64)
     ],
-    "quantized, float8 or complex `input`": [
+    "float8 or complex `input`": [
         *(
-            lambda dtype=dtype: linear_cross_entropy(HIDDEN, to_dtype(WEIGHT, dtype), TARGET)
-            for dtype in (torch.qint8, torch.float8_e4m3fn, torch.complex64)
+            lambda dtype=dtype: linear_cross_entropy(HIDDEN, WEIGHT.to(dtype), TARGET)
+            for dtype in (torch.float8_e4m3fn, torch.complex64)
         ),
         lambda: linear_cross_entropy(HIDDEN.to(torch.complex64), WEIGHT.to(torch.complex64), TARGET),
     ],
     "`torch.masked.MaskedTensor`": [masked_logits],
-    "oneDNN": [lambda: cross_entropy(LOGITS.to_mkldnn(), TARGET)],
     "DTensor logits and target": [
         *(
             lambda where=where: cross_entropy(distributed(leaf(LOGITS), where), distributed(TARGET, Replicate()))

@@ -7,17 +7,20 @@ runs on the device are held against the CPU's.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,33 +34,60 @@ LOSSES = ("torch", "npu_xent", "npu_xent_strict")
 TINY = ["--vocab-size=512", "--context=32", "--width=32", "--layers=2", "--batch=4", "--lr=0.01"]
 STEPS = 120  # enough to be interrupted half-way
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
 Start = Callable[..., "subprocess.Popen[str]"]
+Refused = Callable[..., str]
+AsPrinted = Callable[[str], "subprocess.Popen[str]"]
 Runs = dict[str, tuple[Path, int, str]]
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Start:
-    """Starts the script on a small generated text: start(out, *flags, launcher=...)."""
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small generated texts."""
     folder = tmp_path_factory.mktemp("text")
     words = ["".join(random.Random(i).choices("abcdefgh", k=1 + i % 7)) for i in range(200)]
     for name in range(5):
         text = " ".join(random.Random(f"{name}").choices(words, weights=range(200, 0, -1), k=3000))
         (folder / f"{name}.txt").write_text(text)
     (folder / "binary.dat").write_bytes(b"\xff\xfe\x00not text")
-    cache = tmp_path_factory.mktemp("cache")
+    return folder
 
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
     # The script must find the npu_xent that these tests import, be it installed or built in place.
     spec = importlib.util.find_spec("npu_xent")
     path = [str(Path(spec.origin).parents[1])] if spec and spec.origin else []
     path += filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
     environment.pop("WORLD_SIZE", None)
+    return environment
+
+
+@pytest.fixture(scope="module")
+def start(text: Path, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """Starts the script on the text: start(out, *flags, launcher=...)."""
+    cache = tmp_path_factory.mktemp("cache")
 
     def start(out: Path, *flags: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        command = [sys.executable, *launcher, str(SCRIPT), "--data", str(folder), "--cache", str(cache)]
+        command = [sys.executable, *launcher, str(SCRIPT), "--data", str(text), "--cache", str(cache)]
         command += ["--out", str(out), *TINY, *flags]  # a flag given twice: the last one counts
         output = subprocess.PIPE
         return subprocess.Popen(command, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT)
+
+    return start
+
+
+@pytest.fixture
+def as_printed(environment: dict[str, str]) -> AsPrinted:
+    """Starts a command that the script has printed, as a user who copies it into a shell does."""
+
+    def start(command: str) -> subprocess.Popen[str]:
+        output = subprocess.PIPE
+        return subprocess.Popen(
+            command, shell=True, env=environment, text=True, stdout=output, stderr=subprocess.STDOUT
+        )
 
     return start
 
@@ -66,6 +96,32 @@ def finish(process: subprocess.Popen[str], code: int = 0) -> str:
     output, _ = process.communicate(timeout=120)
     assert process.returncode == code, output
     return output
+
+
+def cut_short(path: Path) -> str:
+    os.truncate(path, path.stat().st_size // 2)
+    return "BadZipFile"
+
+
+def empty(path: Path) -> str:
+    os.truncate(path, 0)
+    return "BadZipFile"
+
+
+def flip_a_bit(path: Path) -> str:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+    return "a checksum is wrong"
+
+
+def replace(path: Path) -> str:
+    torch.save({"step": 3, "train": torch.zeros(4)}, path)
+    return "something is missing"
+
+
+# What each does to a file, and the reason that is then given for not loading it.
+DAMAGES = {"cut short": cut_short, "empty": empty, "a bit is flipped": flip_a_bit, "of another program": replace}
 
 
 def losses_of(out: Path) -> list[str]:
@@ -114,30 +170,34 @@ def test_the_losses_are_those_of_torch(runs: Runs, loss: str) -> None:
     assert ours == pytest.approx(torchs, abs=1e-4, rel=0)
 
 
-def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals) -> int:
-    """Sends the signal in the middle of training, to which it must save and stop. Returns the steps done."""
+def stop(process: subprocess.Popen[str], out: Path, number: signal.Signals, code: int | None = None) -> tuple[int, str]:
+    """Sends the signal in the middle of training: it must save and stop. Returns the steps done and how to resume."""
     deadline = time.monotonic() + 60
     while not ((out / "metrics.csv").is_file() and (out / "metrics.csv").read_text().count("\n") > 10):
         assert process.poll() is None, finish(process)
         assert time.monotonic() < deadline, finish(process)
         time.sleep(0.002)
     process.send_signal(number)
-    output = finish(process, 128 + number)
+    output = finish(process, 128 + number if code is None else code)
     steps = len(losses_of(out))
     assert 10 <= steps < STEPS
-    assert f"Stopped by {number.name} and saved, after {steps} of {STEPS} steps. To resume, add" in output
+    said, _, command = output.partition("To resume:\n")
+    assert f"Stopped by {number.name} and saved, after {steps} of {STEPS} steps. " in said
     assert (out / "checkpoint.pt").is_file()
     assert not (out / "summary.json").exists()
-    return steps
+    return steps, command.partition("\n")[0]
 
 
 @pytest.mark.cpu
-def test_interrupted_and_resumed_is_bitwise_uninterrupted(start: Start, runs: Runs, tmp_path: Path) -> None:
-    whole, parts, ended = runs["npu_xent"][0], tmp_path / "parts", tmp_path / "ended"
-    steps = stop(start(parts, "--loss", "npu_xent", "--steps", str(STEPS)), parts, signal.SIGINT)
+def test_interrupted_and_resumed_is_bitwise_uninterrupted(
+    start: Start, as_printed: AsPrinted, runs: Runs, tmp_path: Path
+) -> None:
+    """Resumed by the command that it printed, for a folder whose name a shell would split."""
+    whole, parts, ended = runs["npu_xent"][0], tmp_path / "it's in parts", tmp_path / "ended"
+    steps, command = stop(start(parts, "--loss", "npu_xent", "--steps", str(STEPS)), parts, signal.SIGINT)
     with (parts / "metrics.csv").open("a") as file:  # as after a crash: a later step, and a line cut short
         file.write(f"{steps},9.9,1.0,1.0\n{steps + 1},9")
-    resumed = start(parts, "--resume")  # the other settings are the checkpoint's
+    resumed = as_printed(command)  # the other settings are the checkpoint's
     stop(start(ended, "--loss", "torch", "--steps", str(STEPS)), ended, signal.SIGTERM)
     assert f"checkpoint.pt after {steps} of {STEPS} steps" in finish(resumed)
     assert losses_of(parts) == losses_of(whole)
@@ -147,8 +207,7 @@ def test_interrupted_and_resumed_is_bitwise_uninterrupted(start: Start, runs: Ru
 
 @pytest.mark.cpu
 def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path: Path) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    output = finish(start(tmp_path, "--loss", "torch", "--steps", "12", launcher=launcher))
+    output = finish(start(tmp_path, "--loss", "torch", "--steps", "12", launcher=TORCHRUN))
     losses = losses_of(tmp_path)
     assert len(losses) == 12
     assert output.count("Validation loss") == 1  # rank 0 alone speaks and writes
@@ -159,14 +218,188 @@ def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path:
 
 
 @pytest.mark.cpu
-def test_errors_name_the_flag_the_value_and_the_way_out(start: Start, tmp_path: Path) -> None:
-    missing = tmp_path / "no-such-folder"
-    out = tmp_path / "out"
-    processes = start(out, "--loss", "torch", "--data", str(missing)), start(out, "--resume")
-    data, resume = (finish(process, 2) for process in processes)
-    assert f"error: --data {missing}: no such file or folder; name one" in data
-    assert f"error: --resume: there is no {out / 'checkpoint.pt'}; name the run's folder" in resume
-    assert "Traceback" not in data + resume
+def test_two_ranks_are_resumed_by_the_command_that_they_printed(
+    start: Start, as_printed: AsPrinted, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--loss", "torch", "--steps", str(STEPS), launcher=TORCHRUN)
+    _, command = stop(process, tmp_path, signal.SIGTERM, code=1)  # torchrun's own
+    finish(as_printed(command))
+    assert len(losses_of(tmp_path)) == STEPS
+    assert json.loads((tmp_path / "summary.json").read_text())["ranks"] == 2
+
+
+@pytest.mark.cpu
+def test_a_finished_run_is_extended(start: Start, runs: Runs, tmp_path: Path) -> None:
+    """Both ended in, or went through, the same warm-up, and have the same rates after it: those of 120 steps."""
+    finish(start(tmp_path, "--loss", "npu_xent", "--steps", "20"))
+    output = finish(start(tmp_path, "--resume", "--steps", str(STEPS)))
+    assert f"checkpoint.pt after 20 of {STEPS} steps" in output
+    assert f"From here on the learning rate is that of a run of {STEPS} steps" in output
+    assert losses_of(tmp_path) == losses_of(runs["npu_xent"][0])
+    assert json.loads((tmp_path / "summary.json").read_text())["steps"] == STEPS
+
+
+# Damaged files, and a cache that cannot be written --------------------------------------------------------------------
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_cache_is_said_and_made_anew(
+    damage: str, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    settings, data, processes = (importlib.import_module(f"lm.{name}") for name in ("settings", "data", "processes"))
+    chosen = settings.build_parser("").parse_args(["--data", str(text), "--cache", str(tmp_path), *TINY])
+
+    def load() -> tuple[list[int], str]:
+        corpus = data.load_corpus(chosen, processes.World(0, 0, 1, False), None)
+        return corpus.train.tolist(), capsys.readouterr().out
+
+    whole, output = load()
+    (cached,) = tmp_path.iterdir()
+    assert f"and is cached in {cached}" in output
+    reason = DAMAGES[damage](cached)
+    again, output = load()
+    assert f"The cached {cached} cannot be loaded ({reason}), so the text is tokenised again" in output
+    assert again == whole
+    again, output = load()
+    assert f"Using the tokenizer and token ids cached in {cached}" in output
+    assert again == whole
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["alone", "two ranks"])
+def test_a_cache_that_cannot_be_written_is_said_first_and_done_without(
+    launcher: tuple[str, ...], start: Start, runs: Runs, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    output = finish(
+        start(tmp_path / "out", "--loss", "torch", "--steps", "2", "--cache", str(cache), launcher=launcher)
+    )
+    note = f"Note: --cache {cache}: {tmp_path / 'file'} is not a folder; name another folder, or every run"
+    assert output.count("--cache") == output.count(note) == 1
+    assert output.index(note) < output.index("Training a tokenizer")
+    losses = losses_of(tmp_path / "out")
+    assert len(losses) == 2
+    if not launcher:
+        assert losses == losses_of(runs["torch"][0])[:2]
+
+
+@pytest.mark.cpu
+def test_a_folder_without_permission_is_unwritable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Asked of the folder that exists. (Whoever runs this as root may write everywhere, hence no real one.)"""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checkpoint = importlib.import_module("lm.checkpoint")
+    missing = tmp_path / "not" / "yet"
+    assert checkpoint.why_unwritable(missing) == ""
+    assert not missing.parent.exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    assert checkpoint.why_unwritable(missing) == f"{tmp_path} cannot be written"
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: Path, tmp_path: Path
+) -> Callable[..., str]:
+    """refused(*flags): what the script says when it refuses them, of which it must leave no trace in tmp_path."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    train_lm: ModuleType = importlib.import_module("train_lm")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def files() -> dict[Path, bytes]:
+        return {path: path.read_bytes() if path.is_file() else b"" for path in tmp_path.rglob("*")}
+
+    def refused(*flags: str) -> str:
+        before = files()
+        folders = ["--cache", str(tmp_path / "cache" / "below"), "--out", str(tmp_path / "out" / "below")]
+        with pytest.raises(SystemExit) as stopped:
+            train_lm.main([*folders, "--loss", "torch", *flags])
+        assert stopped.value.code == 2
+        assert files() == before
+        return capsys.readouterr().err.partition("error: ")[2]
+
+    return refused
+
+
+REFUSED = {  # flags, and what is said about them; {} is the test's folder
+    "--lr 0": "argument --lr: invalid positive float value: '0'",
+    "--seed 18446744073709551616": "argument --seed: invalid seed value: '18446744073709551616'",
+    "--width 30 --heads 4": "--width 30: not a multiple of --heads 4; change one of them",
+    "--vocab-size 256": "--vocab-size 256: the 256 bytes and <|endoftext|> alone are 257 tokens; ask for more",
+    "--device tpu": "--device tpu: unknown; use cpu, npu or cuda",
+    "--device cuda:99": "--device cuda:99: ",
+    "--out {}/file": "--out {}/file: {}/file is not a folder; name a folder that can be written",
+    "--out {}/file/below": "--out {}/file/below: {}/file is not a folder; name a folder that can be written",
+    "--resume": "--resume: there is no {}/out/below/checkpoint.pt; name the run's folder with --out, or start without",
+    "--data {}/missing": "--data {}/missing: no such file or folder; name one, or leave --data out",
+    "--data {}/file": "--data {}/file: no UTF-8 text in its 1 file(s); name another",
+    "--data {}/short.txt": "--context 128: the held-out text has only ",
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("flags", REFUSED)
+def test_what_is_refused_leaves_nothing_behind(flags: str, refused: Refused, tmp_path: Path) -> None:
+    """Neither the folder of the run nor the cache's; the message names the flag, the value and the way out."""
+    (tmp_path / "file").touch()
+    (tmp_path / "short.txt").write_text("to be or not to be " * 100)
+    assert refused(*flags.format(tmp_path).split()).startswith(REFUSED[flags].format(*[tmp_path] * 2))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "package, what", [("npu_xent", "--loss npu_xent"), ("tqdm", "training"), ("tokenizers", "token")]
+)
+def test_a_missing_package_leaves_nothing_behind(
+    package: str, what: str, refused: Refused, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    message = refused("--data", str(text), *TINY, "--loss", "npu_xent")
+    assert message.startswith(what)
+    assert "pip install" in message
+
+
+@pytest.fixture
+def finished(runs: Runs, tmp_path: Path) -> Path:
+    """A copy of a finished run."""
+    return shutil.copytree(runs["torch"][0], tmp_path / "finished")
+
+
+@pytest.mark.cpu
+def test_a_resumed_run_is_not_touched_by_what_is_refused(refused: Refused, finished: Path, tmp_path: Path) -> None:
+    resume = ("--resume", "--out", str(finished))
+    assert refused(*resume, "--width", "64").startswith(f"--width 64: the run in {finished} has 32; leave --width out")
+    steps = refused(*resume, "--steps", "119")
+    assert steps.startswith(f"--steps 119: the run in {finished} has taken 120 already; ask for more")
+    (finished / "metrics.csv").write_text("step,loss,tokens_per_s,peak_mb\n0,6.2,1.0,1.0\n")
+    assert f"{finished / 'metrics.csv'} has 1 of the 120 steps" in refused(*resume)
+
+
+@pytest.mark.cpu
+def test_a_run_whose_text_has_changed_is_not_touched(
+    start: Start, refused: Refused, text: Path, tmp_path: Path
+) -> None:
+    data, out = shutil.copytree(text, tmp_path / "data"), tmp_path / "run"
+    finish(start(out, "--data", str(data), "--loss", "torch", "--steps", "1"))
+    (data / "1.txt").write_text("something else " * 1000)
+    message = refused("--resume", "--out", str(out))
+    assert message.startswith(f"--data {data}: its text has changed since the run started; bring it back")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named(damage: str, refused: Refused, finished: Path) -> None:
+    path = finished / "checkpoint.pt"
+    reason = DAMAGES[damage](path)
+    message = refused("--resume", "--out", str(finished))
+    assert message.startswith(f"--resume: {path} cannot be loaded ({reason}): it is cut short, damaged, or not this")
+    assert (
+        "bring back a copy of it, or start again without --resume, which moves it to previous-checkpoint.pt" in message
+    )
 
 
 @pytest.mark.npu
@@ -190,3 +423,20 @@ def test_the_losses_on_the_device_are_the_cpus(
     ends = [json.loads(text)["validation_loss"] for text in (summary, (there / "summary.json").read_text())]
     assert ends[0] == ends[1]
     assert ends[0] == pytest.approx(json.loads((here / "summary.json").read_text())["validation_loss"], abs=1e-3)
+
+
+@pytest.mark.simulated
+def test_a_simulated_run_is_resumed_by_the_command_that_it_printed(
+    device: torch.device, start: Start, as_printed: AsPrinted, tmp_path: Path
+) -> None:
+    process = start(tmp_path, "--steps", str(STEPS), "--device", str(device), launcher=("-m", "cann_sim"))
+    _, command = stop(process, tmp_path, signal.SIGINT)
+    assert f"on {device.type}:{device.index or 0} in fp32" in finish(as_printed(command))
+    assert len(losses_of(tmp_path)) == STEPS
+
+
+@pytest.mark.npu
+def test_a_device_that_does_not_exist_is_refused(refused: Refused, text: Path) -> None:
+    count = torch.npu.device_count()
+    message = refused("--data", str(text), *TINY, "--device", f"npu:{count}")
+    assert message.startswith(f"--device npu:{count}: npu:{count}, but torch finds {count}; ")

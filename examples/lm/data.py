@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import os
 import random
 import sysconfig
 import time
@@ -13,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lm.checkpoint import save_atomically
+from lm.checkpoint import DamagedFile, load, save_atomically, why_unwritable
 from lm.processes import World
 from lm.settings import END_OF_TEXT, SettingError, Settings, importing
 
 CACHE_FORMAT = 1  # raise it when splitting or tokenising changes: older caches are then left alone
 HELD_OUT = 20  # one file in so many is kept for validation
 VALIDATION_BATCHES = 16
+TOKENISED = ("train", "held_out", "vocab_size")  # what a run needs of a cached file
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Corpus:
     held_out: Tensor
     vocab_size: int  # a short text gives fewer tokens than --vocab-size
     key: str
+
+    def sizes(self) -> str:
+        sizes = f"{len(self.train):,} training and {len(self.held_out):,} held-out tokens"
+        return f"{sizes}, of a vocabulary of {self.vocab_size}"
 
     def unigram_loss(self) -> float:
         """Cross entropy of the held-out tokens under the training frequencies, add-one smoothed."""
@@ -62,7 +67,7 @@ def read_text(path: Path, max_bytes: int) -> tuple[str, int]:
     """The text and its size in bytes, no more than `max_bytes` of them; ("", 0) if it is no text."""
     try:
         with path.open("rb") as file:
-            raw = file.read(max_bytes)
+            raw = file.read(min(max_bytes, os.fstat(file.fileno()).st_size))  # read makes room for all it is asked for
             whole = not file.read(1)
         # What is cut off may end inside a character, which an incremental decoder then leaves out.
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
@@ -134,34 +139,53 @@ def key_of(texts: list[str], vocab_size: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def load_corpus(settings: Settings, world: World) -> Corpus:
-    """Reads the text and tokenises it, unless the cache knows it. One process a machine does the work."""
+def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
+    """Reads the text and tokenises it, unless the cache has its tokens. With a key, any other text is refused."""
     texts, say = read_texts(settings, world), world.say
-    key = key_of(texts, settings.vocab_size)
-    path = settings.cache / f"{key}.pt"
-    if path.is_file():
-        say(f"Using the tokenizer and token ids cached in {path}")
-    elif world.local_rank == 0:
-        say(f"Training a tokenizer of {settings.vocab_size} tokens and encoding the text with it ...")
-        start = time.perf_counter()
+    found = key_of(texts, settings.vocab_size)
+    if key not in (None, found):
+        raise SettingError(
+            f"--data {settings.data or '(left out)'}: its text has changed since the "
+            "run started; bring it back, or start a new run in another --out"
+        )
+    path = settings.cache / f"{found}.pt"
+    try:
+        if os.path.isfile(path):  # False as well in a folder that may not be searched
+            corpus = corpus_of(load(path, TOKENISED), found, settings.context)
+            say(f"Using the tokenizer and token ids cached in {path}: {corpus.sizes()}")
+            return corpus
+    except DamagedFile as error:
+        say(f"The cached {path} cannot be loaded ({error}), so the text is tokenised again")
+
+    # Said before the long work, not after it.
+    unwritable = why_unwritable(settings.cache)
+    if unwritable:
+        say(f"Note: --cache {settings.cache}: {unwritable}; name another folder, or every run tokenises its text anew")
+    say(f"Training a tokenizer of {settings.vocab_size} tokens and encoding the text with it ...")
+    start = time.perf_counter()
+    tokenised = tokenise(texts, settings.vocab_size)
+    said = f"... took {time.perf_counter() - start:.0f} s"
+    corpus = corpus_of(tokenised, found, settings.context)  # before the cache: a run that is refused leaves none
+    if not unwritable:
         try:
-            save_atomically(path, tokenise(texts, settings.vocab_size))
-        except OSError as error:
-            raise SettingError(f"--cache {settings.cache}: {error}; name a folder that can be written") from error
-        seconds = time.perf_counter() - start
-        say(f"... took {seconds:.0f} s and is cached in {path}; this run's peak memory on the CPU includes it")
-    if world.grouped:
-        dist.barrier()
-    cached = torch.load(path, weights_only=True)
-    corpus = Corpus(cached["train"], cached["held_out"], cached["vocab_size"], key)
+            save_atomically(path, tokenised)
+            said += f" and is cached in {path}"
+        except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+            said += f"; it could not be cached in {path} ({error})"
+    say(f"{said}; this run's peak memory on the CPU includes it")
+    say(corpus.sizes())
+    return corpus
+
+
+def corpus_of(tokenised: dict[str, Any], key: str, context: int) -> Corpus:
+    """What `tokenise` returned, if each part is longer than a window."""
+    corpus = Corpus(tokenised["train"], tokenised["held_out"], tokenised["vocab_size"], key)
     for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
-        if len(part) <= settings.context:
+        if len(part) <= context:
             raise SettingError(
-                f"--context {settings.context}: the {name} text has only {len(part)} tokens; "
+                f"--context {context}: the {name} text has only {len(part)} tokens; "
                 "give more text with --data, or a shorter --context"
             )
-    sizes = f"{len(corpus.train):,} training and {len(corpus.held_out):,} held-out tokens"
-    say(f"{sizes}, of a vocabulary of {corpus.vocab_size}")
     return corpus
 
 

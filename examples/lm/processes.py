@@ -7,8 +7,11 @@ import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,10 @@ from torch import nn
 
 from lm.settings import SettingError, importing
 
-BACKENDS = {"cpu": "gloo", "npu": "hccl", "cuda": "nccl"}
+# By gloo goes what is on the CPU: rank 0's token ids.
+BACKENDS = {"cpu": "gloo", "npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl"}
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,13 @@ class World:
         if self.grouped:
             dist.barrier()
             dist.destroy_process_group()
+
+    def from_rank_0(self, make: Callable[[], T]) -> T:
+        """What `make` returns on rank 0, handed to every rank."""
+        made = [make() if self.rank == 0 else None]
+        if self.grouped:
+            dist.broadcast_object_list(made)
+        return made[0]  # type: ignore[return-value]
 
     def share(self, model: nn.Module, device: torch.device) -> nn.Module:
         """The model, its gradients averaged over the processes."""
@@ -78,8 +91,25 @@ def open_device(name: str, world: World) -> torch.device:
     if not getattr(torch, kind).is_available():
         raise SettingError(f"--device {name}: torch finds no such device; use --device cpu")
     device = torch.device(name if index and not world.grouped else f"{kind}:{world.local_rank}")
+    count = getattr(torch, kind).device_count()
+    if device.index >= count:
+        asked = f"{device} for local rank {world.local_rank}" if world.grouped else device
+        raise SettingError(f"--device {name}: {asked}, but torch finds {count}; use fewer ranks, or a lower number")
     getattr(torch, kind).set_device(device)
     return device
+
+
+def command_line(world: World) -> list[str]:
+    """How the program was started, up to the script and without its arguments.
+
+    With torchrun, its command line is that of the parent process, which ends with the script and the arguments.
+    """
+    command, arguments = sys.orig_argv, len(sys.argv) - 1
+    parent = Path(f"/proc/{os.getppid()}/cmdline")
+    if world.grouped and parent.is_file():
+        launcher = parent.read_text().split("\0")[:-1]
+        command = launcher if launcher[-len(sys.argv) :] == sys.argv else command
+    return command[: len(command) - arguments]
 
 
 def peak_megabytes(device: torch.device) -> float:

@@ -24,14 +24,20 @@ def read_metrics(path: Path) -> list[list[float]]:
     return [[float(value) for value in line.split(",")] for line in metric_lines(path)]
 
 
-def truncate_metrics(path: Path, steps: int) -> None:
-    """Leaves the header and the lines of the first `steps` steps."""
+def first_metrics(path: Path, steps: int) -> list[str]:
+    """The lines of the first `steps` steps."""
     kept = [line for line in metric_lines(path) if int(line.partition(",")[0]) < steps]
     if len(kept) != steps:
         raise SettingError(
             f"--resume: {path} has {len(kept)} of the {steps} steps in checkpoint.pt, so they "
             "are not of one run; start a new one in another --out"
         )
+    return kept
+
+
+def truncate_metrics(path: Path, steps: int) -> None:
+    """Leaves the header and the lines of the first `steps` steps."""
+    kept = first_metrics(path, steps)
     with replacing(path) as temporary:
         temporary.write_text("\n".join([METRICS_HEADER, *kept]) + "\n")
 

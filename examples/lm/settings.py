@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lm.checkpoint import load_checkpoint
+from lm.checkpoint import DamagedFile, load
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the bytes and END_OF_TEXT
 
-# What a run's losses depend on: resuming takes these from the checkpoint and refuses other values.
+# What a run's losses depend on, besides --steps: resuming takes these from the checkpoint and refuses other values.
 RUN_FLAGS = (
     *("data", "max_bytes", "vocab_size"),
     *("layers", "heads", "width", "context"),
-    *("dtype", "steps", "batch", "lr", "seed"),
+    *("dtype", "batch", "lr", "seed"),
 )
+CHECKPOINT = ("step", "model", "optimizer", "settings", "corpus", "ranks")
 
 
 class SettingError(Exception):
@@ -70,6 +71,13 @@ def positive(kind: type) -> Callable[[str], Any]:
     return parse
 
 
+def seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**64:  # what torch.manual_seed takes
+        raise ValueError
+    return value
+
+
 def absolute(text: str) -> Path:
     return Path(text).expanduser().resolve()
 
@@ -104,15 +112,19 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     )
     add("--device", default="cpu", help=devices)
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs under autocast")
-    add("--steps", type=count, default=300, help="optimizer steps in all, the schedule's horizon")
+    steps = (
+        "optimizer steps in all, over which the learning rate falls to a tenth of --lr; with --resume, a larger number "
+        "extends the run: from there on the rate is that of a run of so many steps, so it rises once more"
+    )
+    add("--steps", type=count, default=300, help=steps)
     add("--batch", type=count, default=16, help="windows a step, on each rank")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
-    add("--seed", type=int, default=0, help="of the initial weights and the order of the data")
+    add("--seed", type=seed, default=0, help="of the initial weights and the order of the data")
 
     add = parser.add_argument_group("output").add_argument
     add("--out", type=absolute, default="runs/train_lm", help="folder of this run")
     add("--save-every", type=count, default=100, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings")
+    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings; --steps may differ")
     return parser
 
 
@@ -127,7 +139,13 @@ def read_settings(
             raise SettingError(
                 f"--resume: there is no {path}; name the run's folder with --out, or start without --resume"
             )
-        checkpoint = load_checkpoint(path)
+        try:
+            checkpoint = load(path, CHECKPOINT)
+        except DamagedFile as error:
+            raise SettingError(
+                f"--resume: {path} cannot be loaded ({error}): it is cut short, damaged, or not this program's; bring "
+                f"back a copy of it, or start again without --resume, which moves it to previous-{path.name}"
+            ) from error
         saved = checkpoint["settings"]
         parser.set_defaults(**saved)
         settings = parser.parse_args(argv, Settings())
@@ -138,6 +156,11 @@ def read_settings(
                     f"{flag} {getattr(settings, name)}: the run in {settings.out} has "
                     f"{saved[name]}; leave {flag} out, or start a new run in another --out"
                 )
+        if settings.steps < checkpoint["step"]:
+            raise SettingError(
+                f"--steps {settings.steps}: the run in {settings.out} has taken {checkpoint['step']} already; ask for "
+                "more, or start a new run in another --out"
+            )
     if settings.width % settings.heads:
         raise SettingError(f"--width {settings.width}: not a multiple of --heads {settings.heads}; change one of them")
     if settings.vocab_size < SMALLEST_VOCAB:
@@ -145,8 +168,4 @@ def read_settings(
             f"--vocab-size {settings.vocab_size}: the 256 bytes and {END_OF_TEXT} alone "
             f"are {SMALLEST_VOCAB} tokens; ask for more"
         )
-    try:
-        settings.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingError(f"--out {settings.out}: {error}; name a folder that can be written") from error
     return settings, checkpoint

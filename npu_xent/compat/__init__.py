@@ -1,11 +1,12 @@
-"""Other packages' losses, on the fused operator: change the import, keep the numbers::
+"""Drop-in replacements for other packages' losses, computed by the fused operator::
 
-    npu_xent.compat.nnsight.cross_entropy_loss          in the place of nnsight's toolbox function
-    npu_xent.compat.unit_scaling.cross_entropy          in the place of unit_scaling.functional.cross_entropy
-    npu_xent.compat.unit_scaling.CrossEntropyLoss       in the place of unit_scaling.CrossEntropyLoss
-    npu_xent.compat.mindformers.CrossEntropyLoss        in the place of mindformers' loss, for torch tensors
+    npu_xent.compat.nnsight.cross_entropy_loss          for nnsight.util.cross_entropy_loss
+    npu_xent.compat.unit_scaling.cross_entropy          for unit_scaling.functional.cross_entropy
+    npu_xent.compat.unit_scaling.CrossEntropyLoss       for unit_scaling.CrossEntropyLoss
+    npu_xent.compat.mindformers.CrossEntropyLoss        for mindformers.core.CrossEntropyLoss, on torch tensors
 
-None of them needs the package it stands in for. Each says where it differs on purpose.
+None of them needs the original package. Each docstring says where the replacement differs on purpose, and where the
+original's documentation differs from its code.
 """
 
 from . import mindformers, nnsight, unit_scaling

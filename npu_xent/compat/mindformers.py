@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from .._loading import prepare
+from ..functional import require_dense
 
 IGNORE_INDEX = -100
 EPSILON = 1e-8
+LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# For keywords that are accepted and ignored: what decides instead.
+INSTEAD = {
+    "reduction": "the loss is sum(l * input_mask) / (sum(input_mask) + 1e-8); calculate_per_token_loss=True returns "
+    "numerator and denominator",
+    "weight": "input_mask has a weight for each row",
+    "ignore_index": "input_mask decides: a row is ignored where it is 0",
+    "label_smoothing": "pass smoothed class probabilities as label",
+    "seq_split_num": "calculate_per_token_loss=True returns the pair that later releases return for seq_split_num > 1",
+}
+READ = "only parallel_config, check_for_nan_in_loss_and_grad and calculate_per_token_loss are read"
 
 
 class CrossEntropyLoss(nn.Module):
@@ -22,28 +36,52 @@ class CrossEntropyLoss(nn.Module):
             are sharded over model_parallel there; only 1 is supported here.
         check_for_nan_in_loss_and_grad: print the local loss (it changes nothing else, as in the original).
         calculate_per_token_loss: return numerator and denominator instead of their quotient.
-        **kwargs: accepted and ignored, as in the original.
+        **kwargs: ignored as in the original, but with a UserWarning.
 
     Called as module(logits, label, input_mask):
 
     - logits: [N, C], float32, bfloat16, float16 or float64; computed in float32 (float64).
-    - label: classes, [N] or any shape of N values, int32 or int64. Where input_mask is 0 it may be anything.
+    - label: class indices, [N] or any shape of N values, int32 or int64; or class probabilities, [N, C], floating
+      point. Where input_mask is 0 it may be anything.
     - input_mask: the weight of each row, fractions included, N values in any shape.
 
-    With l = -log_softmax(logits)[label], numerator = sum(l * input_mask), denominator = sum(input_mask) + 1e-8. Returns
+    The loss of a row is l_n = -log_softmax(logits)[n, label_n] for class indices and
+    l_n = -sum_c label[n, c] * log_softmax(logits)[n, c] for class probabilities. With
+    numerator = sum(l * input_mask) and denominator = sum(input_mask) + 1e-8, returns
     numerator / denominator, [1], float32 (float64 for a float64 mask or float64 logits); or with
-    calculate_per_token_loss the pair (numerator [], denominator [1]). All rows masked: 0, with gradient 0.
+    calculate_per_token_loss the pair (numerator [], denominator [1]). The gradient is computed in the same dtype and
+    rounded once, to the dtype of logits. Masked rows contribute 0 to the loss and have gradient 0, even if their logits
+    or probabilities are NaN. All rows masked: 0, with gradient 0.
+
+    Class probabilities are computed by torch operations, not by the fused operator, and are differentiable too. They
+    need not sum to 1. A class of probability 0 whose logit is -inf contributes 0.
+
+    Warns:
+        UserWarning: a keyword is ignored, one warning for each. The message says what decides instead.
 
     Raises:
         NotImplementedError: model_parallel above 1.
-        TypeError: label is neither int32 nor int64, or logits have another dtype.
-        ValueError: logits are not [N, C] with C > 0, or label or input_mask have not one value for each row.
+        TypeError: label is neither int32 nor int64 nor floating point, or logits have another dtype.
+        ValueError: logits are not [N, C] with C > 0; class indices or input_mask have not one value for each row; class
+            probabilities do not have the shape of logits.
         RuntimeError: N = 0, or input_mask requires a gradient.
-        IndexError: a label outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
+        IndexError: a class index outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 
-    Differs from the original on purpose: a label out of range where input_mask is not 0 raises instead of counting as
-    0; a bool mask counts its rows; NaN in a masked row does no harm; a mask of length 1 is not broadcast; float64
-    logits give a float64 loss. No part in the transforms of torch.func.
+    Differs from the original on purpose: class probabilities are supported; a label out of range where input_mask is
+    not 0 raises instead of counting as 0; a bool mask counts its rows; NaN in a masked row does not propagate; a mask
+    of length 1 is not broadcast; float64 logits give a float64 loss. With class indices it does not support the
+    transforms of torch.func.
+
+    Where the original's documentation page and its code differ:
+
+    - The page describes class probabilities as labels. The code raises TypeError for them. Here they are supported, and
+      divided by the same denominator as class indices; the page divides by N.
+    - The page's formulas have weights, ignore_index and the reductions "none", "mean" and "sum", and no input_mask. The
+      code has none of these, nor has this class. Passed as keywords they are ignored: input_mask weights the rows, and
+      calculate_per_token_loss decides what is returned.
+
+    Parameters and their order are those of mindformers 1.3.2. Later releases add, move and remove some: pass them by
+    name. There, seq_split_num > 1 returns the same pair as calculate_per_token_loss=True; here it is ignored.
     """
 
     def __init__(
@@ -54,6 +92,8 @@ class CrossEntropyLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        for name in kwargs:
+            warnings.warn(f"mindformers.CrossEntropyLoss: {name} is ignored; {INSTEAD.get(name, READ)}", stacklevel=2)
         model_parallel = _get(parallel_config, "model_parallel", 1)
         if model_parallel is not None and model_parallel > 1:
             raise NotImplementedError(
@@ -66,15 +106,31 @@ class CrossEntropyLoss(nn.Module):
 
     def forward(self, logits: Tensor, label: Tensor, input_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The masked loss; see the class."""
-        if logits.dim() != 2:
+        require_dense("compat.mindformers.CrossEntropyLoss", logits=logits, label=label, input_mask=input_mask)
+        if logits.dim() != 2 or logits.shape[1] == 0:
             raise ValueError(
-                f"mindformers.CrossEntropyLoss: logits must have shape [N, C], but have shape {list(logits.shape)}; "
-                "flatten the batch and the sequence"
+                "mindformers.CrossEntropyLoss: logits must have shape [N, C] with C > 0, but have shape "
+                f"{list(logits.shape)}; flatten the batch and the sequence"
             )
-        if label.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"mindformers.CrossEntropyLoss: label must be int32 or int64, but is {label.dtype}")
+        if logits.dtype not in LOGITS:
+            raise TypeError(
+                "mindformers.CrossEntropyLoss: logits must be float32, bfloat16, float16 or float64, but are "
+                f"{logits.dtype}"
+            )
+        probabilities = label.is_floating_point()
+        if not probabilities and label.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                "mindformers.CrossEntropyLoss: label must be int32 or int64 (class indices) or floating point (class "
+                f"probabilities), but is {label.dtype}"
+            )
+        if probabilities and label.shape != logits.shape:
+            raise ValueError(
+                "mindformers.CrossEntropyLoss: floating point label holds class probabilities and must have the shape "
+                f"of logits, {list(logits.shape)}, but has shape {list(label.shape)}; class indices are int32 or int64"
+            )
         rows = logits.shape[0]
-        for name, value in (("label", label), ("input_mask", input_mask)):
+        one_a_row = {"input_mask": input_mask} if probabilities else {"label": label, "input_mask": input_mask}
+        for name, value in one_a_row.items():
             if value.numel() != rows:
                 raise ValueError(
                     f"mindformers.CrossEntropyLoss: {name} must have one value for each of the {rows} rows of logits, "
@@ -89,24 +145,8 @@ class CrossEntropyLoss(nn.Module):
             )
         dtype = torch.float64 if torch.float64 in (logits.dtype, input_mask.dtype) else torch.float32
         mask = input_mask.reshape(-1).to(dtype)
-        # A row of weight 0 is an ignored row: its logits are not read, its label not looked at.
-        target = label.reshape(-1).to(torch.int64)
-        masked = mask == 0
-        if target.device.type == "cpu" and not torch.compiler.is_compiling():
-            bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
-            if bad.any():
-                row = int(bad.nonzero()[0])
-                raise IndexError(
-                    f"mindformers.CrossEntropyLoss: label[{row}] is {int(target[row])}, which is not a class in "
-                    f"[0, {logits.shape[1]}); set input_mask to 0 where there is nothing to predict"
-                )
-        # An ignored row must not be confused with a label that happens to be IGNORE_INDEX under the mask: that one is
-        # moved to another value that is no class either, so that it is refused like any label out of range.
-        target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
-        prepare(logits)
-        loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
-            logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype
-        )
+        losses = _losses_of_probabilities if probabilities else _losses_of_indices
+        loss = losses(logits, label, mask == 0, dtype)
         numerator = (loss * mask).sum()
         denominator = mask.sum().reshape(1) + EPSILON
         if self.check_for_nan_in_loss_and_grad:
@@ -114,6 +154,36 @@ class CrossEntropyLoss(nn.Module):
         if self.calculate_per_token_loss:
             return numerator, denominator
         return numerator / denominator
+
+
+def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of each row, [N], by the fused operator; 0 where masked. Neither logits nor label are read there."""
+    target = label.reshape(-1).to(torch.int64)
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise IndexError(
+                f"mindformers.CrossEntropyLoss: label[{row}] is {int(target[row])}, which is not a class in "
+                f"[0, {logits.shape[1]}); set input_mask to 0 where there is nothing to predict"
+            )
+    # An ignored row must not be confused with a label that happens to be IGNORE_INDEX under the mask: that one is
+    # moved to another value that is no class either, so that it is refused like any label out of range.
+    target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
+    prepare(logits)
+    loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
+        logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype
+    )
+    return loss
+
+
+def _losses_of_probabilities(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """The loss of each row, [N], by torch operations; 0 where masked."""
+    masked = masked.unsqueeze(1)
+    label = label.to(dtype).masked_fill(masked, 0.0)  # not a product with the mask: 0 * NaN is NaN
+    log_prob = torch.log_softmax(logits.to(dtype).masked_fill(masked, 0.0), dim=1)
+    log_prob = log_prob.masked_fill((label == 0) & (log_prob == -math.inf), 0.0)
+    return -(label * log_prob).sum(1)
 
 
 def _get(config: object | Mapping[str, Any] | None, name: str, default: Any) -> Any:

@@ -1,4 +1,8 @@
-"""nnsight's cross_entropy_loss: a mean of row means over a batch of token sequences."""
+"""nnsight's cross_entropy_loss: a mean of row means over a batch of token sequences.
+
+The original is nnsight.util.cross_entropy_loss of nnsight 0.0.8 to 0.1.18, the same in all of them; releases from 0.2.4
+on do not have it. Its documentation page calls the module nnsight.utils, which is not its name in any of them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._loading import prepare
+from ..functional import require_dense
 
 IGNORE_INDEX = -100
 
@@ -17,13 +22,14 @@ def cross_entropy_loss(
     avg_batch: bool = True,
     avg_token: bool = True,
 ) -> Tensor:
-    """Cross entropy of each sequence of a batch, as nnsight computes it.
+    """Cross entropy of each sequence of a batch, as nnsight.util.cross_entropy_loss computes it.
 
     Args:
         logits: [B, T, C], or [T, C] for a batch of one; float32, bfloat16, float16 or float64.
         target_ids: [B, T], or [T] for a batch of one; classes in [0, C) or -100 for tokens that take no part. Converted
             to int64.
-        shift: score the logits of each token against the next token: the last logits and the first target fall away.
+        shift: score the logits of each token against the next token: drops the last logits and the first target of each
+            sequence.
         avg_batch: mean over the sequences.
         avg_token: mean over the tokens that take part, for each sequence by itself.
 
@@ -36,11 +42,18 @@ def cross_entropy_loss(
         AssertionError: ranks, batch or length of logits and target_ids differ.
         ValueError, IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
-    Differs from the original on purpose: it computes where the logits are, and hands only the result over to the CPU
-    (the original moves the logits there first); it shifts the targets instead of copying the logits; means are taken in
-    float32 and rounded once; a batch of none is NaN or empty instead of an error. No part in the transforms of
-    torch.func. (Prefer shift=True to slicing the logits: a slice of a batch costs a copy.)
+    Differs from the original on purpose: it computes on the device of the logits and moves only the result to the CPU;
+    target_ids may be on another device; it shifts the targets instead of copying the logits; means are taken in float32
+    and rounded once; an empty batch gives NaN or an empty tensor instead of an error. It does not support the
+    transforms of torch.func. (Prefer shift=True to slicing the logits: a slice of a batch costs a copy.)
+
+    Where the original's documentation page and its code differ, this function does what the code does:
+
+    - The page says that shift removes the first column of logits. The code drops the last logits.
+    - The page says that the result has shape [B] without avg_batch. The code returns [B, T] if avg_token is False too.
+    - The page asks for both tensors on one device. The code moves both to the CPU, so they may be on different ones.
     """
+    require_dense("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     if target_ids.dim() == 1:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .._loading import prepare
-from ..functional import index_target
+from ..functional import index_target, require_dense
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -67,15 +67,22 @@ def cross_entropy(
     Raises:
         ValueError: weight, size_average, reduce or label_smoothing is not at its default; target has another shape;
             V = 0; mult is not finite.
-        AssertionError: a rank other than 1 or 2, or a reduction other than "mean" and "sum" ("none" and inputs of more
-            dimensions, which the original's page lists, are refused there too).
+        AssertionError: a rank other than 1 or 2, or a reduction other than "mean" and "sum".
         ZeroDivisionError: V = 1, or "mean" over N = 0 rows.
         IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
     Differs from the original on purpose: statistics in float32 whatever the dtype; with class indices the scaled
     gradient comes out of the sweep over the logits instead of a multiplication of its own; every integer dtype is a
-    target. Like the original, it takes no part in the transforms of torch.func.
+    target. Like the original, it does not support the transforms of torch.func.
+
+    Where the original's documentation page and its code differ, this function does what the code does:
+
+    - The page lists reduction "none" and inputs [N, C, d_1, ...]. The code raises AssertionError for both.
+    - The page says that "mean" divides by the number of rows that are not ignored (for CrossEntropyLoss). The code
+      divides by N, ignored rows included.
+    - The page does not say that the gradient is not multiplied by mult, nor divided by N for "mean".
     """
+    require_dense("compat.unit_scaling.cross_entropy", input=input, target=target)
     for name, value, default in (
         ("weight", weight, None),
         ("size_average", size_average, None),
@@ -119,7 +126,7 @@ def cross_entropy(
 
 
 class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module, in the place of unit_scaling.CrossEntropyLoss: `mult` comes first."""
+    """`cross_entropy` as a module, a drop-in replacement for unit_scaling.CrossEntropyLoss: `mult` comes first."""
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import faulthandler
+import os
 import re
 import sys
 import time
@@ -17,6 +18,11 @@ from .run import run_all
 
 SIMULATED = "SIMULATED: the toolkit's version says that no NPU is behind it. Times and memory below are simulated, too."
 
+NO_CANN = (
+    "Source the set_env.sh of CANN before Python starts; to check on a simulated NPU instead, run "
+    "python -m cann_sim -m npu_xent.doctor"
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs everything and prints the report. 0: all is right; 1: something is not; 2 is argparse's, for wrong usage."""
@@ -27,12 +33,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to FILE, as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out long rows and large shapes")
     options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"argument --json: {options.json.absolute().parent} is not a folder")
+    if options.json is not None and (unfit := _unfit_for_a_file(options.json.absolute())):
+        parser.error(f"argument --json: {unfit}")
     start = time.monotonic()
 
     asked = options.device
     obstacle = None if asked == "cpu" else environment.import_torch_npu()
+    way_out = f". {NO_CANN}" if obstacle and not environment.has_cann() else ""
     chosen = f"{asked}, as asked for"
     if asked is None:
         asked = "cpu" if obstacle else "npu"
@@ -46,12 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
         obstacle = environment.use_npu(asked)
 
     found = environment.gather()
-    simulated = on_npu and environment.is_simulated(found)
+    simulated = on_npu and not obstacle and environment.is_simulated(found)
     report = Report(asked, found, simulated, options.quick, chosen)
     _say([f"npu_xent doctor on {chosen}", *([SIMULATED] if simulated else []), "", "environment"])
     _say(environment.lines(found))
     if on_npu and obstacle:
-        report.checks.append(Check("environment", "there is an NPU to use", {}, Result(failures=[Failure(obstacle)])))
+        report.checks.append(
+            Check("environment", "there is an NPU to use", {}, Result(failures=[Failure(obstacle + way_out)]))
+        )
         report.stopped = "no NPU"
     else:
         run_all(report, torch.device(asked), _say)
@@ -63,6 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             report.write(file)
         except OSError as error:
             _say([f"{file} could not be written: {error}"])
+            file = None
     _say(["", *ending(report, file)])
     return 1 if report.failed else 0
 
@@ -72,6 +82,15 @@ def _device(text: str) -> str:
     if not re.fullmatch(r"cpu|npu(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, npu, npu:0, npu:1, ...")
     return text
+
+
+def _unfit_for_a_file(path: Path) -> str | None:
+    """Why the report cannot be written there, if that is known before there is one."""
+    if not path.parent.is_dir():
+        return f"{path.parent} is not a folder"
+    if path.is_dir():
+        return f"{path} is a folder; name a file"
+    return None if os.access(path if path.exists() else path.parent, os.W_OK) else f"{path} cannot be written"
 
 
 def _say(lines: list[str]) -> None:

@@ -46,6 +46,12 @@ def use_npu(device: str) -> str | None:
     return None
 
 
+def has_cann() -> bool:
+    """Whether the environment names a toolkit that is more than a simulator's."""
+    toolkit = _toolkit.home()
+    return toolkit is not None and not _says_simulated(_toolkit.version(toolkit))
+
+
 def gather() -> dict[str, Any]:
     """All of it, by name. Imports nothing; torch_npu is asked if it is there. What cannot be found out is None."""
     toolkit, npu_smi = _toolkit.home(), _soc.npu_smi("info")
@@ -87,7 +93,11 @@ def gather() -> dict[str, Any]:
 
 def is_simulated(environment: dict[str, Any]) -> bool:
     """Whether a toolkit's version, the running one's or that of the build, says that nothing of it is a device."""
-    return any("simulated" in (version or "") for version in (environment["cann"], environment["built"]["cann"]))
+    return any(map(_says_simulated, (environment["cann"], environment["built"]["cann"])))
+
+
+def _says_simulated(version: str | None) -> bool:
+    return "simulated" in (version or "")
 
 
 def lines(environment: dict[str, Any]) -> list[str]:

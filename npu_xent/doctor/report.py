@@ -154,7 +154,9 @@ def ending(report: Report, file: Path | None) -> list[str]:
     for check in report.failed[:LONGEST_LIST]:
         lines += check.lines()
     if len(report.failed) > LONGEST_LIST:
-        lines.append(f"      and {len(report.failed) - LONGEST_LIST} more, in {file}")
+        lines.append(
+            f"      and {len(report.failed) - LONGEST_LIST} more" + (f", in {file}" if file is not None else "")
+        )
     notes = [note for check in report.checks for note in check.result.notes]
     said = " (simulated, which says nothing of an NPU)" if report.simulated else ""
     lines += [f"note{said}: {note}" for note in dict.fromkeys(notes)]
@@ -162,7 +164,7 @@ def ending(report: Report, file: Path | None) -> list[str]:
         lines += [
             "",
             "To report it, in the project's issue tracker, attach",
-            f"  {file}",
+            *([f"  {file}"] if file is not None else []),
             "  the output of this run",
         ]
         if report.device.startswith("npu"):
