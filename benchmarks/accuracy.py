@@ -3,7 +3,7 @@
 Each row of the table is one kind of logits in one dtype; both sides get the same rounded logits, and the truth is
 computed from those, so that all of an error is the operator's own. Prints a table in Markdown; needs torch alone.
 
-    python benchmarks/accuracy.py [--device npu] [--rows N] [--classes C]
+    python benchmarks/accuracy.py [--device npu [--vendor]] [--rows N] [--classes C]
 """
 
 from __future__ import annotations
@@ -54,28 +54,35 @@ def errors(loss: Loss, logits: Tensor, target: Tensor) -> tuple[float, float, fl
     return float((got_loss - exact_loss).abs().max()), float((off / largest).max()), float(own.max())
 
 
+def vendors(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
+    """The loss of torch_npu's own operator."""
+    import torch_npu
+
+    return torch_npu.npu_cross_entropy_loss(logits, target, reduction=reduction)[0]
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", help="cpu, npu, ...")
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--classes", type=int, default=32000)
+    parser.add_argument("--vendor", action="store_true", help="compare with torch_npu's operator, not F.cross_entropy")
     options = parser.parse_args()
+    other, name = (vendors, "torch_npu's") if options.vendor else (F.cross_entropy, "F.cross_entropy")
     if options.device.startswith("npu"):
         import torch_npu  # noqa: F401 - registers the device
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(options.rows, options.classes, generator=generator)
     target = torch.randint(options.classes, (options.rows,), generator=generator)
     print(f"{options.rows} x {options.classes} on {options.device} ({platform.machine()}), torch {torch.__version__},")
-    print(f"npu_xent {npu_xent.__version__}. Largest errors of npu_xent / of F.cross_entropy.\n")
+    print(f"npu_xent {npu_xent.__version__}. Largest errors of npu_xent / of {name}.\n")
     print("| logits | dtype | loss, absolute | gradient, of its row's largest | gradient at the target, of itself |")
     print("|---|---|---|---|---|")
     for kind, make in KINDS.items():
         for dtype in DTYPES:
             logits = make(x, target).to(dtype).to(options.device)
-            both = [
-                errors(loss, logits, target.to(options.device)) for loss in (npu_xent.cross_entropy, F.cross_entropy)
-            ]
+            both = [errors(loss, logits, target.to(options.device)) for loss in (npu_xent.cross_entropy, other)]
             cells = " | ".join(f"{ours:.1e} / {theirs:.1e}" for ours, theirs in zip(*both, strict=True))
             print(f"| {kind} | {str(dtype).removeprefix('torch.')} | {cells} |", flush=True)
 

@@ -23,7 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "README"
 # In the order of the sidebar; the last are there in some checkouts only.
 PAGES = (
-    ("Guides", ("docs/padded_labels", "docs/atlas", "docs/errors")),
+    ("Guides", ("docs/padded_labels", "docs/atlas", "docs/acceptance", "docs/limits", "docs/errors")),
     ("How it works", ("docs/design", "docs/numerics", "docs/vendor", "docs/device_kernels", "cann_sim/README")),
     ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/integrations")),
     ("Project", ("CHANGELOG", "CONTRIBUTING")),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import os
 import sys
 import threading
 import warnings
@@ -88,14 +89,21 @@ def prepare(tensor: Tensor) -> None:
             _load_or_warn()
 
 
+def _kernels_are_required() -> bool:
+    """Whether NPU_XENT_REQUIRE_KERNELS makes missing kernels an error."""
+    return os.environ.get("NPU_XENT_REQUIRE_KERNELS", "0") not in ("", "0")
+
+
 def _load_or_warn() -> None:
-    """load_npu at the first call, with a warning in the place of its error."""
+    """load_npu at the first call, with a warning instead of its error unless the kernels are required."""
     global _settled
-    if _settled:
+    if _loaded or (_settled and not _kernels_are_required()):
         return
     try:
         load_npu()
     except RuntimeError as error:
+        if _kernels_are_required():
+            raise RuntimeError(f"{error} NPU_XENT_REQUIRE_KERNELS is set, which makes this an error.") from error
         with _lock:
             first, _settled = not _settled, True
         if first:

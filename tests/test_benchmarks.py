@@ -6,12 +6,15 @@ import importlib.util
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 pytestmark = pytest.mark.cpu
 
@@ -90,6 +93,21 @@ def test_what_the_readme_shows_is_drawn() -> None:
     assert shown
     assert all((ROOT / name).exists() for name in shown)
     assert newest(read(RESULTS))
+
+
+def test_accuracy_compared_with_torch_npus_operator(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for it, on the CPU: F.cross_entropy times two, whose errors cannot be missed."""
+    stand_in = types.ModuleType("torch_npu")
+    stand_in.npu_cross_entropy_loss = lambda x, y, reduction: (2 * F.cross_entropy(x, y, reduction=reduction), x)
+    monkeypatch.setitem(sys.modules, "torch_npu", stand_in)
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", "--vendor", "--rows", "8", "--classes", "50"])
+    runpy.run_path(str(BENCHMARKS / "accuracy.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "of npu_xent / of torch_npu's." in printed
+    ours, vendors = re.search(r"^\| normal \| float32 \| (\S+) / (\S+) \|", printed, flags=re.MULTILINE).groups()
+    assert float(ours) < 1e-5 < 1 < float(vendors)
 
 
 # The table of targets -------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent
 ERRORS = ROOT / "docs" / "errors.md"
 ATLAS = ROOT / "docs" / "atlas.md"
+ACCEPTANCE = ROOT / "docs" / "acceptance.md"
 PADDED_LABELS = ROOT / "docs" / "padded_labels.md"
 PYTHON = [ROOT / "setup.py", *sorted((ROOT / "npu_xent").rglob("*.py"))]
 CXX = sorted(path for kind in ("*.h", "*.cpp") for path in (ROOT / "csrc").rglob(kind))
@@ -210,7 +211,21 @@ def test_every_environment_variable_is_documented() -> None:
     assert not {name for name in read if f"`{name}" not in pages}
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("atlas", "vendor"))])
+SITE = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "cann_sim" / "README.md"})
+WIDEST = 105  # characters of code that fit between the site's two lists of contents, in a window of 1400 pixels
+
+
+@pytest.mark.parametrize("page", SITE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_code_does_not_scroll_sideways(page: Path) -> None:
+    fenced = re.compile(r"^```.*?^```$", flags=re.MULTILINE | re.DOTALL)
+    code = [line for block in fenced.findall(page.read_text()) for line in block.splitlines()]
+    code += re.findall(r"^    (.*)", fenced.sub("", page.read_text()), flags=re.MULTILINE)
+    assert not [line for line in code if len(line) > WIDEST]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", *(f"docs/{name}.md" for name in ("acceptance", "atlas", "limits", "vendor"))]
+)
 def test_programs_parse(page: str) -> None:
     assert programs(ROOT / page)
     for program in programs(ROOT / page):
@@ -228,6 +243,21 @@ def test_the_program_for_several_cards_runs(tmp_path: Path) -> None:
     losses = [float(loss) for loss in re.findall(r"^step \d+: (\S+)$", run.stdout, flags=re.MULTILINE)]
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.parametrize("logits, passes", [("logits", True), ("2 * logits", False)])
+def test_the_soak_finds_what_is_wrong(logits: str, passes: bool, tmp_path: Path) -> None:
+    """A few seconds of it on the CPU, with small shapes."""
+    program = next(text for text in programs(ACCEPTANCE) if text.startswith("# soak.py"))
+    call = "first = step(npu_xent.cross_entropy, {}, target"
+    assert call.format("logits") in program
+    (tmp_path / "soak.py").write_text(program.replace(call.format("logits"), call.format(logits)))
+    command = [sys.executable, "soak.py", "4", "cpu", "0.002"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert (run.returncode == 0) == passes, run.stderr
+    assert ("soak passed" in run.stdout) == passes
+    assert ("AssertionError: turn 0" in run.stderr) != passes
+    assert ("s, turn 0: " in run.stdout) == passes
 
 
 def test_the_programs_on_padded_labels_print_what_the_page_says() -> None:

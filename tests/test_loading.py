@@ -31,6 +31,7 @@ NOT_BUILT = (
     PREFIX + "it was built without its NPU part. With torch_npu installed, source CANN's set_env.sh, which sets "
     f"ASCEND_HOME_PATH, and rebuild it: {INSTALL.replace('pip', 'NPU_XENT_BUILD_NPU=1 pip')}"
 )
+REQUIRED = " NPU_XENT_REQUIRE_KERNELS is set, which makes this an error."
 UNTIL_THEN = (
     " Until then npu tensors are served by PyTorch operations: the same results up to rounding, but more time and "
     "memory."
@@ -112,6 +113,7 @@ def npu(monkeypatch: pytest.MonkeyPatch) -> Npu:
 
 @pytest.fixture(autouse=True)
 def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("NPU_XENT_REQUIRE_KERNELS", raising=False)
     monkeypatch.setattr(_loading, "_loaded", False)
     monkeypatch.setattr(_loading, "_settled", False)
     yield
@@ -217,6 +219,36 @@ def test_what_is_missing_is_said_once(name: str, npu: Npu) -> None:
     assert said(CALLS["unit_scaling"], on_npu(LOGITS)) == []
     torch.testing.assert_close(npu_xent.cross_entropy(on_npu(LOGITS), TARGET).as_subclass(torch.Tensor), expected)
     assert npu.loaded == []  # otherwise kernels that cannot run would stand in the composite's place
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_what_is_missing_raises_at_every_call_if_the_kernels_are_required(name: str, npu: Npu) -> None:
+    break_it, message = MISSING[name]
+    break_it(npu)
+    npu.monkeypatch.setenv("NPU_XENT_REQUIRE_KERNELS", "1")
+    for call in ("cross_entropy", "cross_entropy", "CrossEntropyLoss", "npu_cross_entropy_loss", "unit_scaling"):
+        with pytest.raises(RuntimeError) as raised:
+            CALLS[call](on_npu(LOGITS))
+        assert str(raised.value) == message + REQUIRED
+    CALLS["cross_entropy"](LOGITS)  # of the CPU, as ever
+
+
+def test_requiring_the_kernels_later_is_not_too_late(npu: Npu) -> None:
+    npu.devices = 0
+    assert len(said(CALLS["cross_entropy"], on_npu(LOGITS))) == 1
+    npu.monkeypatch.setenv("NPU_XENT_REQUIRE_KERNELS", "1")
+    with pytest.raises(RuntimeError, match="sees no NPU"):
+        CALLS["cross_entropy"](on_npu(LOGITS))
+    npu.devices = 1
+    assert said(CALLS["cross_entropy"], on_npu(LOGITS)) == []
+    assert npu.loaded == [library("Ascend910B3")]
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_kernels_are_not_required(value: str, npu: Npu) -> None:
+    npu.devices = 0
+    npu.monkeypatch.setenv("NPU_XENT_REQUIRE_KERNELS", value)
+    assert len(said(CALLS["cross_entropy"], on_npu(LOGITS))) == 1
 
 
 @pytest.mark.parametrize("name", MISSING)
@@ -342,6 +374,24 @@ def test_compiling_warns_of_what_is_missing(npu: Npu) -> None:
     npu.devices = 0
     compiled = torch.compile(lambda x: npu_xent.cross_entropy(x, TARGET.to("meta")), backend="eager", fullgraph=True)
     assert sum("sees no NPU" in message for message in said(compiled, LOGITS.to("meta"))) == 1
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiling_raises_for_what_is_missing_if_the_kernels_are_required(fullgraph: bool, npu: Npu) -> None:
+    """At every call, and the function compiles once nothing is missing any more."""
+    npu.is_called("meta")
+    npu.devices = 0
+    npu.monkeypatch.setenv("NPU_XENT_REQUIRE_KERNELS", "1")
+    frames = CompileCounterWithBackend("eager")
+    target = TARGET.to("meta")
+    compiled = torch.compile(lambda x: npu_xent.cross_entropy(x, target), backend=frames, fullgraph=fullgraph)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"sees no NPU.*NPU_XENT_REQUIRE_KERNELS"):
+            compiled(LOGITS.to("meta"))
+    assert frames.frame_count == 0
+    npu.devices = 1
+    compiled(LOGITS.to("meta"))
+    assert npu.loaded == [library("Ascend910B3")]
 
 
 def test_export_loads_the_kernels_beforehand(npu: Npu) -> None:
