@@ -10,7 +10,6 @@
 // a 16-bit linear_weight and linear_bias are added up in fp32 and rounded once.
 #include "ops.h"
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <string>
@@ -169,10 +168,6 @@ LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Ten
                                 bool need_lse) {
   return call<linear_cross_entropy>("npu_xent::linear_cross_entropy", o, input, linear_weight, linear_bias, target,
                                     weight, chunk_rows, loss_dtype, need_lse);
-}
-
-Tensor not_wanted(const at::TensorOptions& options) {
-  return at::empty({0}, options);
 }
 
 }  // namespace npu_xent

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 
 #include <array>
 #include <optional>
@@ -92,6 +93,8 @@ inline at::ScalarType stats_dtype(at::ScalarType dtype) {
 }
 
 // An output that was not asked for.
-Tensor not_wanted(const at::TensorOptions& options);
+inline Tensor not_wanted(const at::TensorOptions& options) {
+  return at::empty({0}, options);
+}
 
 }  // namespace npu_xent
