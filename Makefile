@@ -69,11 +69,11 @@ else
 	@$(PY) tests/run_suites.py
 endif
 
-# Builds tests/aarch64 in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
+# Builds tests/cpp in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
 # answers, and the one for Arm compares.
 JOBS = $${MAX_JOBS:-$$(nproc)}
 cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
-  $(VENV)/bin/cmake -S tests/aarch64 -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
+  $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
     -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
   $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
@@ -95,7 +95,7 @@ endif
 	@$(call cxx_tests,build/tests_host)
 ifneq ($(shell uname -m),aarch64)
 	@echo "== Building for aarch64, and testing under qemu"
-	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/aarch64/toolchain.cmake))
+	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/cpp/toolchain.cmake))
 endif
 
 # What is compiled for a comparison is compiled by g++, as the extension is.

@@ -7,7 +7,6 @@
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
-#include <cmath>
 #include <limits>
 
 #include "ops.h"
@@ -18,41 +17,28 @@
 
 namespace npu_xent {
 
-inline Reduction parse_reduction(std::string_view name) {
-  if (name == "mean") {
-    return Reduction::mean;
-  }
-  if (name == "sum") {
-    return Reduction::sum;
-  }
-  TORCH_CHECK_VALUE(name == "none", "npu_xent: reduction must be \"mean\", \"sum\" or \"none\", but is \"", name,
-                    "\".");
-  return Reduction::none;
-}
-
-inline void check_softcap(std::optional<double> softcap) {
-  // The range keeps the softcap and its quotient with a logit scale of everyday size within float32.
-  TORCH_CHECK_VALUE(!softcap || (*softcap >= 1e-6 && *softcap <= 1e6),
-                    "npu_xent: softcap must lie in [1e-6, 1e6], but is ", softcap.value_or(0),
-                    "; leave it at None for no softcap.");
-}
-
-inline void check_scales(double logit_scale, std::optional<double> grad_scale) {
-  TORCH_CHECK_VALUE(std::isfinite(logit_scale), "npu_xent: logit_scale must be finite, but is ", logit_scale, ".");
-  TORCH_CHECK_VALUE(std::isfinite(grad_scale.value_or(1)), "npu_xent: grad_scale must be finite, but is ", *grad_scale,
-                    ".");
-}
-
 inline void check_loss_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ", dtype,
                    ".");
 }
 
-inline void check_options(double label_smoothing, double lse_square_scale) {
-  TORCH_CHECK_VALUE(label_smoothing >= 0 && label_smoothing <= 1,
-                    "npu_xent: label_smoothing must lie in [0, 1], but is ", label_smoothing, ".");
-  TORCH_CHECK_VALUE(lse_square_scale >= 0 && std::isfinite(lse_square_scale),
-                    "npu_xent: lse_square_scale must be finite and not negative, but is ", lse_square_scale, ".");
+// `columns` classes from class_start on lie within num_classes, which is returned.
+inline c10::SymInt check_shard(const Options& o, const c10::SymInt& columns) {
+  CHECK_SYM_VALUE(o.class_start.sym_ge(0), "npu_xent: class_start must not be negative, but is ", o.class_start, ".");
+  // By subtraction: the sum of two large numbers would wrap round.
+  const auto all = o.num_classes.value_or(c10::SymInt(std::numeric_limits<int64_t>::max()));
+  CHECK_SYM_VALUE(columns.sym_le(all).sym_and(o.class_start.sym_le(all - columns)), "npu_xent: the ", columns,
+                  " classes of the shard, from class_start ", o.class_start,
+                  " on, must lie within num_classes, which is ", all, ".");
+  return o.num_classes ? *o.num_classes : o.class_start + columns;
+}
+
+// For operators that need the statistics of whole rows: the columns are all classes.
+inline void check_whole_rows(const Options& o, const c10::SymInt& columns, const char* name) {
+  CHECK_SYM_VALUE(o.class_start.sym_eq(0).sym_and(o.num_classes.value_or(columns).sym_eq(columns)), "npu_xent: ", name,
+                  " needs whole rows, but the logits are a shard of the classes (class_start ", o.class_start,
+                  ", num_classes ", o.num_classes.value_or(columns),
+                  "); merge the statistics of the shards from row_stats, and call row_grad.");
 }
 
 inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight, const c10::SymInt& num_classes,
@@ -87,11 +73,24 @@ inline void check_npu_dtype(const Tensor& tensor, const char* name) {
                    ".float(), or compute on the CPU.");
 }
 
-// The arguments that every sweep has. Returns the number of classes of all shards.
-inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                              std::optional<double> softcap, const c10::SymInt& class_start,
-                              const std::optional<c10::SymInt>& num_classes) {
-  check_softcap(softcap);
+// Row n's target is neither a class nor ignore_index. IndexError, as F.cross_entropy raises on the CPU.
+[[noreturn]] inline void raise_bad_target(const RowOptions& o, const int64_t* target, int64_t n) {
+  TORCH_CHECK_INDEX(false, "npu_xent: target[", n, "] is ", target[n], ", which is neither a class in [0, ",
+                    o.num_classes, ") nor ignore_index (", o.ignore_index, ").");
+}
+
+// `target` has its values in the host's memory, one after another.
+inline void check_target_range(const RowOptions& o, const Tensor& target) {
+  const auto* y = target.const_data_ptr<int64_t>();
+  const int64_t n = first_bad_target(o, y, target.numel());
+  if (n >= 0) {
+    raise_bad_target(o, y, n);
+  }
+}
+
+// The arguments that every sweep has.
+inline void check_rows(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  check_options(o);
   TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
                     " dimensions: ", logits.sym_sizes(), ".");
   const auto dtype = logits.scalar_type();
@@ -101,32 +100,11 @@ inline c10::SymInt check_rows(const Tensor& logits, const Tensor& target, const 
   const auto columns = logits.sym_size(1);
   CHECK_SYM_VALUE(columns.sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
-  CHECK_SYM_VALUE(class_start.sym_ge(0), "npu_xent: class_start must not be negative, but is ", class_start, ".");
-  // By subtraction: the sum of two large numbers would wrap round.
-  const auto all = num_classes.value_or(c10::SymInt(std::numeric_limits<int64_t>::max()));
-  CHECK_SYM_VALUE(columns.sym_le(all).sym_and(class_start.sym_le(all - columns)), "npu_xent: the ", columns,
-                  " classes of the shard, from class_start ", class_start,
-                  " on, must lie within num_classes, which is ", all, ".");
-  const auto classes = num_classes ? *num_classes : class_start + columns;
-  check_target_and_weight(target, weight, classes, logits.device());
+  check_target_and_weight(target, weight, check_shard(o, columns), logits.device());
   check_weight_dtype(weight, dtype);
   CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)),
                   "npu_xent: target must have one value for each of the ", logits.sym_size(0),
                   " rows of the logits, but has ", target.sym_size(0), ".");
-  return classes;
-}
-
-// The number of classes of all shards, once check_rows has let the sizes through.
-inline int64_t class_count(const Tensor& logits, int64_t class_start, std::optional<int64_t> num_classes) {
-  return num_classes.value_or(class_start + logits.size(1));
-}
-
-// IndexError, as F.cross_entropy raises on the CPU, where these targets are, one after another.
-inline void check_target_range(const Tensor& target, int64_t num_classes, int64_t ignore_index) {
-  const auto* y = target.const_data_ptr<int64_t>();
-  const int64_t row = first_bad_target(y, target.numel(), num_classes, ignore_index);
-  TORCH_CHECK_INDEX(row < 0, "npu_xent: target[", row, "] is ", y[row], ", which is neither a class in [0, ",
-                    num_classes, ") nor ignore_index (", ignore_index, ").");
 }
 
 // One value a row, in the statistics dtype; `name` for the message.
@@ -163,37 +141,41 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
                   " must have one value for each loss, but has ", grad->sym_numel(), ".");
 }
 
-inline void check_row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                           const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
-                           const OptionalTensor& grad_z_loss, Reduction reduction, double label_smoothing,
-                           double lse_square_scale, std::optional<double> softcap, const c10::SymInt& class_start,
-                           const std::optional<c10::SymInt>& num_classes) {
-  check_options(label_smoothing, lse_square_scale);
-  check_rows(logits, target, weight, softcap, class_start, num_classes);
-  check_stats(lse, "lse", logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
+// The statistics and upstream gradients of which a gradient is made, for n rows of logits of this dtype.
+inline void check_for_gradient(const Options& o, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                               const c10::SymInt& n, at::ScalarType logits, c10::Device device) {
+  check_stats(lse, "lse", n, stats_dtype(logits), device);
   if (lse_low) {
-    check_stats(*lse_low, "lse_low", logits.sym_size(0), lse.scalar_type(), logits.device());
+    check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);
   }
-  check_totals(totals, logits.device());
-  check_upstream(grad_loss, "grad_loss", reduction, logits.sym_size(0), logits.device());
-  check_upstream(grad_z_loss, "grad_z_loss", reduction, logits.sym_size(0), logits.device());
+  check_totals(totals, device);
+  check_upstream(grad_loss, "grad_loss", o.reduction, n, device);
+  check_upstream(grad_z_loss, "grad_z_loss", o.reduction, n, device);
 }
 
-inline void check_row_stats_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                 const Tensor& totals, Reduction reduction, double label_smoothing,
-                                 double lse_square_scale, std::optional<double> softcap) {
-  check_options(label_smoothing, lse_square_scale);
-  check_rows(logits, target, weight, softcap, 0, std::nullopt);
+inline void check_row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                           const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss) {
+  check_rows(o, logits, target, weight);
+  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, logits.sym_size(0), logits.scalar_type(),
+                     logits.device());
+}
+
+inline void check_row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
+                                 const OptionalTensor& weight, const Tensor& totals) {
+  check_rows(o, logits, target, weight);
+  check_whole_rows(o, logits.sym_size(1), "row_stats_grad");
   check_totals(totals, logits.device());
-  TORCH_CHECK_VALUE(reduction != Reduction::none,
+  TORCH_CHECK_VALUE(o.reduction != Reduction::none,
                     "npu_xent: row_stats_grad needs the upstream gradient beforehand, so reduction must be \"mean\" or "
                     "\"sum\"; call row_stats and row_grad instead.");
 }
 
 // The arguments of the linear_* operators; the rows are checked as those of logits are.
-inline void check_linear_rows(const LinearRows& rows) {
-  const auto& [input, linear_weight, linear_bias, target, weight, ignore_index, softcap, chunk_rows] = rows;
-  check_softcap(softcap);
+inline void check_linear_rows(const Options& o, const LinearRows& rows) {
+  const auto& [input, linear_weight, linear_bias, target, weight, chunk_rows] = rows;
+  check_options(o);
   TORCH_CHECK_VALUE(chunk_rows.value_or(1) >= 1, "npu_xent: chunk_rows must be at least 1, but is ",
                     chunk_rows.value_or(1), "; leave it at None for a number that suits the shape.");
   TORCH_CHECK_VALUE(input.dim() == 2, "npu_xent: input must have shape [N, H], but has ", input.dim(),
@@ -225,36 +207,25 @@ inline void check_linear_rows(const LinearRows& rows) {
                     "npu_xent: linear_bias must have one value for each of the ", classes, " classes, but has ",
                     linear_bias->sym_size(0), ".");
   }
-  check_target_and_weight(target, weight, classes, input.device());
+  check_target_and_weight(target, weight, check_shard(o, classes), input.device());
   check_weight_dtype(weight, dtype);
   CHECK_SYM_VALUE(target.sym_size(0).sym_eq(input.sym_size(0)), "npu_xent: target must have one value for each of the ",
                   input.sym_size(0), " rows of input, but has ", target.sym_size(0), ".");
 }
 
-// [N] of the statistics that a gradient is made of, and the upstream gradients.
-inline void check_linear_row_grad(const LinearRows& rows, const Tensor& lse, const OptionalTensor& lse_low,
-                                  const Tensor& totals, const OptionalTensor& grad_loss,
-                                  const OptionalTensor& grad_z_loss, Reduction reduction, double label_smoothing,
-                                  double lse_square_scale) {
-  check_options(label_smoothing, lse_square_scale);
-  check_linear_rows(rows);
-  const auto n = rows.input.sym_size(0);
-  const auto device = rows.input.device();
-  check_stats(lse, "lse", n, stats_dtype(rows.input.scalar_type()), device);
-  if (lse_low) {
-    check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);
-  }
-  check_totals(totals, device);
-  check_upstream(grad_loss, "grad_loss", reduction, n, device);
-  check_upstream(grad_z_loss, "grad_z_loss", reduction, n, device);
+inline void check_linear_row_grad(const Options& o, const LinearRows& rows, const Tensor& lse,
+                                  const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
+                                  const OptionalTensor& grad_z_loss) {
+  check_linear_rows(o, rows);
+  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, rows.input.sym_size(0), rows.input.scalar_type(),
+                     rows.input.device());
 }
 
-inline void check_linear_row_stats_grad(const LinearRows& rows, const Tensor& totals, Reduction reduction,
-                                        double label_smoothing, double lse_square_scale) {
-  check_options(label_smoothing, lse_square_scale);
-  check_linear_rows(rows);
+inline void check_linear_row_stats_grad(const Options& o, const LinearRows& rows, const Tensor& totals) {
+  check_linear_rows(o, rows);
+  check_whole_rows(o, rows.linear_weight.sym_size(0), "linear_row_stats_grad");
   check_totals(totals, rows.input.device());
-  TORCH_CHECK_VALUE(reduction != Reduction::none,
+  TORCH_CHECK_VALUE(o.reduction != Reduction::none,
                     "npu_xent: linear_row_stats_grad needs the upstream gradient beforehand, so reduction must be "
                     "\"mean\" or \"sum\"; call linear_row_stats and linear_row_grad instead.");
 }
@@ -276,20 +247,21 @@ inline void check_scale(const Tensor& self, const Tensor& factor) {
                   ".");
 }
 
-inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
-                              const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
-                              const OptionalTensor& totals, double label_smoothing, double lse_square_scale,
-                              const c10::SymInt& num_classes) {
-  check_options(label_smoothing, lse_square_scale);
-  CHECK_SYM_VALUE(num_classes.sym_gt(0), "npu_xent: num_classes must be positive, but is ", num_classes, ".");
-  check_target_and_weight(target, weight, num_classes, target.device());
+inline void check_reduce_rows(const Options& o, const Tensor& target, const OptionalTensor& weight,
+                              const OptionalTensor& lse, const OptionalTensor& lse_low, const OptionalTensor& picked,
+                              const OptionalTensor& wsum, const OptionalTensor& totals, at::ScalarType loss_dtype) {
+  check_loss_dtype(loss_dtype);
+  check_options(o);
+  TORCH_CHECK_VALUE(o.num_classes, "npu_xent: reduce_rows needs num_classes, the number of all classes.");
+  CHECK_SYM_VALUE(o.num_classes->sym_gt(0), "npu_xent: num_classes must be positive, but is ", *o.num_classes, ".");
+  check_target_and_weight(target, weight, *o.num_classes, target.device());
   TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()),
                    "npu_xent: weight must be a floating-point tensor, but is ", weight->scalar_type(),
                    "; convert it with weight.float().");
   if (!lse) {
     return;
   }
-  TORCH_CHECK_VALUE(picked && totals && (wsum || label_smoothing == 0),
+  TORCH_CHECK_VALUE(picked && totals && (wsum || !o.need_wsum()),
                     "npu_xent: reduce_rows with lse also needs picked and totals, and wsum when label_smoothing is not "
                     "0.");
   const auto dtype = lse->scalar_type();
@@ -302,7 +274,7 @@ inline void check_reduce_rows(const Tensor& target, const OptionalTensor& weight
     check_stats(*lse_low, "lse_low", n, dtype, target.device());
   }
   check_stats(*picked, "picked", n, dtype, target.device());
-  if (label_smoothing != 0) {
+  if (o.need_wsum()) {
     check_stats(*wsum, "wsum", n, dtype, target.device());
   }
   check_totals(*totals, target.device());

@@ -1,57 +1,56 @@
-// The options of cross_entropy, and the loss without a gradient: what autograd and inference share.
+// The loss without a gradient, made of the primitives: what autograd and inference share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-
-#include <string>
 
 #include "checks.h"
 #include "ops.h"
 
 namespace npu_xent {
 
-struct LossOptions {
-  std::string reduction;
-  int64_t ignore_index;
-  double label_smoothing, lse_square_scale, logit_scale;
-  std::optional<double> softcap, grad_scale;
+// What a loss is to return, beyond the options of the formulas.
+struct Wanted {
   at::ScalarType loss_dtype;
-  bool need_lse, need_log_prob, differentiable_z_loss;
-
-  bool need_wsum() const { return label_smoothing != 0; }
+  bool lse = false, log_prob = false, differentiable_z_loss = false;
 };
 
-inline void check_loss_options(const OptionalTensor& weight, const LossOptions& o) {
-  parse_reduction(o.reduction);
-  check_options(o.label_smoothing, o.lse_square_scale);
-  check_scales(o.logit_scale, o.grad_scale);
-  check_loss_dtype(o.loss_dtype);
+// The options with the number of classes, which reduce_rows asks for.
+inline Options of_classes(Options o, c10::SymInt num_classes) {
+  o.num_classes = std::move(num_classes);
+  return o;
+}
+
+inline void check_loss_options(const OptionalTensor& weight, const Wanted& wanted) {
+  check_loss_dtype(wanted.loss_dtype);
   TORCH_CHECK(!(weight && weight->requires_grad() && at::GradMode::is_enabled()),
               "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach().");
 }
 
 // Everything that can be wrong, checked before the first sweep.
-inline void check_loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const LossOptions& o) {
-  check_rows(logits, target, weight, o.softcap, 0, std::nullopt);
-  check_loss_options(weight, o);
+inline void check_loss(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                       const Wanted& wanted) {
+  check_rows(o, logits, target, weight);
+  check_whole_rows(o, logits.sym_size(1), "cross_entropy");
+  check_loss_options(weight, wanted);
+}
+inline void check_loss(const Options& o, const LinearRows& rows, const Wanted& wanted) {
+  check_linear_rows(o, rows);
+  check_whole_rows(o, rows.linear_weight.sym_size(0), "linear_cross_entropy");
+  check_loss_options(rows.weight, wanted);
 }
 
 // `dtype` is that of the logits.
-inline Tensor totals_of(const Tensor& target, const OptionalTensor& weight, const c10::SymInt& num_classes,
-                        at::ScalarType dtype, const LossOptions& o) {
-  auto [loss, z_loss, totals] =
-      reduce_rows(target, weight, std::nullopt, std::nullopt, std::nullopt, std::nullopt, std::nullopt, o.reduction,
-                  o.ignore_index, o.label_smoothing, o.lse_square_scale, num_classes, stats_dtype(dtype));
+inline Tensor totals_of(const Options& o, const Tensor& target, const OptionalTensor& weight, at::ScalarType dtype) {
+  auto [loss, z_loss, totals] = reduce_rows(o, target, weight, std::nullopt, std::nullopt, std::nullopt, std::nullopt,
+                                            std::nullopt, stats_dtype(dtype));
   return totals;
 }
 
 // (loss, z_loss) out of statistics.
-inline std::pair<Tensor, Tensor> loss_of(const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                                         const Tensor& lse_low, const Tensor& picked, const Tensor& wsum,
-                                         const Tensor& totals, const c10::SymInt& num_classes, const LossOptions& o) {
-  auto [loss, z_loss, _] = reduce_rows(target, weight, lse, lse_low, picked, wsum, totals, o.reduction, o.ignore_index,
-                                       o.label_smoothing, o.lse_square_scale, num_classes, o.loss_dtype);
+inline std::pair<Tensor, Tensor> loss_of(const Options& o, const Tensor& target, const OptionalTensor& weight,
+                                         const Tensor& lse, const Tensor& lse_low, const Tensor& picked,
+                                         const Tensor& wsum, const Tensor& totals, at::ScalarType loss_dtype) {
+  auto [loss, z_loss, _] = reduce_rows(o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
   return {loss, z_loss};
 }
 
@@ -60,28 +59,25 @@ struct LossAndStats {
 };
 
 // Two launches of size N around one sweep that reads.
-inline LossAndStats loss_by_reading(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                                    const LossOptions& o) {
-  auto totals = totals_of(target, weight, logits.sym_size(1), logits.scalar_type(), o);
-  auto [lse, lse_low, picked, wsum, log_prob] = row_stats(logits, target, weight, o.ignore_index, o.logit_scale,
-                                                          o.softcap, 0, std::nullopt, o.need_wsum(), o.need_log_prob,
-                                                          /*read_ignored=*/o.need_lse || o.need_log_prob);
-  auto [loss, z_loss] = loss_of(target, weight, lse, lse_low, picked, wsum, totals, logits.sym_size(1), o);
+inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits, const Tensor& target,
+                                    const OptionalTensor& weight, const Wanted& wanted) {
+  const auto o = of_classes(options, logits.sym_size(1));
+  auto totals = totals_of(o, target, weight, logits.scalar_type());
+  auto [lse, lse_low, picked, wsum, log_prob] = row_stats(o, logits, target, weight, o.need_wsum(), wanted.log_prob,
+                                                          /*read_ignored=*/wanted.lse || wanted.log_prob);
+  auto [loss, z_loss] = loss_of(o, target, weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
   return {loss, z_loss, lse, lse_low, log_prob, totals};
 }
 
-// The same for logits that are never all there.
-inline LossAndStats loss_by_reading(const LinearRows& rows, const LossOptions& o) {
-  const auto num_classes = rows.linear_weight.sym_size(0);
-  auto totals = totals_of(rows.target, rows.weight, num_classes, rows.input.scalar_type(), o);
-  auto [lse, lse_low, picked, wsum] = linear_row_stats(rows, o.need_wsum(), /*read_ignored=*/o.need_lse);
-  auto [loss, z_loss] = loss_of(rows.target, rows.weight, lse, lse_low, picked, wsum, totals, num_classes, o);
+// The same without materializing the logits.
+inline LossAndStats loss_by_reading(const Options& options, const LinearRows& rows, const Wanted& wanted) {
+  const auto o = of_classes(options, rows.linear_weight.sym_size(0));
+  auto totals = totals_of(o, rows.target, rows.weight, rows.input.scalar_type());
+  auto [lse, lse_low, picked, wsum] =
+      linear_row_stats(o, rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, rows.chunk_rows,
+                       o.need_wsum(), /*read_ignored=*/wanted.lse);
+  auto [loss, z_loss] = loss_of(o, rows.target, rows.weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
   return {loss, z_loss, lse, lse_low, {}, totals};
-}
-
-// An output that was not asked for.
-inline Tensor not_wanted(const Tensor& like) {
-  return at::empty({0}, like.options());
 }
 
 }  // namespace npu_xent

@@ -4,105 +4,97 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/SymInt.h>
+#include <ATen/ops/empty.h>
 
 #include <array>
 #include <optional>
-#include <string_view>
 #include <tuple>
+#include <type_traits>
+
+#include "options.h"
 
 namespace npu_xent {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using RowStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // lse, lse_low, picked, wsum, log_prob
+using RowStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // lse, lse_low, picked, wsum, grad
+using StatsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;                 // lse, lse_low, picked, wsum
+using Reduced = std::tuple<Tensor, Tensor, Tensor>;                       // loss, z_loss, totals
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;                  // loss, z_loss, lse, log_prob
+using LinearLoss = std::tuple<Tensor, Tensor, Tensor>;                    // loss, z_loss, lse
+using LinearGrad = std::tuple<Tensor, Tensor, Tensor>;  // grad_input, grad_linear_weight, grad_linear_bias
+// Both of these two, one after the other.
+using LinearStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// (lse, lse_low, picked, wsum, log_prob)
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats(const Tensor& logits, const Tensor& target,
-                                                             const OptionalTensor& weight, int64_t ignore_index,
-                                                             double logit_scale, std::optional<double> softcap,
-                                                             c10::SymInt class_start,
-                                                             std::optional<c10::SymInt> num_classes, bool need_wsum,
-                                                             bool need_log_prob, bool read_ignored);
+// What the two variants of an operator return: with `over_logits`, the gradient is in the logits.
+template <bool over_logits>
+using GradOf = std::conditional_t<over_logits, void, Tensor>;
+template <bool over_logits>
+using StatsGradOf = std::conditional_t<over_logits, StatsOutputs, RowStatsGrad>;
 
-Tensor row_grad(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-                const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
-                const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-                double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
-                std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
+RowStats row_stats(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                   bool need_wsum, bool need_log_prob, bool read_ignored);
 
-void row_grad_(const Tensor& logits, const Tensor& target, const OptionalTensor& weight, const Tensor& lse,
-               const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
-               const OptionalTensor& grad_z_loss, std::string_view reduction, int64_t ignore_index,
-               double label_smoothing, double lse_square_scale, double logit_scale, std::optional<double> softcap,
-               std::optional<double> grad_scale, c10::SymInt class_start, std::optional<c10::SymInt> num_classes);
+// row_grad, row_grad_
+template <bool over_logits>
+GradOf<over_logits> row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                             const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                             const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss);
 
-// (lse, lse_low, picked, wsum, grad)
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> row_stats_grad(const Tensor& logits, const Tensor& target,
-                                                                  const OptionalTensor& weight, const Tensor& totals,
-                                                                  std::string_view reduction, int64_t ignore_index,
-                                                                  double label_smoothing, double lse_square_scale,
-                                                                  double logit_scale, std::optional<double> softcap,
-                                                                  std::optional<double> grad_scale, bool read_ignored);
+// row_stats_grad, row_stats_grad_
+template <bool over_logits>
+StatsGradOf<over_logits> row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
+                                        const OptionalTensor& weight, const Tensor& totals, bool read_ignored);
 
-// (lse, lse_low, picked, wsum)
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_stats_grad_(const Tensor& logits, const Tensor& target,
-                                                           const OptionalTensor& weight, const Tensor& totals,
-                                                           std::string_view reduction, int64_t ignore_index,
-                                                           double label_smoothing, double lse_square_scale,
-                                                           double logit_scale, std::optional<double> softcap,
-                                                           std::optional<double> grad_scale, bool read_ignored);
-
-// (loss, z_loss, totals)
-std::tuple<Tensor, Tensor, Tensor> reduce_rows(const Tensor& target, const OptionalTensor& weight,
-                                               const OptionalTensor& lse, const OptionalTensor& lse_low,
-                                               const OptionalTensor& picked, const OptionalTensor& wsum,
-                                               const OptionalTensor& totals, std::string_view reduction,
-                                               int64_t ignore_index, double label_smoothing, double lse_square_scale,
-                                               c10::SymInt num_classes, at::ScalarType loss_dtype);
+Reduced reduce_rows(const Options& o, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
+                    const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
+                    const OptionalTensor& totals, at::ScalarType loss_dtype);
 
 void scale_(const Tensor& self, const Tensor& factor);
 
-// (loss, z_loss, lse, log_prob); `inplace` calls cross_entropy_, which leaves the gradient in the logits.
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy(
-    bool inplace, const Tensor& logits, const Tensor& target, const OptionalTensor& weight, std::string_view reduction,
-    int64_t ignore_index, double label_smoothing, double lse_square_scale, double logit_scale,
-    std::optional<double> softcap, std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
-    bool need_lse, bool need_log_prob, bool differentiable_z_loss);
+// cross_entropy, cross_entropy_
+template <bool over_logits>
+Loss cross_entropy(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                   std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
+                   bool differentiable_z_loss);
 
-// What the linear_* operators have in common: rows whose logits are input times linear_weight, plus linear_bias.
+// What the linear_* operators begin with: rows whose logits are input times linear_weight, plus linear_bias.
 struct LinearRows {
   Tensor input, linear_weight;
   OptionalTensor linear_bias;
   Tensor target;
   OptionalTensor weight;
-  int64_t ignore_index;
-  std::optional<double> softcap;
   std::optional<int64_t> chunk_rows;
 };
 
-// (lse, lse_low, picked, wsum)
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_row_stats(const LinearRows& rows, bool need_wsum, bool read_ignored);
+StatsOutputs linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                       const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                       std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored);
 
-// (grad_input, grad_linear_weight, grad_linear_bias)
-std::tuple<Tensor, Tensor, Tensor> linear_row_grad(const LinearRows& rows, const Tensor& lse,
-                                                   const OptionalTensor& lse_low, const Tensor& totals,
-                                                   const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                                                   std::string_view reduction, double label_smoothing,
-                                                   double lse_square_scale, std::array<bool, 3> output_mask);
+LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                           const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                           const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
+                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                           std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask);
 
-// (lse, lse_low, picked, wsum, grad_input, grad_linear_weight, grad_linear_bias)
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_row_stats_grad(
-    const LinearRows& rows, const Tensor& totals, std::string_view reduction, double label_smoothing,
-    double lse_square_scale, bool read_ignored, std::array<bool, 3> output_mask);
+LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                      const OptionalTensor& linear_bias, const Tensor& target,
+                                      const OptionalTensor& weight, const Tensor& totals,
+                                      std::optional<int64_t> chunk_rows, bool read_ignored,
+                                      std::array<bool, 3> output_mask);
 
-// (loss, z_loss, lse)
-std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy(const LinearRows& rows, std::string_view reduction,
-                                                        double label_smoothing, double lse_square_scale,
-                                                        std::optional<at::ScalarType> loss_dtype, bool need_lse);
+LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                                std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
+                                bool need_lse);
 
 // fp32, or fp64 for fp64.
 inline at::ScalarType stats_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// An output that was not asked for.
+inline Tensor not_wanted(const at::TensorOptions& options) {
+  return at::empty({0}, options);
 }
 
 }  // namespace npu_xent

@@ -7,8 +7,7 @@
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
 //
-// With a softcap, cap tanh(t x / cap) stands in the place of t x throughout, and u (1 - tanh(t x / cap)^2) in that of
-// u.
+// With a softcap, cap tanh(t x / cap) replaces t x throughout, and u (1 - tanh(t x / cap)^2) replaces u.
 //
 // lse is kept as two numbers, `lse` and `lse_low`, whose sum it is, and wsum is taken from lse: logits far from 0
 // would otherwise take the digits of the loss. G is what reaches the row's l and Z what reaches its z; u is t unless
@@ -32,17 +31,29 @@ inline double softcap_slope(double capped, double softcap) {
   return softcap == 0 ? 1 : (1 - capped / softcap) * (1 + capped / softcap);
 }
 
+// The options as plain numbers; options.h has their meaning.
 struct RowOptions {
-  Reduction reduction;
-  int64_t ignore_index;
-  double label_smoothing;
-  double lse_square_scale;
-  int64_t num_classes;  // of all class shards together
+  Reduction reduction = Reduction::mean;
+  int64_t ignore_index = -100;
+  double label_smoothing = 0;
+  double lse_square_scale = 0;
+  int64_t num_classes = 0;  // of all class shards together
+  int64_t class_start = 0;  // the class of column 0
+  double logit_scale = 1;
+  double softcap = 0;     // 0: none
+  double grad_scale = 1;  // u of the formulas
+
+  bool is_bad(int64_t target) const { return (target < 0 || target >= num_classes) && target != ignore_index; }
 };
 
 // l and z, not added up: a mean divides them by different numbers.
 struct RowLoss {
-  double loss, z_loss;
+  double loss = 0, z_loss = 0;
+
+  void operator+=(const RowLoss& other) {
+    loss += other.loss;
+    z_loss += other.z_loss;
+  }
 };
 
 // The loss of a kept row. A row whose lse is not finite (a NaN, a +inf, or nothing but -inf) has no distribution: NaN.
@@ -79,9 +90,9 @@ inline RowCoefficients row_coefficients(const RowOptions& o, double weight, doub
 }
 
 // The first row whose target is neither a class nor ignore_index, or -1.
-inline int64_t first_bad_target(const int64_t* target, int64_t n_rows, int64_t num_classes, int64_t ignore_index) {
+inline int64_t first_bad_target(const RowOptions& o, const int64_t* target, int64_t n_rows) {
   for (int64_t n = 0; n < n_rows; ++n) {
-    if ((target[n] < 0 || target[n] >= num_classes) && target[n] != ignore_index) {
+    if (o.is_bad(target[n])) {
       return n;
     }
   }

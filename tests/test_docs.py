@@ -166,7 +166,7 @@ def documented() -> list[str]:
 def test_the_sources_are_read() -> None:
     """Nothing would be missing if nothing were found."""
     for path, words in {
-        "csrc/checks.h": "npu_xent: label_smoothing must lie in [0, 1], but is",
+        "csrc/options.h": "npu_xent: label_smoothing must lie in [0, 1], but is",
         "csrc/autograd/cross_entropy.cpp": "second one needs consume_logits=False.",
         "npu_xent/_constraints.py": "the dtype of target must be int64",
         "npu_xent/_loading.py": "torch_npu sees no NPU.",

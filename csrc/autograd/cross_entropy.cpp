@@ -1,15 +1,15 @@
-// cross_entropy and cross_entropy_: the loss, made of the primitives, and its gradient.
+// cross_entropy and cross_entropy_: the loss, made of the primitives, and its gradient; and both under autocast.
 //
 // One sweep when the upstream gradient can be foreseen: for "mean" and "sum" it is taken as 1, the gradient of the
 // logits is made together with the statistics, and the backward only scales it (which costs nothing when it is 1). Two
 // sweeps (statistics now, gradient in the backward) for "none"; for log_prob and a differentiable z_loss; and for fp16,
 // where a gradient stored at upstream 1 would underflow exactly what a loss scale is there to save.
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
-#include "autograd/one_sweep.h"
-#include "autograd/refuse.h"
+#include "autograd/common.h"
 #include "loss.h"
 
 namespace npu_xent::autograd {
@@ -17,7 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 void check_consumable(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.requires_grad() && at::GradMode::is_enabled(),
@@ -35,55 +34,48 @@ constexpr char kDoubleBackward[] =
     "npu_xent: double backward through cross_entropy is not supported. Use torch.nn.functional.cross_entropy where a "
     "second derivative is needed.";
 
-class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
+template <bool inplace>
+class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const LossOptions& o, bool inplace) {
+                               const OptionalTensor& weight, const Options& options, const Wanted& wanted) {
     // Made while autograd sees it, so that it shares the logits' version: what overwrites them in the backward counts.
     const auto over_logits = inplace ? logits.detach() : Tensor();
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
     auto& saved = ctx->saved_data;
-    saved["reduction"] = o.reduction;
-    saved["ignore_index"] = o.ignore_index;
-    saved["label_smoothing"] = o.label_smoothing;
-    saved["lse_square_scale"] = o.lse_square_scale;
-    saved["logit_scale"] = o.logit_scale;
-    saved["softcap"] = o.softcap;
-    saved["grad_scale"] = o.grad_scale;
-    saved["inplace"] = inplace;
-    const bool in_one_sweep = one_sweep(logits.scalar_type(), o);
+    const auto o = of_classes(options, logits.sym_size(1));
+    const bool in_one_sweep = one_sweep(logits.scalar_type(), o, wanted);
     saved["one_sweep"] = in_one_sweep;
 
     LossAndStats out;
     if (in_one_sweep) {
-      out.totals = totals_of(target, weight, logits.sym_size(1), logits.scalar_type(), o);
+      out.totals = totals_of(o, target, weight, logits.scalar_type());
       Tensor picked, wsum, grad;
-      if (inplace) {
+      if constexpr (inplace) {
         std::tie(out.lse, out.lse_low, picked, wsum) =
-            row_stats_grad_(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
-                            o.lse_square_scale, o.logit_scale, o.softcap, o.grad_scale, o.need_lse);
+            row_stats_grad<true>(o, logits, target, weight, out.totals, /*read_ignored=*/wanted.lse);
         grad = over_logits;
       } else {
         std::tie(out.lse, out.lse_low, picked, wsum, grad) =
-            row_stats_grad(logits, target, weight, out.totals, o.reduction, o.ignore_index, o.label_smoothing,
-                           o.lse_square_scale, o.logit_scale, o.softcap, o.grad_scale, o.need_lse);
+            row_stats_grad<false>(o, logits, target, weight, out.totals, /*read_ignored=*/wanted.lse);
       }
       std::tie(out.loss, out.z_loss) =
-          loss_of(target, weight, out.lse, out.lse_low, picked, wsum, out.totals, logits.sym_size(1), o);
-      out.log_prob = not_wanted(logits);
+          loss_of(o, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, wanted.loss_dtype);
+      out.log_prob = not_wanted(logits.options());
       // Not save_for_backward: the backward gives this tensor away, and must hold the only reference to it.
       saved["grad"] = grad;
       saved["version"] = static_cast<int64_t>(inplace ? grad._version() : 0);
     } else {
-      out = loss_by_reading(logits, target, weight, o);
+      out = loss_by_reading(o, logits, target, weight, wanted);
+      save(o, saved);
       ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
     }
-    if (!o.need_lse) {
-      out.lse = not_wanted(out.lse);
+    if (!wanted.lse) {
+      out.lse = not_wanted(out.lse.options());
     }
     variable_list constants{out.lse, out.log_prob};
-    if (!o.differentiable_z_loss || o.lse_square_scale == 0) {
+    if (!wanted.differentiable_z_loss || o.lse_square_scale == 0) {
       constants.push_back(out.z_loss);
     }
     ctx->mark_non_differentiable(constants);
@@ -100,7 +92,6 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 
  private:
   static Tensor scaled_grad(AutogradContext* ctx, const Tensor& upstream) {
-    const bool inplace = ctx->saved_data["inplace"].toBool();
     const auto found = ctx->saved_data.find("grad");
     TORCH_CHECK(found != ctx->saved_data.end(),
                 inplace ? "npu_xent: with consume_logits the gradient has been handed over by the first backward; a "
@@ -131,48 +122,33 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy> {
 
   static Tensor swept_grad(AutogradContext* ctx, const variable_list& grads) {
     auto& saved = ctx->saved_data;
-    const bool inplace = saved["inplace"].toBool();
     TORCH_CHECK(saved.count("consumed") == 0,
                 "npu_xent: with consume_logits the first backward has overwritten the logits; a second one needs "
                 "consume_logits=False.");
     const auto tensors = ctx->get_saved_variables();
     const auto& logits = tensors[0];
-    const auto arguments = [&](const auto& op) {
-      return op(logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5], optional(grads[0]),
-                optional(grads[1]), saved["reduction"].toStringView(), saved["ignore_index"].toInt(),
-                saved["label_smoothing"].toDouble(), saved["lse_square_scale"].toDouble(),
-                saved["logit_scale"].toDouble(), saved["softcap"].toOptional<double>(),
-                saved["grad_scale"].toOptional<double>(), 0, std::nullopt);
+    const auto sweep = [&](const auto& op) {
+      return op(saved_options(saved), logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5],
+                optional(grads[0]), optional(grads[1]));
     };
-    if (!inplace) {
-      return arguments(row_grad);
+    if constexpr (inplace) {
+      TORCH_CHECK(!at::GradMode::is_enabled(), kDoubleBackward);
+      at::AutoDispatchBelowADInplaceOrView below;
+      saved["consumed"] = true;
+      sweep(row_grad<true>);
+      return logits.detach();
+    } else {
+      return sweep(row_grad<false>);
     }
-    TORCH_CHECK(!at::GradMode::is_enabled(), kDoubleBackward);
-    at::AutoDispatchBelowADInplaceOrView below;
-    saved["consumed"] = true;
-    arguments(row_grad_);
-    return logits.detach();
   }
 };
 
 template <bool inplace>
-Outputs cross_entropy_autograd(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                               std::string_view reduction, int64_t ignore_index, double label_smoothing,
-                               double lse_square_scale, double logit_scale, std::optional<double> softcap,
-                               std::optional<double> grad_scale, std::optional<at::ScalarType> loss_dtype,
-                               bool need_lse, bool need_log_prob, bool differentiable_z_loss) {
-  const LossOptions o{std::string(reduction),
-                      ignore_index,
-                      label_smoothing,
-                      lse_square_scale,
-                      logit_scale,
-                      softcap,
-                      grad_scale,
-                      loss_dtype.value_or(logits.scalar_type()),
-                      need_lse,
-                      need_log_prob,
-                      differentiable_z_loss};
-  check_loss(logits, target, weight, o);
+Loss cross_entropy_autograd(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                            std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
+                            bool differentiable_z_loss) {
+  const Wanted wanted{loss_dtype.value_or(logits.scalar_type()), need_lse, need_log_prob, differentiable_z_loss};
+  check_loss(o, logits, target, weight, wanted);
   TORCH_CHECK(!torch::autograd::isFwGradDefined(logits),
               "npu_xent: forward-mode derivatives of cross_entropy are not supported. Use "
               "torch.nn.functional.cross_entropy, or torch.func.jvp of npu_xent.cross_entropy.");
@@ -180,25 +156,46 @@ Outputs cross_entropy_autograd(const Tensor& logits, const Tensor& target, const
     check_consumable(logits);
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    const auto out = CrossEntropy::apply(logits, target, weight, o, inplace);
+    const auto out = CrossEntropy<inplace>::apply(logits, target, weight, o, wanted);
     return {out[0], out[1], out[2], out[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  const auto out = loss_by_reading(logits, target, weight, o);
-  return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse), out.log_prob};
+  const auto out = loss_by_reading(o, logits, target, weight, wanted);
+  return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options()), out.log_prob};
+}
+
+// Under autocast 16-bit logits are read as they are, and the loss comes in fp32 unless the caller named its dtype.
+// (F.cross_entropy copies the logits to fp32 there.)
+template <c10::DispatchKey key, bool inplace>
+Loss cross_entropy_autocast(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                            std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
+                            bool differentiable_z_loss) {
+  c10::impl::ExcludeDispatchKeyGuard below(key);
+  return cross_entropy<inplace>(o, logits, target, weight, loss_dtype.value_or(stats_dtype(logits.scalar_type())),
+                                need_lse, need_log_prob, differentiable_z_loss);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd<false>);
-  m.impl("cross_entropy_", cross_entropy_autograd<true>);
+  m.impl("cross_entropy", flat<cross_entropy_autograd<false>>);
+  m.impl("cross_entropy_", flat<cross_entropy_autograd<true>>);
 }
 
 // Where autograd does not take part at all (inference mode), the same function finds nothing to differentiate.
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
-  m.impl("cross_entropy", cross_entropy_autograd<false>);
-  m.impl("cross_entropy_", cross_entropy_autograd<true>);
+  m.impl("cross_entropy", flat<cross_entropy_autograd<false>>);
+  m.impl("cross_entropy_", flat<cross_entropy_autograd<true>>);
 }
+
+// The devices that npu_xent has kernels for, and cuda, where its composite runs.
+#define AUTOCAST(KEY)                                                                    \
+  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                 \
+    m.impl("cross_entropy", flat<cross_entropy_autocast<c10::DispatchKey::KEY, false>>); \
+    m.impl("cross_entropy_", flat<cross_entropy_autocast<c10::DispatchKey::KEY, true>>); \
+  }
+AUTOCAST(AutocastCPU)
+AUTOCAST(AutocastPrivateUse1)
+AUTOCAST(AutocastCUDA)
 
 }  // namespace npu_xent::autograd

@@ -5,7 +5,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/memory.h"
+#include "output_memory.h"
 
 namespace npu_xent::cpu {
 namespace {
@@ -125,15 +125,15 @@ class Sweep {
   int64_t n_chunks() const { return n_chunks_; }
   int64_t size(int64_t c) const { return std::min(kChunk, r_.n_cols - c * kChunk); }
   const scalar_t* logits(int64_t n, int64_t c) const { return r_.logits + n * r_.row_stride + c * kChunk; }
-  const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.class_start + c * kChunk : nullptr; }
-  bool ignored(int64_t n) const { return r_.target[n] == r_.ignore_index; }
+  const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.options.class_start + c * kChunk : nullptr; }
+  bool ignored(int64_t n) const { return r_.target[n] == r_.options.ignore_index; }
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
   // The target's column, or -1 if there is none here: an ignored row, or a class of another shard.
   int64_t target_column(int64_t n) const {
     if (ignored(n)) {
       return -1;
     }
-    const int64_t column = r_.target[n] - r_.class_start;
+    const int64_t column = r_.target[n] - r_.options.class_start;
     return column >= 0 && column < r_.n_cols ? column : -1;
   }
   double target_logit(int64_t n) const {
@@ -244,11 +244,11 @@ class Sweep {
 };
 
 // What a mean divides by: the kept weight for l, the kept rows for z.
-double loss_divisor(const GradOptions& o) {
-  return o.row.reduction == Reduction::mean ? o.totals[kKeptWeight] : 1;
+double loss_divisor(const RowOptions& o, const double* totals) {
+  return o.reduction == Reduction::mean ? totals[kKeptWeight] : 1;
 }
-double z_divisor(const GradOptions& o) {
-  return o.row.reduction == Reduction::mean ? o.totals[kKeptRows] : 1;
+double z_divisor(const RowOptions& o, const double* totals) {
+  return o.reduction == Reduction::mean ? totals[kKeptRows] : 1;
 }
 
 // Chunk c of a row seen from its own maximum: p = exps * factor(max). A chunk of nothing but -inf has p = 0, and no
@@ -305,11 +305,11 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
 }
 
 template <typename scalar_t>
-void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
+void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
               scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
-  const double class_weight = options.totals[kClassWeight];
+  const double class_weight = totals[kClassWeight];
   const bool past_cache = sweep.past_cache(grad);
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
     scalar_t* out = grad + n * grad_stride + c * kChunk;
@@ -319,33 +319,33 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     }
     const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
     const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
-    const auto k = row_coefficients(options.row, sweep.target_weight(n), class_weight, lse[n],
-                                    from_loss / loss_divisor(options), (from_loss + from_z) / z_divisor(options));
+    const auto k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n],
+                                    from_loss / loss_divisor(rows.options, totals), (from_loss + from_z) / z_divisor(rows.options, totals));
     // The target's logit is read here, before its chunk is overwritten when grad is the logits.
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
     const Lse split{lse[n], lse_low ? lse_low[n] : 0};
-    sweep.chunk_grad(n, c, k, options.outer_factor, split, picked, split.high, std::exp(-split.low), nullptr, out,
+    sweep.chunk_grad(n, c, k, rows.options.grad_scale, split, picked, split.high, std::exp(-split.low), nullptr, out,
                      past_cache);
   });
 }
 
 template <typename scalar_t>
 void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-                    const GradOptions& options, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const double* totals, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
                     const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
   const bool need_wsum = out.wsum != nullptr;
   const bool past_cache = sweep.past_cache(grad);
-  const double grad_loss = 1 / loss_divisor(options), grad_z = 1 / z_divisor(options);
+  const double grad_loss = 1 / loss_divisor(rows.options, totals), grad_z = 1 / z_divisor(rows.options, totals);
   const auto coefficients = [&](int64_t n, Lse lse) {
-    return row_coefficients(options.row, sweep.target_weight(n), options.totals[kClassWeight], lse.high, grad_loss,
+    return row_coefficients(rows.options, sweep.target_weight(n), totals[kClassWeight], lse.high, grad_loss,
                             grad_z);
   };
   const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
-    sweep.chunk_grad(n, c, k, options.outer_factor, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
+    sweep.chunk_grad(n, c, k, rows.options.grad_scale, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
                      grad + n * grad_stride + c * kChunk, past_cache);
   };
   const auto zero_chunk = [&](int64_t n, int64_t c) {
@@ -398,87 +398,101 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
   });
 }
 
-template <typename acc>
-void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
-                   const Parallel& parallel) {
-  const int64_t n_blocks = div_up(n_rows, kSumBlock);
-  std::vector<double> kept_weight(n_blocks), kept_rows(n_blocks);
-  parallel.run(n_blocks, [&](int64_t block) {
-    double sum = 0;
-    int64_t kept = 0;
-    for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
-      if (target[n] != options.ignore_index) {
-        sum += weight ? weight[target[n]] : acc(1);
-        ++kept;
+// The sum over blocks of rows of what row(n, sum) adds, in the order of the rows. Returns the first row whose target is
+// out of range, which adds nothing, or -1.
+template <typename Sum, typename F>
+int64_t sum_over_rows(const RowOptions& o, const int64_t* target, int64_t n_rows, const Parallel& parallel, Sum& total,
+                      const F& row) {
+  struct Block {
+    Sum sum{};
+    int64_t bad = -1;
+  };
+  std::vector<Block> blocks(div_up(n_rows, kSumBlock));
+  parallel.run(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
+    Block block;
+    for (int64_t n = b * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
+      if (!o.is_bad(target[n])) {
+        row(n, block.sum);
+      } else if (block.bad < 0) {
+        block.bad = n;
       }
     }
-    kept_weight[block] = sum;
-    kept_rows[block] = static_cast<double>(kept);
+    blocks[b] = block;
   });
-  totals[kKeptWeight] = totals[kKeptRows] = 0;
-  for (int64_t block = 0; block < n_blocks; ++block) {
-    totals[kKeptWeight] += kept_weight[block];
-    totals[kKeptRows] += kept_rows[block];
+  for (const Block& block : blocks) {
+    if (block.bad >= 0) {
+      return block.bad;
+    }
+    total += block.sum;
   }
+  return -1;
+}
+
+template <typename acc>
+int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
+                      double* totals, const Parallel& parallel) {
+  struct Kept {
+    double weight = 0, rows = 0;
+    void operator+=(const Kept& other) {
+      weight += other.weight;
+      rows += other.rows;
+    }
+  } kept;
+  const int64_t bad = sum_over_rows(options, target, n_rows, parallel, kept, [&](int64_t n, Kept& sum) {
+    if (target[n] != options.ignore_index) {
+      sum += Kept{weight ? static_cast<double>(weight[target[n]]) : 1, 1};
+    }
+  });
+  totals[kKeptWeight] = kept.weight;
+  totals[kKeptRows] = kept.rows;
   totals[kClassWeight] = weight ? 0 : static_cast<double>(options.num_classes);
   for (int64_t c = 0; weight && c < options.num_classes; ++c) {
     totals[kClassWeight] += weight[c];
   }
+  return bad;
 }
 
 template <typename acc>
-void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                 const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
-                 double* z_loss, const Parallel& parallel) {
-  const int64_t n_blocks = div_up(n_rows, kSumBlock);
+int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
+                    const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
+                    double* z_loss, const Parallel& parallel) {
   const bool none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean;
-  std::vector<RowLoss> sums(none ? 0 : n_blocks);
-  parallel.run(n_blocks, [&](int64_t block) {
-    RowLoss sum{0, 0};
-    for (int64_t n = block * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
-      RowLoss row{0, 0};
-      if (target[n] != options.ignore_index) {
-        row = row_loss(options, weight ? weight[target[n]] : acc(1), lse[n], lse_low ? lse_low[n] : 0, picked[n],
-                       wsum ? wsum[n] : acc(0));
-      }
-      if (none) {
-        loss[n] = row.loss + row.z_loss;
-        z_loss[n] = row.z_loss;
-      }
-      sum.loss += row.loss;
-      sum.z_loss += row.z_loss;
+  RowLoss total;
+  const int64_t bad = sum_over_rows(options, target, n_rows, parallel, total, [&](int64_t n, RowLoss& sum) {
+    RowLoss row;
+    if (target[n] != options.ignore_index) {
+      row = row_loss(options, weight ? weight[target[n]] : acc(1), lse[n], lse_low ? lse_low[n] : 0, picked[n],
+                     wsum ? wsum[n] : acc(0));
     }
-    if (!none) {
-      sums[block] = sum;
+    if (none) {
+      loss[n] = row.loss + row.z_loss;
+      z_loss[n] = row.z_loss;
     }
+    sum += row;
   });
   if (none) {
-    return;
-  }
-  RowLoss sum{0, 0};
-  for (const RowLoss& block : sums) {
-    sum.loss += block.loss;
-    sum.z_loss += block.z_loss;
+    return bad;
   }
   // l is divided by the kept weight, z by the kept rows: they are added only then.
-  *z_loss = mean ? sum.z_loss / totals[kKeptRows] : sum.z_loss;
-  *loss = mean ? sum.loss / totals[kKeptWeight] : sum.loss;
+  *z_loss = mean ? total.z_loss / totals[kKeptRows] : total.z_loss;
+  *loss = mean ? total.loss / totals[kKeptWeight] : total.loss;
   if (mean && totals[kKeptWeight] == 0) {
     *loss = std::numeric_limits<double>::quiet_NaN();  // with smoothing, the sum need not be 0
   }
   if (options.lse_square_scale != 0) {
     *loss += *z_loss;
   }
+  return bad;
 }
 
 #define INSTANTIATE(scalar_t)                                                                                  \
   template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,  \
                           scalar_t*, const Parallel&);                                                         \
-  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const GradOptions&,             \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,             \
                          const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*, scalar_t*, \
                          int64_t, const Parallel&);                                                            \
-  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const GradOptions&, \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*, \
                                const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                   \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
@@ -488,8 +502,8 @@ INSTANTIATE(f16)
 #undef INSTANTIATE
 
 #define INSTANTIATE(acc)                                                                                         \
-  template void reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
-  template void reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
+  template int64_t reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
+  template int64_t reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
                             const acc*, const acc*, const double*, double*, double*, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -3,7 +3,7 @@
 //
 // A row is cut into chunks whose width is fixed, and what chunks yield is joined in ascending order. Threads take whole
 // rows, or single chunks when rows are few; either way the same numbers meet in the same order, so no result depends on
-// the number of threads, to the bit.
+// the number of threads, bitwise.
 #pragma once
 
 #include <cmath>
@@ -24,17 +24,14 @@ struct Parallel {
 // The logits of n_rows rows, or of one class shard of them, and what they are measured against.
 template <typename scalar_t>
 struct Rows {
+  RowOptions options;
   const scalar_t* logits;
   int64_t row_stride, n_rows, n_cols;
   const int64_t* target;          // [n_rows], each in [0, number of classes) or ignore_index
   const acc_t<scalar_t>* weight;  // of all classes, or null for all ones
-  int64_t class_start;            // the class of column 0
-  int64_t ignore_index;
-  double logit_scale;
-  double softcap;  // 0: none
 
   LogitMap<acc_t<scalar_t>> logit_map() const {
-    return {static_cast<acc_t<scalar_t>>(logit_scale), static_cast<acc_t<scalar_t>>(softcap)};
+    return {static_cast<acc_t<scalar_t>>(options.logit_scale), static_cast<acc_t<scalar_t>>(options.softcap)};
   }
 };
 
@@ -43,13 +40,6 @@ template <typename scalar_t>
 struct Stats {
   acc_t<scalar_t>*lse, *lse_low, *picked;
   acc_t<scalar_t>* wsum;  // null: not wanted
-};
-
-// What turns statistics into a gradient.
-struct GradOptions {
-  RowOptions row;
-  double outer_factor;   // u of row_math.h
-  const double* totals;  // [kTotals]
 };
 
 // What reaches each row from above, before the division of a mean. Null stands for zeros; stride 0 for one value for
@@ -66,31 +56,31 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
 
-// lse_low may be null, for zeros. The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the
+// lse_low may be null, for zeros. `totals` has kTotals values. The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the
 // logits themselves.
 template <typename scalar_t>
-void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const GradOptions& options,
+void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
               scalar_t* grad, int64_t grad_stride, const Parallel& parallel);
 
 // Both in one sweep, with an upstream gradient of 1.
 template <typename scalar_t>
 void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-                    const GradOptions& options, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const double* totals, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
                     const Parallel& parallel);
 
 // x[0:n] *= factor
 template <typename scalar_t>
 void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel);
 
-// totals[kTotals] over all rows.
+// totals[kTotals] over all rows. Returns the first row whose target is out of range, and then no totals; else -1.
 template <typename acc>
-void reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
+int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
                    const Parallel& parallel);
 
-// The loss and z-loss: one value a row for Reduction::none, else one value each.
+// The loss and z-loss: one value a row for Reduction::none, else one value each. Returns what reduce_totals does.
 template <typename acc>
-void reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
+int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
                  const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
                  double* z_loss, const Parallel& parallel);
 

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "check.h"
-#include "cpu/memory.h"
+#include "output_memory.h"
 #include "reference.h"
 
 #ifdef __aarch64__
@@ -20,7 +20,10 @@ namespace {
 using namespace test;
 using namespace npu_xent::cpu;
 using npu_xent::first_bad_target;
+using npu_xent::give_memory_back;
+using npu_xent::kLargeOutput;
 using npu_xent::kTotals;
+using npu_xent::take_memory;
 
 bool processor_has(const std::string& variant) {
 #ifdef __aarch64__
@@ -147,16 +150,15 @@ class Run {
     reduce_loss<acc>(o, p_.target.data(), p_.rows, weight(), r.lse.data(), r.lse_low.data(), r.picked.data(),
                      need_wsum() ? r.wsum.data() : nullptr, r.totals.data(), r.loss.data(), r.z_loss.data(), parallel_);
 
-    const GradOptions options{o, p_.grad_scale, r.totals.data()};
     const auto from_loss = stored<acc>(p_.grad_loss), from_z = stored<acc>(p_.grad_z_loss);
     const Upstream<T> upstream{from_loss.data(), from_z.data(), from_loss.size() > 1, from_z.size() > 1};
     Matrix<T> grad = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 1);
     Matrix<T> swept = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 5);
-    row_grad(kernels_, rows(in_place ? grad : logits), options, upstream, r.lse.data(), r.lse_low.data(), grad.data(),
+    row_grad(kernels_, rows(in_place ? grad : logits), r.totals.data(), upstream, r.lse.data(), r.lse_low.data(), grad.data(),
              grad.stride(), parallel_);
     stats_of(
         [&](const Stats<T>& out) {
-          row_stats_grad(kernels_, rows(in_place ? swept : logits), p_.read_ignored, options, out, swept.data(),
+          row_stats_grad(kernels_, rows(in_place ? swept : logits), p_.read_ignored, r.totals.data(), out, swept.data(),
                          swept.stride(), parallel_);
         },
         r.swept_lse, r.swept_low, r.swept_picked, r.swept_wsum);
@@ -170,8 +172,7 @@ class Run {
   const acc* weight() const { return weight_.empty() ? nullptr : weight_.data(); }
   Matrix<T> new_logits() const { return {p_.rows, p_.cols, padding_, p_.logits}; }
   Rows<T> rows(Matrix<T>& logits) const {
-    return {logits.data(), logits.stride(), p_.rows,   p_.cols, p_.target.data(), weight(), 0,
-            kIgnore,       p_.logit_scale,  p_.softcap};
+    return {p_.options, logits.data(), logits.stride(), p_.rows, p_.cols, p_.target.data(), weight()};
   }
   template <typename F>
   void stats_of(const F& call, std::vector<acc>& lse, std::vector<acc>& low, std::vector<acc>& picked,
@@ -206,13 +207,13 @@ void check_against_truth(const Problem& p, const Results<T>& r) {
     const bool ignored = p.target[n] == kIgnore, unread = ignored && !p.read_ignored;
     const double lse = unread ? 0 : t.lse[n];
     // With a softcap z is rounded, and lse is off by as much.
-    check_near<acc, acc>("lse", n, r.lse[n], lse, p.softcap == 0 ? 1 : std::fmax(1, std::fabs(lse)));
+    check_near<acc, acc>("lse", n, r.lse[n], lse, p.options.softcap == 0 ? 1 : std::fmax(1, std::fabs(lse)));
     if (std::isfinite(lse)) {
       // Both numbers together are more exact than one could be.
       const double both = static_cast<double>(r.lse[n]) + static_cast<double>(r.lse_low[n]);
       check_near<double, acc>("lse + lse_low", n, both, lse, unread ? 0 : 1, 1, 16);
     }
-    check_near<acc, acc>("picked", n, r.picked[n], t.picked[n], p.softcap == 0 ? 0 : std::fabs(t.picked[n]));
+    check_near<acc, acc>("picked", n, r.picked[n], t.picked[n], p.options.softcap == 0 ? 0 : std::fabs(t.picked[n]));
     if (!r.wsum.empty() && std::isfinite(lse)) {
       check_near<acc, acc>("wsum", n, r.wsum[n], unread ? 0 : t.wsum[n], unread ? 0 : t.wsum_terms[n]);
     }
@@ -351,14 +352,14 @@ void test_shards(const ChunkKernels<T>& kernels) {
   const auto weight = stored<acc>(p.weight), all_lse = stored<acc>(t.lse), upstream = stored<acc>(p.grad_loss);
   for (const auto& [begin, end] : {std::pair{int64_t{0}, split}, std::pair{split, cols}}) {
     const int64_t n_cols = end - begin;
-    const Rows<T> shard{logits.data() + begin, cols,  rows,    n_cols, p.target.data(),
-                        weight.data(),         begin, kIgnore, 1,      0};
+    RowOptions options = p.options;
+    options.class_start = begin;
+    const Rows<T> shard{options, logits.data() + begin, cols, rows, n_cols, p.target.data(), weight.data()};
     std::vector<acc> lse(rows), low(rows), picked(rows), wsum(rows);
     row_stats(kernels, shard, false, {lse.data(), low.data(), picked.data(), wsum.data()}, static_cast<T*>(nullptr),
               on_threads(1));
     std::vector<T> grad(rows * n_cols);
-    const GradOptions options{p.options, 1, t.totals};
-    row_grad(kernels, shard, options, {upstream.data(), nullptr, 0, 0}, all_lse.data(),
+    row_grad(kernels, shard, t.totals, {upstream.data(), nullptr, 0, 0}, all_lse.data(),
              static_cast<const acc*>(nullptr), grad.data(), n_cols, on_threads(1));
     for (int64_t n = 0; n < rows; ++n) {
       const bool kept = p.target[n] != kIgnore;
@@ -488,9 +489,18 @@ void test_many_rows() {
   check_near<double, float>("loss", 0, results[0][3], t.loss[0], t.loss_terms[0]);
 
   const int64_t targets[] = {0, kIgnore, 4, 5, -1};
-  check(first_bad_target(targets, 5, 5, kIgnore) == 3, "first_bad_target is not 3");
-  check(first_bad_target(targets, 3, 5, kIgnore) == -1, "first_bad_target is not -1");
-  check(first_bad_target(targets, 5, 6, kIgnore) == 4, "first_bad_target is not 4");
+  const float ones[] = {1, 1, 1, 1, 1, 1};
+  for (const auto& [n, classes, expected] : {std::array{5, 5, 3}, std::array{3, 5, -1}, std::array{5, 6, 4}}) {
+    RowOptions o;
+    o.num_classes = classes;
+    o.ignore_index = kIgnore;
+    double totals[kTotals], loss, z_loss;
+    check(first_bad_target(o, targets, n) == expected, "first_bad_target");
+    check(reduce_totals(o, targets, n, ones, totals, on_threads(1)) == expected, "a bad target in reduce_totals");
+    const double some[kTotals] = {1, 1, 1};
+    check(reduce_loss(o, targets, n, ones, ones, ones, ones, ones, some, &loss, &z_loss, on_threads(1)) == expected,
+          "a bad target in reduce_loss");
+  }
 }
 
 // Memory is aligned and disjoint, and comes again when it has been given back.

@@ -1,10 +1,10 @@
 // The primitives are not differentiable. Without a kernel of their own under Autograd they would silently be constants;
-// this one runs them and gives what they return a history that raises, in words, when something differentiates it.
+// this one runs them, and gives their outputs a history that raises when something differentiates it.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/refuse.h"
+#include "autograd/common.h"
 
 namespace npu_xent::autograd {
 namespace {

@@ -73,7 +73,6 @@ class Random {
 struct Problem {
   int64_t rows, cols;
   RowOptions options;
-  double logit_scale, softcap, grad_scale;  // softcap 0: none
   bool read_ignored;
   std::vector<double> logits;  // [rows, cols], values of the type that is tested
   std::vector<int64_t> target;
@@ -87,10 +86,7 @@ Problem make_problem(int64_t rows, int64_t cols, const Case& c, double offset = 
   Random random(static_cast<uint32_t>(1000 * rows + cols));
   Problem p{rows,
             cols,
-            {c.reduction, kIgnore, c.label_smoothing, c.lse_square_scale, cols},
-            c.logit_scale,
-            c.softcap,
-            c.grad_scale,
+            {c.reduction, kIgnore, c.label_smoothing, c.lse_square_scale, cols, 0, c.logit_scale, c.softcap, c.grad_scale},
             c.read_ignored,
             {},
             {},
@@ -131,8 +127,8 @@ struct Truth {
 
 // What the softmax sees of a logit.
 inline double mapped(const Problem& p, double logit) {
-  const double scaled = logit * p.logit_scale;
-  return p.softcap == 0 ? scaled : p.softcap * std::tanh(scaled / p.softcap);
+  const double scaled = logit * p.options.logit_scale;
+  return p.options.softcap == 0 ? scaled : p.options.softcap * std::tanh(scaled / p.options.softcap);
 }
 
 inline Truth truth_of(const Problem& p) {
@@ -209,15 +205,15 @@ inline Truth truth_of(const Problem& p) {
       // p - 1 of the target without cancellation.
       const double p_minus_hot = c == y ? -others.value() / sum.value() : prob;
       const double smoothed = e / classes * (totals[2] * prob - weight(c));
-      const double cosh = p.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.logit_scale / p.softcap);
-      const double grad = p.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
+      const double cosh = p.options.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.options.logit_scale / p.options.softcap);
+      const double grad = p.options.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
       t.grad.push_back(!kept ? 0 : defined ? grad : NAN);
       // An exponential of x - lse carries the rounding of x and of lse.
       const double hot = c == y, p_terms = std::isinf(x[c]) ? 0 : (1 + std::fabs(x[c]) + std::fabs(lse)) * prob;
       const double terms =
           std::fabs(g) * ((1 - e) * w * (p_terms + hot) + e / classes * (totals[2] * (p_terms + hot) + weight(c))) +
           std::fabs(z) * (p_terms + hot);
-      t.grad_terms.push_back(kept && defined ? std::fabs(p.grad_scale) * terms : 0);
+      t.grad_terms.push_back(kept && defined ? std::fabs(p.options.grad_scale) * terms : 0);
     }
   }
   if (p.options.reduction != Reduction::none) {

@@ -1,5 +1,5 @@
-// See memory.h.
-#include "cpu/memory.h"
+// See output_memory.h.
+#include "output_memory.h"
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -12,7 +12,7 @@
 #include <unordered_map>
 #include <vector>
 
-namespace npu_xent::cpu {
+namespace npu_xent {
 namespace {
 
 // Sizes are multiples of it, and addresses too. (Where huge pages are larger, they are not used.)
@@ -156,4 +156,4 @@ void give_memory_back(void* memory) {
   pool().give_back(memory);
 }
 
-}  // namespace npu_xent::cpu
+}  // namespace npu_xent

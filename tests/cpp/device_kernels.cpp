@@ -85,9 +85,9 @@ class Operation {
     args_.ignore_index = kIgnore;
     args_.reduction = static_cast<int64_t>(o.reduction);
     args_.read_ignored = p.read_ignored;
-    args_.logit_scale = static_cast<float>(p.logit_scale);
-    args_.softcap = static_cast<float>(p.softcap);
-    args_.grad_scale = static_cast<float>(p.grad_scale);
+    args_.logit_scale = static_cast<float>(p.options.logit_scale);
+    args_.softcap = static_cast<float>(p.options.softcap);
+    args_.grad_scale = static_cast<float>(p.options.grad_scale);
     args_.target_share = static_cast<float>(1 - o.label_smoothing);
     args_.class_share = static_cast<float>(o.label_smoothing / static_cast<double>(p.cols));
     args_.lse_square_scale = static_cast<float>(o.lse_square_scale);
@@ -250,7 +250,7 @@ class Operation {
       check_near<float, float>("lse", n, high, lse, 2 * std::fabs(lse) + 2);
       check_near<double, float>("lse + lse_low", n, double{high} + double{stats.lse_low.values()[n]}, lse, 1, 1, 32);
       check_near<float, float>("picked", n, stats.picked.values()[n], t.picked[n],
-                               p_.softcap == 0 ? 0 : std::fabs(t.picked[n]));
+                               p_.options.softcap == 0 ? 0 : std::fabs(t.picked[n]));
       if (need_wsum_) {
         check_near<float, float>("wsum", n, stats.wsum.values()[n], unread ? 0 : t.wsum[n], 2 * t.wsum_terms[n]);
       }

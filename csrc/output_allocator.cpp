@@ -1,12 +1,13 @@
-// See allocator.h.
-#include "cpu/allocator.h"
+// See output_allocator.h.
+#include "output_allocator.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/CPUAllocator.h>
 
-#include "cpu/memory.h"
+#include "output_memory.h"
 
-namespace npu_xent::cpu {
+namespace npu_xent {
 namespace {
 
 void release(void* memory) {
@@ -14,13 +15,14 @@ void release(void* memory) {
   give_memory_back(memory);
 }
 
-// An allocator, so that storages may be resized as others may. What is not large it leaves to torch's.
+// An allocator, so that storages can be resized as others can. Falls back to torch's for small sizes, and where there is
+// no memory.
 class OutputAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = bytes < kLargeOutput ? nullptr : take_memory(bytes);
     if (memory == nullptr) {
-      return c10::GetCPUAllocator()->allocate(bytes);  // which has words for a lack of memory
+      return c10::GetCPUAllocator()->allocate(bytes);  // which reports out-of-memory
     }
     c10::profiledCPUMemoryReporter().New(memory, bytes);
     return {memory, memory, release, c10::Device(c10::DeviceType::CPU)};
@@ -31,10 +33,13 @@ class OutputAllocator final : public c10::Allocator {
 }  // namespace
 
 at::Tensor empty_output(int64_t rows, int64_t columns, const at::TensorOptions& options) {
+  if (!options.device().is_cpu()) {
+    return at::empty({rows, columns}, options);
+  }
   static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive what is destroyed at exit
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   return at::detail::empty_generic({rows, columns}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    std::nullopt);
 }
 
-}  // namespace npu_xent::cpu
+}  // namespace npu_xent

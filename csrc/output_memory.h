@@ -8,7 +8,7 @@
 
 #include <cstddef>
 
-namespace npu_xent::cpu {
+namespace npu_xent {
 
 // Smaller outputs are left to the usual allocator.
 constexpr size_t kLargeOutput = size_t{32} << 20;
@@ -18,4 +18,4 @@ void* take_memory(size_t bytes);
 // Gives back what take_memory returned.
 void give_memory_back(void* memory);
 
-}  // namespace npu_xent::cpu
+}  // namespace npu_xent

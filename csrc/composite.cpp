@@ -1,0 +1,241 @@
+// The primitives out of aten operations, for every device that has no kernels of its own. Same formulas (row_math.h),
+// same results up to rounding; nothing waits for the device, so a target out of range cannot raise: it makes its row
+// NaN.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/where.h>
+#include <torch/library.h>
+
+#include <limits>
+
+#include "checks.h"
+#include "ops.h"
+
+namespace npu_xent::composite {
+namespace {
+
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// What each target is, as masks [N].
+struct Targets {
+  Tensor kept;      // a class of some shard
+  Tensor bad;       // neither a class nor ignore_index
+  Tensor in_shard;  // one of these columns,
+  Tensor column;    // this one (0 if not)
+  Tensor safe;      // the target, 0 where it is not a class
+
+  Targets(const RowOptions& o, const Tensor& target, int64_t n_cols) {
+    const auto is_class = target.ge(0).logical_and(target.lt(o.num_classes));
+    const auto named = target.ne(o.ignore_index);
+    kept = is_class.logical_and(named);
+    bad = named.logical_and(is_class.logical_not());
+    safe = target.masked_fill(kept.logical_not(), 0);
+    const auto local = target - o.class_start;
+    in_shard = kept.logical_and(local.ge(0)).logical_and(local.lt(n_cols));
+    column = local.masked_fill(in_shard.logical_not(), 0);
+  }
+};
+
+// What the softmax sees of the logits, in the statistics dtype.
+Tensor mapped(const Options& o, const Tensor& logits) {
+  const auto x = logits.to(stats_dtype(logits.scalar_type()));
+  const auto scaled = o.logit_scale == 1 ? x : x * o.logit_scale;
+  return o.softcap ? (scaled / *o.softcap).tanh() * *o.softcap : scaled;
+}
+
+// The weight of each row's target.
+Tensor target_weight(const OptionalTensor& weight, const Targets& targets, at::ScalarType dtype) {
+  return weight ? weight->to(dtype).index_select(0, targets.safe)
+                : at::full({1}, 1.0, targets.kept.options().dtype(dtype));
+}
+
+// The gradient where the logits are, if it is to be there.
+template <bool over_logits>
+GradOf<over_logits> placed(const Tensor& logits, const Tensor& grad) {
+  if constexpr (over_logits) {
+    logits.copy_(grad);
+    logits.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
+  } else {
+    return grad;
+  }
+}
+
+RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tensor& target,
+                             const OptionalTensor& weight, bool need_wsum, bool need_log_prob, bool read_ignored) {
+  check_rows(o, logits, target, weight);
+  const int64_t n_cols = logits.size(1);
+  const auto row = row_options(o, n_cols);
+  const Targets targets(row, target, n_cols);
+  const auto x = mapped(o, logits);
+  const auto unread =
+      target.eq(row.ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob), targets.kept.options()));
+  const auto true_lse = x.logsumexp(1);
+  const auto lse = true_lse.masked_fill(unread, 0);
+  // sum exp(x - lse) would be 1, but for the rounding of lse.
+  const auto undefined = true_lse.isfinite().logical_not();
+  const auto low = (x - true_lse.unsqueeze(1)).exp().sum(1).log().masked_fill(undefined, 0);
+  const auto picked = x.gather(1, targets.column.unsqueeze(1))
+                          .squeeze(1)
+                          .masked_fill(targets.in_shard.logical_not(), 0)
+                          .masked_fill(targets.bad, kNaN);
+  auto wsum = not_wanted(x.options());
+  if (need_wsum) {
+    const auto from_lse = x - true_lse.unsqueeze(1) - low.unsqueeze(1);
+    wsum = (weight ? from_lse * weight->to(x.scalar_type()).narrow(0, row.class_start, n_cols) : from_lse)
+               .sum(1)
+               .masked_fill(unread, 0);
+  }
+  auto log_prob = not_wanted(logits.options());
+  if (need_log_prob) {
+    log_prob = (x - true_lse.masked_fill(undefined, kNaN).unsqueeze(1) - low.unsqueeze(1))
+                   .to(logits.scalar_type())
+                   .contiguous();
+  }
+  return {lse, low.masked_fill(unread, 0), picked, wsum, log_prob};
+}
+
+template <bool over_logits>
+GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, const Tensor& target,
+                                       const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
+                                       const Tensor& totals, const OptionalTensor& grad_loss,
+                                       const OptionalTensor& grad_z_loss) {
+  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+  if (over_logits) {
+    check_dense(logits);
+  }
+  const int64_t n_cols = logits.size(1);
+  const auto row = row_options(o, n_cols);
+  const Targets targets(row, target, n_cols);
+  const auto dtype = lse.scalar_type();
+  const auto denominators = totals.to(dtype);
+  const bool mean = o.reduction == Reduction::mean;
+  const auto upstream = [&](const OptionalTensor& g) {
+    return g ? g->to(dtype).reshape(-1) : at::full({1}, 0.0, lse.options());
+  };
+  const auto from_loss = upstream(grad_loss);
+  const auto g = mean ? from_loss / denominators.select(0, kKeptWeight) : from_loss;
+
+  // a, b and s of row_math.h, [N] or [1].
+  const double per_class = o.label_smoothing / static_cast<double>(row.num_classes);
+  const auto b = g * (1 - o.label_smoothing) * target_weight(weight, targets, dtype);
+  auto a = b;
+  if (o.label_smoothing != 0) {
+    a = a + g * per_class * denominators.select(0, kClassWeight);
+  }
+  if (o.lse_square_scale != 0) {
+    auto z = from_loss + upstream(grad_z_loss);
+    z = mean ? z / denominators.select(0, kKeptRows) : z;
+    a = a + z * (2 * o.lse_square_scale) * lse;
+  }
+  const auto x = mapped(o, logits);
+  const auto low = lse_low ? *lse_low : at::full({}, 0.0, lse.options());
+  auto grad = (x - lse.unsqueeze(1)).exp() * (a * low.neg().exp()).unsqueeze(1);
+  const auto s = g * per_class;
+  if (o.label_smoothing != 0) {
+    const auto share = s.unsqueeze(1);
+    grad = grad - (weight ? share * weight->to(dtype).narrow(0, row.class_start, n_cols) : share);
+  }
+  // The target's own column, without the cancellation of a p - b for a confident prediction.
+  const auto column = targets.column.unsqueeze(1);
+  const auto from_lse = x.gather(1, column).squeeze(1) - lse - low;
+  const auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
+  grad =
+      grad.scatter(1, column, at::where(targets.in_shard, at_target, grad.gather(1, column).squeeze(1)).unsqueeze(1));
+  if (o.softcap) {
+    const auto ratio = x / *o.softcap;
+    grad = grad * ((1 - ratio) * (1 + ratio));
+  }
+  grad = grad * row.grad_scale;
+  const auto undefined = targets.bad.logical_or(lse.isfinite().logical_not());
+  return placed<over_logits>(logits, grad.masked_fill(undefined.unsqueeze(1), kNaN)
+                                         .masked_fill(target.eq(row.ignore_index).unsqueeze(1), 0)
+                                         .to(logits.scalar_type())
+                                         .contiguous());
+}
+
+template <bool over_logits>
+StatsGradOf<over_logits> row_stats_grad_composite(const Options& o, const Tensor& logits, const Tensor& target,
+                                                  const OptionalTensor& weight, const Tensor& totals,
+                                                  bool read_ignored) {
+  check_row_stats_grad(o, logits, target, weight, totals);
+  if (over_logits) {
+    check_dense(logits);
+  }
+  auto [lse, lse_low, picked, wsum, _] =
+      row_stats(o, logits, target, weight, o.need_wsum(), /*need_log_prob=*/false, read_ignored);
+  const auto upstream = at::ones({}, lse.options());
+  if constexpr (over_logits) {
+    row_grad<true>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt);
+    return {lse, lse_low, picked, wsum};
+  } else {
+    auto grad = row_grad<false>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt);
+    return {lse, lse_low, picked, wsum, grad};
+  }
+}
+
+Reduced reduce_rows_composite(const Options& o, const Tensor& target, const OptionalTensor& weight,
+                              const OptionalTensor& lse, const OptionalTensor& lse_low, const OptionalTensor& picked,
+                              const OptionalTensor& wsum, const OptionalTensor& totals, at::ScalarType loss_dtype) {
+  check_reduce_rows(o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
+  const auto row = row_options(o, 0);
+  const auto dtype = lse ? lse->scalar_type() : stats_dtype(loss_dtype);
+  const auto out = target.options().dtype(loss_dtype);
+  const Targets targets(row, target, row.num_classes);
+  const auto kept_weight = at::where(targets.kept, target_weight(weight, targets, dtype), 0.0);
+  if (!lse) {
+    const auto class_weight = weight ? weight->to(dtype).sum() : at::full({}, row.num_classes, kept_weight.options());
+    return {not_wanted(out), not_wanted(out),
+            at::stack({kept_weight.sum(), targets.kept.sum().to(dtype), class_weight})};
+  }
+  const auto denominators = totals->to(dtype);
+  const auto nll = lse_low ? *lse - *picked + *lse_low : *lse - *picked;
+  auto loss = (1 - o.label_smoothing) * kept_weight * nll;
+  if (o.label_smoothing != 0) {
+    loss = loss - o.label_smoothing / static_cast<double>(row.num_classes) * *wsum;
+  }
+  auto z_loss = o.lse_square_scale * lse->square();
+  const auto finish = [&](const Tensor& values) {
+    return values.masked_fill(lse->isfinite().logical_not().logical_or(targets.bad), kNaN)
+        .masked_fill(target.eq(row.ignore_index), 0);
+  };
+  loss = finish(loss);
+  z_loss = finish(z_loss);
+  if (o.reduction != Reduction::none) {
+    loss = loss.sum();
+    z_loss = z_loss.sum();
+  }
+  if (o.reduction == Reduction::mean) {
+    const auto total = denominators.select(0, kKeptWeight);
+    loss = (loss / total).masked_fill(total.eq(0), kNaN);  // with smoothing, the sum need not be 0
+    z_loss = z_loss / denominators.select(0, kKeptRows);
+  }
+  const auto no_totals = not_wanted(target.options().dtype(dtype));
+  if (o.lse_square_scale == 0) {
+    return {loss.to(loss_dtype), not_wanted(out), no_totals};
+  }
+  return {(loss + z_loss).to(loss_dtype), z_loss.to(loss_dtype), no_totals};
+}
+
+void scale_composite(const Tensor& self, const Tensor& factor) {
+  check_scale(self, factor);
+  // One multiplication in the statistics dtype, whatever self's.
+  const auto dtype = stats_dtype(self.scalar_type());
+  self.copy_(self.to(dtype) * factor.to(dtype).reshape({}));
+  self.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
+  m.impl("row_stats", flat<row_stats_composite>);
+  m.impl("row_grad", flat<row_grad_composite<false>>);
+  m.impl("row_grad_", flat<row_grad_composite<true>>);
+  m.impl("row_stats_grad", flat<row_stats_grad_composite<false>>);
+  m.impl("row_stats_grad_", flat<row_stats_grad_composite<true>>);
+  m.impl("reduce_rows", flat<reduce_rows_composite>);
+  m.impl("scale_", scale_composite);
+}
+
+}  // namespace npu_xent::composite

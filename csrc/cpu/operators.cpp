@@ -1,0 +1,296 @@
+// The primitives on the CPU: from tensors to the torch-free rows of rows.h, and back. Dtypes, pointers, threads, and the
+// instruction set of the loops.
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+
+#include "output_allocator.h"
+#include "checks.h"
+#include "cpu/rows.h"
+#include "ops.h"
+
+namespace npu_xent::cpu {
+namespace {
+
+// The loops for this machine. ATEN_CPU_CAPABILITY overrides the choice, as it does for torch's own.
+const KernelTable& kernels() {
+  static const KernelTable& table = kernel_table(at::get_cpu_capability());
+  return table;
+}
+
+// Calls f with a null pointer of the storage type of `dtype`, which the checks have let through.
+template <typename F>
+void with_storage_type(at::ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case at::kFloat:
+      return f(static_cast<float*>(nullptr));
+    case at::kDouble:
+      return f(static_cast<double*>(nullptr));
+    case at::kBFloat16:
+      return f(static_cast<bf16*>(nullptr));
+    case at::kHalf:
+      return f(static_cast<f16*>(nullptr));
+    default:
+      TORCH_INTERNAL_ASSERT(false, "npu_xent: unchecked dtype ", dtype);
+  }
+}
+
+template <typename scalar_t>
+scalar_t* data(const Tensor& t) {
+  return static_cast<scalar_t*>(t.data_ptr());
+}
+template <typename scalar_t>
+const scalar_t* const_data(const Tensor& t) {
+  return static_cast<const scalar_t*>(t.const_data_ptr());
+}
+
+// Threads for `work` elements. Tasks are handed out as threads ask for them, so that cheap (ignored) rows cost no
+// balance.
+Parallel parallel_for_elements(int64_t work) {
+  constexpr int64_t kElementsPerThread = 16384;
+  const int64_t threads =
+      std::clamp<int64_t>(work / kElementsPerThread, 1, at::in_parallel_region() ? 1 : at::get_num_threads());
+  return {threads, [threads](int64_t n_tasks, const std::function<void(int64_t)>& task) {
+            std::atomic<int64_t> next{0};
+            at::parallel_for(0, std::min(threads, n_tasks), 1, [&](int64_t, int64_t) {
+              for (int64_t i = next++; i < n_tasks; i = next++) {
+                task(i);
+              }
+            });
+          }};
+}
+
+// Only these kernels see their writes through a pointer; autograd calls them below the key that would count the version.
+void note_written(const Tensor& tensor) {
+  tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+// The arguments of a sweep, checked and in the form that rows.h takes. Unit column strides are read in place.
+struct Inputs {
+  Tensor logits, target;
+  OptionalTensor weight;
+  RowOptions options;
+
+  Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_)
+      : logits(logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous()),
+        target(target_.contiguous()),
+        options(row_options(o, logits_.size(1))) {
+    if (weight_) {
+      weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
+    }
+    check_target_range(options, target);
+  }
+
+  at::TensorOptions stats_options() const { return logits.options().dtype(stats_dtype(logits.scalar_type())); }
+  // A contiguous [N, C] tensor in the logits' dtype.
+  Tensor new_output() const { return empty_output(logits.size(0), logits.size(1), logits.options()); }
+
+  template <typename scalar_t>
+  Rows<scalar_t> rows() const {
+    return {options,
+            const_data<scalar_t>(logits),
+            logits.stride(0),
+            logits.size(0),
+            logits.size(1),
+            const_data<int64_t>(target),
+            weight ? const_data<acc_t<scalar_t>>(*weight) : nullptr};
+  }
+};
+
+// The totals in double, whatever the tensor's dtype.
+std::array<double, kTotals> read_totals(const Tensor& totals) {
+  const auto values = totals.to(at::kDouble).contiguous();
+  std::array<double, kTotals> result;
+  std::copy_n(const_data<double>(values), result.size(), result.begin());
+  return result;
+}
+
+struct StatsTensors {
+  Tensor lse, lse_low, picked, wsum;
+
+  StatsTensors(const Inputs& in, bool need_wsum)
+      : lse(at::empty({in.logits.size(0)}, in.stats_options())),
+        lse_low(at::empty_like(lse)),
+        picked(at::empty_like(lse)),
+        wsum(need_wsum ? at::empty_like(lse) : not_wanted(lse.options())),
+        need_wsum_(need_wsum) {}
+
+  template <typename scalar_t>
+  Stats<scalar_t> pointers() const {
+    using acc = acc_t<scalar_t>;
+    return {data<acc>(lse), data<acc>(lse_low), data<acc>(picked), need_wsum_ ? data<acc>(wsum) : nullptr};
+  }
+
+ private:
+  bool need_wsum_;
+};
+
+// An upstream gradient in the statistics dtype; stride 0 when one value serves all rows.
+struct UpstreamTensor {
+  OptionalTensor values;
+  int64_t stride = 0;
+
+  UpstreamTensor(const OptionalTensor& grad, Reduction reduction, at::ScalarType dtype) {
+    if (grad) {
+      values = grad->to(dtype).reshape(-1);
+      stride = reduction == Reduction::none ? values->stride(0) : 0;
+    }
+  }
+  template <typename acc>
+  const acc* pointer() const {
+    return values ? const_data<acc>(*values) : nullptr;
+  }
+};
+
+RowStats row_stats_cpu(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                       bool need_wsum, bool need_log_prob, bool read_ignored) {
+  check_rows(o, logits, target, weight);
+  const Inputs in(o, logits, target, weight);
+  const StatsTensors stats(in, need_wsum);
+  const auto log_prob = need_log_prob ? in.new_output() : not_wanted(logits.options());
+  with_storage_type(logits.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored || need_log_prob, stats.pointers<scalar_t>(),
+              need_log_prob ? data<scalar_t>(log_prob) : nullptr, parallel_for_elements(logits.numel()));
+  });
+  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob};
+}
+
+template <bool over_logits>
+GradOf<over_logits> row_grad_cpu(const Options& o, const Tensor& logits, const Tensor& target,
+                                 const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
+                                 const Tensor& totals, const OptionalTensor& grad_loss,
+                                 const OptionalTensor& grad_z_loss) {
+  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+  if (over_logits) {
+    check_dense(logits);
+  }
+  const Inputs in(o, logits, target, weight);
+  const auto denominators = read_totals(totals);
+  const auto high = lse.contiguous();
+  const auto low = lse_low ? lse_low->contiguous() : Tensor();
+  const UpstreamTensor from_loss(grad_loss, o.reduction, lse.scalar_type());
+  const UpstreamTensor from_z(grad_z_loss, o.reduction, lse.scalar_type());
+  const auto grad = over_logits ? logits : in.new_output();
+  with_storage_type(grad.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using acc = acc_t<scalar_t>;
+    row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), denominators.data(),
+             {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_loss.stride, from_z.stride}, const_data<acc>(high),
+             low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad), grad.stride(0),
+             parallel_for_elements(grad.numel()));
+  });
+  if constexpr (over_logits) {
+    note_written(logits);
+  } else {
+    return grad;
+  }
+}
+
+template <bool over_logits>
+StatsGradOf<over_logits> row_stats_grad_cpu(const Options& o, const Tensor& logits, const Tensor& target,
+                                            const OptionalTensor& weight, const Tensor& totals, bool read_ignored) {
+  check_row_stats_grad(o, logits, target, weight, totals);
+  if (over_logits) {
+    check_dense(logits);
+  }
+  const Inputs in(o, logits, target, weight);
+  const StatsTensors stats(in, o.need_wsum());
+  const auto denominators = read_totals(totals);
+  const auto grad = over_logits ? logits : in.new_output();
+  with_storage_type(grad.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    row_stats_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored, denominators.data(),
+                   stats.pointers<scalar_t>(), data<scalar_t>(grad), grad.stride(0),
+                   parallel_for_elements(grad.numel()));
+  });
+  if constexpr (over_logits) {
+    note_written(logits);
+    return {stats.lse, stats.lse_low, stats.picked, stats.wsum};
+  } else {
+    return {stats.lse, stats.lse_low, stats.picked, stats.wsum, grad};
+  }
+}
+
+// The totals; or the losses, if there are statistics. The sums read each target, and find those that are out of range.
+template <typename acc>
+void reduce(const RowOptions& options, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
+            const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
+            const double* totals, const Tensor& loss, const Tensor& z_loss, const Tensor& new_totals) {
+  const auto dtype = c10::CppTypeToScalarType<acc>::value;
+  const auto values = [&](const OptionalTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
+  const auto pointer = [](const Tensor& t) { return t.defined() ? const_data<acc>(t) : nullptr; };
+  const auto targets = target.contiguous();
+  const auto w = values(weight);
+  const auto* y = const_data<int64_t>(targets);
+  const int64_t n = target.numel();
+  const auto parallel = parallel_for_elements(n);
+  int64_t bad;
+  if (!lse) {
+    bad = reduce_totals(options, y, n, pointer(w), data<double>(new_totals), parallel);
+  } else {
+    const auto row_lse = values(lse), row_low = values(lse_low), row_picked = values(picked);
+    const auto row_wsum = options.label_smoothing != 0 ? values(wsum) : Tensor();
+    bad = reduce_loss(options, y, n, pointer(w), pointer(row_lse), pointer(row_low), pointer(row_picked),
+                      pointer(row_wsum), totals, data<double>(loss), data<double>(z_loss), parallel);
+  }
+  if (bad >= 0) {
+    raise_bad_target(options, y, bad);
+  }
+}
+
+Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
+                        const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
+                        const OptionalTensor& totals, at::ScalarType loss_dtype) {
+  check_reduce_rows(o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
+  const auto options = row_options(o, 0);
+  const auto exact = target.options().dtype(at::kDouble);
+  const auto out = target.options().dtype(loss_dtype);
+  const auto stats = lse ? lse->scalar_type() : stats_dtype(loss_dtype);
+  if (!lse) {
+    const auto sums = at::empty({kTotals}, exact);
+    reduce<double>(options, target, weight, lse, lse_low, picked, wsum, nullptr, {}, {}, sums);
+    return {not_wanted(out), not_wanted(out), sums.to(stats)};
+  }
+  // Sums are made in double and rounded once.
+  const auto shape = o.reduction == Reduction::none ? target.sizes() : at::IntArrayRef{};
+  const auto loss = at::empty(shape, exact), z_loss = at::empty(shape, exact);
+  const auto denominators = read_totals(*totals);
+  const auto run = stats == at::kDouble ? reduce<double> : reduce<float>;
+  run(options, target, weight, lse, lse_low, picked, wsum, denominators.data(), loss, z_loss, {});
+  return {loss.to(loss_dtype), o.lse_square_scale == 0 ? not_wanted(out) : z_loss.to(loss_dtype),
+          not_wanted(target.options().dtype(stats))};
+}
+
+void scale_cpu(const Tensor& self, const Tensor& factor) {
+  check_scale(self, factor);
+  const double value = factor.to(at::kDouble).item<double>();
+  if (value == 1) {
+    return;
+  }
+  with_storage_type(self.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    scale(kernels().of<scalar_t>(), data<scalar_t>(self), self.numel(), value, parallel_for_elements(self.numel()));
+  });
+  note_written(self);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, CPU, m) {
+  m.impl("row_stats", flat<row_stats_cpu>);
+  m.impl("row_grad", flat<row_grad_cpu<false>>);
+  m.impl("row_grad_", flat<row_grad_cpu<true>>);
+  m.impl("row_stats_grad", flat<row_stats_grad_cpu<false>>);
+  m.impl("row_stats_grad_", flat<row_stats_grad_cpu<true>>);
+  m.impl("reduce_rows", flat<reduce_rows_cpu>);
+  m.impl("scale_", scale_cpu);
+}
+
+}  // namespace npu_xent::cpu

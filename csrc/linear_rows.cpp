@@ -1,0 +1,311 @@
+// The primitives of logits that are a product, chunk by chunk: the logits of one chunk at a time, all chunks in the same
+// memory.
+//
+// The products are aten's, the sweeps over the logits are the primitives' own; so this is one implementation for every
+// device. On the CPU, where reading the target is free, ignored rows are left out before the products: a chunk then
+// gathers the rows that are kept. Elsewhere reading it would mean waiting, and the sweeps pass over such rows.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "output_allocator.h"
+#include "checks.h"
+#include "ops.h"
+
+namespace npu_xent::composite {
+namespace {
+
+// Rows in a chunk, unless the caller says: those whose logits have 4 % of the memory of all logits in fp32, but so many
+// that the products are near their best speed and that adding to the gradient of linear_weight, which every chunk does,
+// costs little beside them; and so few that more would bring nothing. Memory of 32 MiB is not worth saving.
+int64_t default_chunk_rows(int64_t n_rows, int64_t n_cols, int64_t element_size) {
+  constexpr int64_t kMany = 512, kStep = 32, kBytes = int64_t{32} << 20;
+  const int64_t few = element_size == 2 ? 256 : 128;
+  const int64_t share = n_rows * 4 / (25 * element_size) / kStep * kStep;
+  return std::max(std::clamp(share, few, kMany), kBytes / (n_cols * element_size));
+}
+
+struct Chunk {
+  Tensor input;   // [n, H]
+  Tensor target;  // [n]
+  Tensor places;  // [n], where these rows are among all; undefined if they follow one another, from `begin` on
+  int64_t begin, size;
+
+  // These rows of a tensor that has all.
+  Tensor of(const Tensor& all) const { return places.defined() ? all.index_select(0, places) : slice(all); }
+  OptionalTensor of(const OptionalTensor& all) const { return all ? OptionalTensor(of(*all)) : std::nullopt; }
+  void put(const Tensor& all, const Tensor& part) const {
+    if (places.defined()) {
+      all.index_copy_(0, places, part);
+    } else {
+      slice(all).copy_(part);
+    }
+  }
+  Tensor slice(const Tensor& all) const { return all.narrow(0, begin, size); }
+};
+
+class LinearSweep {
+ public:
+  // With `read_ignored`, ignored rows have logits too.
+  LinearSweep(const Options& o, const LinearRows& rows, bool read_ignored) : rows_(rows) {
+    const auto row = row_options(o, n_classes());
+    ignore_index_ = row.ignore_index;
+    if (rows.weight) {  // once, not in each chunk
+      rows_.weight = rows.weight->to(stats_dtype(rows.input.scalar_type()));
+    }
+    const int64_t n = rows.input.size(0);
+    may_have_ignored_ = true;
+    n_kept_ = n;
+    if (rows.input.is_cpu()) {
+      rows_.target = rows.target.contiguous();
+      check_target_range(row, rows_.target);
+      const auto* y = rows_.target.const_data_ptr<int64_t>();
+      may_have_ignored_ = std::find(y, y + n, ignore_index_) != y + n;
+      if (may_have_ignored_ && !read_ignored) {
+        kept_ = rows_.target.ne(ignore_index_).nonzero().squeeze(1);
+        n_kept_ = kept_.numel();
+        may_have_ignored_ = false;
+      }
+    }
+    chunk_rows_ = rows.chunk_rows.value_or(default_chunk_rows(n_kept_, n_classes(), rows.input.element_size()));
+  }
+
+  const LinearRows& rows() const { return rows_; }
+  int64_t ignore_index() const { return ignore_index_; }
+  int64_t n_rows() const { return rows_.input.size(0); }
+  int64_t n_classes() const { return rows_.linear_weight.size(0); }
+  bool one_chunk() const { return n_kept_ <= chunk_rows_; }
+  // Whether a chunk may have ignored rows in it.
+  bool may_have_ignored() const { return may_have_ignored_; }
+  // Whether some rows are in no chunk.
+  bool has_gaps() const { return kept_.defined(); }
+
+  // f(chunk, its logits, which f may overwrite).
+  template <typename F>
+  void for_each_chunk(const F& f) const {
+    const auto buffer = at::empty({std::min(chunk_rows_, n_kept_), n_classes()}, rows_.input.options());
+    const auto transposed = rows_.linear_weight.t();
+    for (int64_t begin = 0; begin < n_kept_; begin += chunk_rows_) {
+      Chunk chunk{{}, {}, {}, begin, std::min(chunk_rows_, n_kept_ - begin)};
+      if (kept_.defined()) {
+        chunk.places = chunk.slice(kept_);
+      }
+      chunk.input = chunk.of(rows_.input);
+      chunk.target = chunk.of(rows_.target);
+      auto logits = buffer.narrow(0, 0, chunk.size);
+      if (rows_.linear_bias) {
+        at::addmm_out(logits, *rows_.linear_bias, chunk.input, transposed);
+      } else {
+        at::mm_out(logits, chunk.input, transposed);
+      }
+      f(chunk, logits);
+    }
+  }
+
+  // [N], or [0] if not wanted; zeros where no chunk will write.
+  Tensor new_values(bool wanted = true) const {
+    const auto options = rows_.input.options().dtype(stats_dtype(rows_.input.scalar_type()));
+    return has_gaps() ? at::zeros({wanted ? n_rows() : 0}, options) : at::empty({wanted ? n_rows() : 0}, options);
+  }
+
+ private:
+  LinearRows rows_;
+  Tensor kept_;  // the rows that are in chunks, if not all are
+  int64_t ignore_index_, n_kept_, chunk_rows_;
+  bool may_have_ignored_;
+};
+
+// One value a row, of all rows.
+struct LinearStats {
+  Tensor lse, lse_low, picked, wsum;
+
+  LinearStats(const LinearSweep& sweep, bool need_wsum)
+      : lse(sweep.new_values()),
+        lse_low(sweep.new_values()),
+        picked(sweep.new_values()),
+        wsum(sweep.new_values(need_wsum)) {}
+
+  void put(const Chunk& chunk, const Tensor& chunk_lse, const Tensor& chunk_low, const Tensor& chunk_picked,
+           const Tensor& chunk_wsum) {
+    if (chunk.size == lse.size(0)) {  // it has all rows
+      lse = chunk_lse;
+      lse_low = chunk_low;
+      picked = chunk_picked;
+      wsum = chunk_wsum;
+      return;
+    }
+    chunk.put(lse, chunk_lse);
+    chunk.put(lse_low, chunk_low);
+    chunk.put(picked, chunk_picked);
+    if (wsum.numel() != 0) {
+      chunk.put(wsum, chunk_wsum);
+    }
+  }
+};
+
+// sum += part in blocks of rows, since torch makes a copy of a 16-bit part in fp32 first.
+void add_in_blocks(const Tensor& sum, const Tensor& part) {
+  constexpr int64_t kElements = int64_t{1} << 19;
+  const int64_t n_rows = sum.size(0), block = std::max<int64_t>(kElements / std::max<int64_t>(sum.size(1), 1), 1);
+  for (int64_t begin = 0; begin < n_rows; begin += block) {
+    const int64_t size = std::min(block, n_rows - begin);
+    sum.narrow(0, begin, size).add_(part.narrow(0, begin, size));
+  }
+}
+
+// The gradients of input, linear_weight and linear_bias, out of those of the logits of chunks. Those that are not
+// wanted have shape [0].
+class LinearGrads {
+ public:
+  LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted);
+  void add(const Chunk& chunk, const Tensor& grad_logits);
+  std::tuple<Tensor, Tensor, Tensor> results();
+
+ private:
+  void add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits);
+
+  const LinearSweep& sweep_;
+  std::array<bool, 3> wanted_;
+  bool first_ = true;
+  Tensor input_, linear_weight_;
+  Tensor linear_weight_sum_;  // in fp32, of 16 bits and several chunks
+  Tensor linear_bias_sum_;    // in fp32 or fp64
+};
+
+LinearGrads::LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted) : sweep_(sweep), wanted_(wanted) {
+  const auto& rows = sweep.rows();
+  const auto options = rows.input.options();
+  const auto sums = options.dtype(stats_dtype(rows.input.scalar_type()));
+  const auto none = [&] { return at::empty({0}, options); };  // outputs of an operator share no memory
+  input_ = !wanted[0]         ? none()
+           : sweep.has_gaps() ? at::zeros(rows.input.sizes(), options)
+                              : at::empty(rows.input.sizes(), options);
+  linear_weight_ = wanted[1] ? empty_output(sweep.n_classes(), rows.linear_weight.size(1), options) : none();
+  if (wanted[1] && sums.dtype() != options.dtype() && !sweep.one_chunk()) {
+    linear_weight_sum_ = empty_output(sweep.n_classes(), rows.linear_weight.size(1), sums);
+  }
+  linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none();
+}
+
+void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
+  if (wanted_[0]) {
+    if (chunk.places.defined()) {
+      auto part = at::empty({chunk.size, input_.size(1)}, input_.options());
+      at::mm_out(part, grad_logits, sweep_.rows().linear_weight);  // autocast leaves it alone, as it does the others
+      chunk.put(input_, part);
+    } else {
+      auto part = chunk.slice(input_);
+      at::mm_out(part, grad_logits, sweep_.rows().linear_weight);
+    }
+  }
+  if (wanted_[1]) {
+    add_to_linear_weight(chunk, grad_logits);
+  }
+  if (wanted_[2]) {
+    linear_bias_sum_.add_(grad_logits.sum(0, /*keepdim=*/false, linear_bias_sum_.scalar_type()));
+  }
+  first_ = false;
+}
+
+void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits) {
+  auto input = chunk.input;
+  if (sweep_.may_have_ignored()) {
+    // Their logits have the gradient 0; 0 times a NaN would still be one.
+    input = input.masked_fill(chunk.target.eq(sweep_.ignore_index()).unsqueeze(1), 0);
+  }
+  if (first_ || linear_weight_sum_.defined()) {
+    at::mm_out(linear_weight_, grad_logits.t(), input);
+  } else {
+    linear_weight_.addmm_(grad_logits.t(), input);
+  }
+  if (!linear_weight_sum_.defined()) {
+    return;
+  }
+  // linear_weight_ has the part of this chunk, and the result in the end.
+  if (first_) {
+    linear_weight_sum_.copy_(linear_weight_);
+  } else {
+    add_in_blocks(linear_weight_sum_, linear_weight_);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> LinearGrads::results() {
+  if (first_ && wanted_[1]) {  // there was no chunk
+    linear_weight_.zero_();
+  } else if (linear_weight_sum_.defined()) {
+    linear_weight_.copy_(linear_weight_sum_);
+  }
+  return {input_, linear_weight_, linear_bias_sum_.to(sweep_.rows().input.scalar_type())};
+}
+
+StatsOutputs linear_row_stats_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                        const OptionalTensor& linear_bias, const Tensor& target,
+                                        const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
+                                        bool need_wsum, bool read_ignored) {
+  const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
+  check_linear_rows(o, rows);
+  const LinearSweep sweep(o, rows, read_ignored);
+  LinearStats stats(sweep, need_wsum);
+  sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
+    const auto [lse, lse_low, picked, wsum, _] =
+        row_stats(o, logits, chunk.target, sweep.rows().weight, need_wsum, /*need_log_prob=*/false, read_ignored);
+    stats.put(chunk, lse, lse_low, picked, wsum);
+  });
+  return {stats.lse, stats.lse_low, stats.picked, stats.wsum};
+}
+
+LinearGrad linear_row_grad_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                     const OptionalTensor& linear_bias, const Tensor& target,
+                                     const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
+                                     const Tensor& totals, const OptionalTensor& grad_loss,
+                                     const OptionalTensor& grad_z_loss, std::optional<int64_t> chunk_rows,
+                                     std::array<bool, 3> output_mask) {
+  const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
+  check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss);
+  const LinearSweep sweep(o, rows, /*read_ignored=*/false);
+  LinearGrads grads(sweep, output_mask);
+  sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
+    const auto upstream = [&](const OptionalTensor& grad) {
+      return grad && o.reduction == Reduction::none ? chunk.of(OptionalTensor(grad->reshape(-1))) : grad;
+    };
+    row_grad<true>(o, logits, chunk.target, sweep.rows().weight, chunk.of(lse), chunk.of(lse_low), totals,
+                   upstream(grad_loss), upstream(grad_z_loss));
+    grads.add(chunk, logits);
+  });
+  return grads.results();
+}
+
+LinearStatsGrad linear_row_stats_grad_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                                const OptionalTensor& linear_bias, const Tensor& target,
+                                                const OptionalTensor& weight, const Tensor& totals,
+                                                std::optional<int64_t> chunk_rows, bool read_ignored,
+                                                std::array<bool, 3> output_mask) {
+  const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
+  check_linear_row_stats_grad(o, rows, totals);
+  const LinearSweep sweep(o, rows, read_ignored);
+  LinearStats stats(sweep, o.need_wsum());
+  LinearGrads grads(sweep, output_mask);
+  sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
+    const auto [lse, lse_low, picked, wsum] =
+        row_stats_grad<true>(o, logits, chunk.target, sweep.rows().weight, totals, read_ignored);
+    stats.put(chunk, lse, lse_low, picked, wsum);
+    grads.add(chunk, logits);
+  });
+  return std::tuple_cat(std::tuple{stats.lse, stats.lse_low, stats.picked, stats.wsum}, grads.results());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
+  m.impl("linear_row_stats", flat<linear_row_stats_composite>);
+  m.impl("linear_row_grad", flat<linear_row_grad_composite>);
+  m.impl("linear_row_stats_grad", flat<linear_row_stats_grad_composite>);
+}
+
+}  // namespace npu_xent::composite

@@ -1,0 +1,158 @@
+// The options of the loss. This file alone lists them: members with their defaults, names, schema and ranges. Kernels of
+// every dispatch key take `const Options&` first; `flat` and `call` translate that to and from the flat argument list
+// that the dispatcher wants, where the options come last.
+//
+//   reduction         "none": [N]; "mean" divides by the weight of the kept rows; "sum"
+//   ignore_index      rows with this target take no part; their logits are read only if `read_ignored`
+//   label_smoothing   e: the share of the target that all classes get alike
+//   lse_square_scale  zs: the z-loss zs lse^2 is added to the loss
+//   logit_scale       t: the softmax is that of t x
+//   softcap           c > 0: the softmax is that of c tanh(t x / c)
+//   grad_scale        u: the outermost factor of the gradient, t unless given
+//   class_start       the class of column 0, and num_classes the classes of all shards together, when the logits are one
+//                     shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here.
+//                     Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
+//                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be left out
+//
+// row_math.h has the formulas.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/Exception.h>
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "row_math.h"
+
+namespace npu_xent {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+struct Options {
+  Reduction reduction = Reduction::mean;
+  c10::SymInt ignore_index = -100;
+  double label_smoothing = 0;
+  double lse_square_scale = 0;
+  double logit_scale = 1;
+  std::optional<double> softcap;
+  std::optional<double> grad_scale;
+  c10::SymInt class_start = 0;
+  std::optional<c10::SymInt> num_classes;
+
+  // The members of `o` and their names, in the order of the schema.
+  template <typename Self>
+  static auto tie(Self& o) {
+    return std::tie(o.reduction, o.ignore_index, o.label_smoothing, o.lse_square_scale, o.logit_scale, o.softcap,
+                    o.grad_scale, o.class_start, o.num_classes);
+  }
+  static constexpr std::array kNames{"reduction", "ignore_index", "label_smoothing", "lse_square_scale", "logit_scale",
+                                     "softcap",   "grad_scale",   "class_start",     "num_classes"};
+  // f(name, member) for each member of `o`.
+  template <typename Self, typename F>
+  static void visit(Self& o, const F& f) {
+    std::apply([&](auto&... member) { size_t i = 0; (f(kNames[i++], member), ...); }, tie(o));
+  }
+
+  bool need_wsum() const { return label_smoothing != 0; }
+};
+
+inline constexpr char kOptionsSchema[] =
+    "str reduction=\"mean\", SymInt ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
+    "float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt class_start=0, "
+    "SymInt? num_classes=None";
+
+// The ranges of those that are numbers; checks.h has what depends on tensors.
+inline void check_options(const Options& o) {
+  TORCH_CHECK_VALUE(o.label_smoothing >= 0 && o.label_smoothing <= 1,
+                    "npu_xent: label_smoothing must lie in [0, 1], but is ", o.label_smoothing, ".");
+  TORCH_CHECK_VALUE(o.lse_square_scale >= 0 && std::isfinite(o.lse_square_scale),
+                    "npu_xent: lse_square_scale must be finite and not negative, but is ", o.lse_square_scale, ".");
+  TORCH_CHECK_VALUE(std::isfinite(o.logit_scale), "npu_xent: logit_scale must be finite, but is ", o.logit_scale, ".");
+  // The range keeps the softcap and its quotient with a logit scale of everyday size within float32.
+  TORCH_CHECK_VALUE(!o.softcap || (*o.softcap >= 1e-6 && *o.softcap <= 1e6),
+                    "npu_xent: softcap must lie in [1e-6, 1e6], but is ", o.softcap.value_or(0),
+                    "; leave it at None for no softcap.");
+  TORCH_CHECK_VALUE(std::isfinite(o.grad_scale.value_or(1)), "npu_xent: grad_scale must be finite, but is ",
+                    o.grad_scale.value_or(1), ".");
+}
+
+// As kernels take them, which know sizes: n_cols is the number of columns of this shard.
+inline RowOptions row_options(const Options& o, int64_t n_cols) {
+  const auto number = [](const c10::SymInt& value) { return value.guard_int(__FILE__, __LINE__); };
+  RowOptions row;
+  row.reduction = o.reduction;
+  row.ignore_index = number(o.ignore_index);
+  row.label_smoothing = o.label_smoothing;
+  row.lse_square_scale = o.lse_square_scale;
+  row.class_start = number(o.class_start);
+  row.num_classes = o.num_classes ? number(*o.num_classes) : row.class_start + n_cols;
+  row.logit_scale = o.logit_scale;
+  row.softcap = o.softcap.value_or(0);
+  row.grad_scale = o.grad_scale.value_or(o.logit_scale);
+  return row;
+}
+
+// A member as the dispatcher has it: itself, but for the reduction, which is a name there.
+template <typename T>
+const T& to_flat(const T& member) {
+  return member;
+}
+inline std::string_view to_flat(Reduction reduction) {
+  return reduction == Reduction::mean ? "mean" : reduction == Reduction::sum ? "sum" : "none";
+}
+template <typename T>
+void from_flat(const T& flat, T& member) {
+  member = flat;
+}
+inline void from_flat(std::string_view name, Reduction& reduction) {
+  reduction = name == "mean" ? Reduction::mean : name == "sum" ? Reduction::sum : Reduction::none;
+  TORCH_CHECK_VALUE(name == to_flat(reduction), "npu_xent: reduction must be \"mean\", \"sum\" or \"none\", but is \"",
+                    name, "\".");
+}
+
+template <typename T>
+struct FlatTypes;
+template <typename... T>
+struct FlatTypes<std::tuple<T&...>> {
+  using type = std::tuple<std::decay_t<decltype(to_flat(std::declval<T&>()))>...>;
+};
+using FlatOptions = FlatTypes<decltype(Options::tie(std::declval<Options&>()))>::type;
+
+// f(options, arguments...), and f(arguments..., option, option, ...).
+template <auto f, typename F, typename Flat>
+struct Adaptor;
+template <auto f, typename R, typename... Arguments, typename... Flat>
+struct Adaptor<f, R (*)(const Options&, Arguments...), std::tuple<Flat...>> {
+  static R flat(Arguments... arguments, Flat... options) {
+    Options o;
+    std::apply([&](auto&... member) { (from_flat(options, member), ...); }, Options::tie(o));
+    return f(o, std::forward<Arguments>(arguments)...);
+  }
+  static R call(const char* name, const Options& o, Arguments... arguments) {
+    static const auto op =
+        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(Arguments..., Flat...)>();
+    return std::apply(
+        [&](const auto&... member) -> R { return op.call(std::forward<Arguments>(arguments)..., to_flat(member)...); },
+        Options::tie(o));
+  }
+};
+
+// f as the dispatcher wants a kernel.
+template <auto f>
+constexpr auto* flat = &Adaptor<f, decltype(f), FlatOptions>::flat;
+
+// Calls the operator `name`, whose signature is that of f.
+template <auto f, typename... Arguments>
+auto call(const char* name, const Options& o, Arguments&&... arguments) {
+  return Adaptor<f, decltype(f), FlatOptions>::call(name, o, std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace npu_xent
