@@ -206,11 +206,11 @@ def test_every_environment_variable_is_documented() -> None:
     reading = re.compile(r'(?:getenv\(|environ\.(?:get|setdefault)\(|environ\[)"(\w+)"')
     read = {name for path in (*PYTHON, *CXX) for name in reading.findall(path.read_text())}
     assert {"NPU_XENT_DEBUG", "NPU_XENT_HUGE_PAGES", "NPU_XENT_KEEP_MEMORY", "SOC_VERSION"} <= read
-    pages = ATLAS.read_text() + (ROOT / "README.md").read_text()
+    pages = ATLAS.read_text() + (ROOT / "docs" / "environment.md").read_text()
     assert not {name for name in read if f"`{name}" not in pages}
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("atlas", "vendor"))])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{name}.md" for name in ("atlas", "install", "migration", "vendor"))])
 def test_programs_parse(page: str) -> None:
     assert programs(ROOT / page)
     for program in programs(ROOT / page):
