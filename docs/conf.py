@@ -23,10 +23,14 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "README"
 # In the order of the sidebar; the last are there in some checkouts only.
 PAGES = (
-    ("Guides", ("docs/padded_labels", "docs/atlas", "docs/acceptance", "docs/limits", "docs/errors")),
-    ("How it works", ("docs/design", "docs/numerics", "docs/vendor", "docs/device_kernels", "cann_sim/README")),
+    ("Guides", ("docs/install", "docs/migration", "docs/padded_labels", "docs/atlas", "docs/acceptance")),
+    ("When something fails", ("docs/errors", "docs/limits", "docs/environment")),
+    (
+        "How it works",
+        ("docs/design", "docs/numerics", "docs/benchmarks", "docs/vendor", "docs/device_kernels", "cann_sim/README"),
+    ),
     ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/integrations")),
-    ("Project", ("CHANGELOG", "CONTRIBUTING")),
+    ("Project", ("CHANGELOG", "CONTRIBUTING", "docs/stability")),
 )
 include_patterns = ["README.md", *(f"{page}.md" for _, pages in PAGES for page in pages)]
 exclude_patterns = ["**/.venv", "**/build", "**/.git"]

@@ -207,7 +207,7 @@ def test_every_environment_variable_is_documented() -> None:
     reading = re.compile(r'(?:getenv\(|environ\.(?:get|setdefault)\(|environ\[)"(\w+)"')
     read = {name for path in (*PYTHON, *CXX) for name in reading.findall(path.read_text())}
     assert {"NPU_XENT_DEBUG", "NPU_XENT_HUGE_PAGES", "NPU_XENT_KEEP_MEMORY", "SOC_VERSION"} <= read
-    pages = ATLAS.read_text() + (ROOT / "README.md").read_text()
+    pages = ATLAS.read_text() + (ROOT / "docs" / "environment.md").read_text()
     assert not {name for name in read if f"`{name}" not in pages}
 
 
@@ -224,7 +224,8 @@ def test_code_does_not_scroll_sideways(page: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", *(f"docs/{name}.md" for name in ("acceptance", "atlas", "limits", "vendor"))]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("acceptance", "atlas", "install", "limits", "migration", "vendor"))],
 )
 def test_programs_parse(page: str) -> None:
     assert programs(ROOT / page)
