@@ -9,8 +9,6 @@ namespace npu_xent {
 
 template <typename T>
 class LongChunks {
-  static constexpr event_t kWeightFlag = static_cast<event_t>(6);  // long_rows.h uses those below for the slots
-
  public:
   __aicore__ inline LongChunks(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
       : plan_(plan), args_(args), gm_(tensors), softcap_(args) {}
@@ -39,17 +37,23 @@ class LongChunks {
 
   __aicore__ inline void CopyLogitsIn(int64_t load, int64_t row, int64_t chunk) const {
     CopyIn(Slot(load), Gm<T>(gm_.logits, row * args_.logits_stride + FirstColumn(chunk)), Size(chunk));
+    SetFlag<HardEvent::MTE2_V>(LongFlag::OfChunk(load));
+  }
+  __aicore__ inline void WaitLogits(int64_t load) {
+    WaitFlag<HardEvent::MTE2_V>(LongFlag::OfChunk(load));
+    arrived_ = load;
   }
   __aicore__ inline void CopyOutputOut(int64_t load, int64_t row, int64_t chunk) const {
     CopyOut(Gm<T>(gm_.output, row * args_.output_stride + FirstColumn(chunk)), Slot(load), Size(chunk));
   }
   // The class weights of a chunk, for the vector unit. Rare, so it is not worth a second buffer.
   __aicore__ inline LocalTensor<float> CopyWeightIn(int64_t chunk) const {
-    SetFlag<HardEvent::V_MTE2>(kWeightFlag);
-    WaitFlag<HardEvent::V_MTE2>(kWeightFlag);
+    const int32_t flag = LongFlag::OfChunk(arrived_);
+    SetFlag<HardEvent::V_MTE2>(flag);
+    WaitFlag<HardEvent::V_MTE2>(flag);
     CopyIn(weight_, Gm<float>(gm_.weight, args_.class_start + FirstColumn(chunk)), Size(chunk));
-    SetFlag<HardEvent::MTE2_V>(kWeightFlag);
-    WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
+    SetFlag<HardEvent::MTE2_V>(flag);
+    WaitFlag<HardEvent::MTE2_V>(flag);
     return weight_;
   }
 
@@ -80,6 +84,7 @@ class LongChunks {
   const XentArgs args_;
   const RowTensors gm_;
   int64_t slots_ = 0;
+  int64_t arrived_ = 0;  // the load that the vector unit waited for last
   Softcap softcap_;
   LocalTensor<T> ring_;
   LocalTensor<float> work_, weight_, cap_;

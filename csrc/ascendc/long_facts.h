@@ -51,8 +51,8 @@ class LongFacts {
         CopyOperandIn(grad_z_loss_, gm_.grad_z_loss, pieces);
       }
     }
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
+    WaitFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
     // A target's logit and weight come by copies of their own: a scalar read of GM would wait for each.
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       const Piece piece = pieces.At(i);
@@ -64,8 +64,8 @@ class LongFacts {
         CopyIn(target_weight_[i * kBlock], Gm<float>(gm_.weight, pieces.TargetOf(piece.row)), 1);
       }
     }
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    SetFlag<HardEvent::MTE2_S>(LongFlag::kTargets);
+    WaitFlag<HardEvent::MTE2_S>(LongFlag::kTargets);
     if (softcap.IsOn()) {
       CapPicked(pieces, softcap);
     }
@@ -136,11 +136,11 @@ class LongFacts {
       const bool has_target = i < pieces.Count() && pieces.TargetColumn(pieces.At(i)) >= 0;
       capped_.SetValue(i, has_target ? ScaledPicked(i) : 0.0f);
     }
-    SetFlag<HardEvent::S_V>(EVENT_ID4);
-    WaitFlag<HardEvent::S_V>(EVENT_ID4);
+    SetFlag<HardEvent::S_V>(LongFlag::kCap);
+    WaitFlag<HardEvent::S_V>(LongFlag::kCap);
     softcap.Apply(capped_, kFactRows);
-    SetFlag<HardEvent::V_S>(EVENT_ID4);
-    WaitFlag<HardEvent::V_S>(EVENT_ID4);
+    SetFlag<HardEvent::V_S>(LongFlag::kCap);
+    WaitFlag<HardEvent::V_S>(LongFlag::kCap);
   }
   __aicore__ inline void CopyOperandIn(const LocalTensor<float>& to, GM_ADDR from, const LongPieces<kStats>& pieces) {
     if (from != nullptr) {

@@ -9,8 +9,6 @@ namespace npu_xent {
 
 template <typename T, Output kOutput>
 class LongOutput {
-  static constexpr event_t kZerosFlag = static_cast<event_t>(6);  // long_rows.h uses those below for the slots
-
  public:
   __aicore__ inline LongOutput(const XentArgs& args, const RowTensors& tensors) : args_(args), gm_(tensors) {}
 
@@ -51,8 +49,10 @@ class LongOutput {
       }
       if (!filled) {
         AscendC::Duplicate(zeros_.template ReinterpretCast<float>(), 0.0f, kZeroBytes / sizeof(float));
-        SetFlag<HardEvent::V_MTE3>(kZerosFlag);
-        WaitFlag<HardEvent::V_MTE3>(kZerosFlag);
+        SetFlag<HardEvent::V_S>(LongFlag::kZeros);
+        WaitFlag<HardEvent::V_S>(LongFlag::kZeros);
+        SetFlag<HardEvent::S_MTE3>(LongFlag::kZeros);
+        WaitFlag<HardEvent::S_MTE3>(LongFlag::kZeros);
         filled = true;
       }
       const int64_t end = smaller(chunks.FirstColumn(piece.end), args_.cols);

@@ -32,8 +32,8 @@ class LongResults {
         Set(i, RowStatistics{{0.0f, 0.0f}, 0.0f, 0.0f}, 0.0f);
       }
     }
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(LongFlag::kResults);
+    WaitFlag<HardEvent::S_MTE3>(LongFlag::kResults);
     CopyOut(Gm<float>(gm_.lse, pieces.First()), lse_, pieces.Count());
     CopyOut(Gm<float>(gm_.lse_low, pieces.First()), lse_low_, pieces.Count());
     CopyOut(Gm<float>(gm_.picked, pieces.First()), picked_, pieces.Count());

@@ -21,7 +21,7 @@ namespace npu_xent {
 template <typename T, Output kOutput, bool kStats>
 class LongRows {
   static constexpr bool kHasOutput = kOutput != Output::none;
-  static constexpr int64_t kFlags = 6;
+  static constexpr int64_t kFlags = LongFlag::kChunkIds;
   static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag is waited for before it is set again");
 
  public:
@@ -103,7 +103,7 @@ class LongRows {
     }
     for (int64_t i = 0; i < loads_; ++i) {
       const bool output = kHasOutput && now.pass + 1 == passes;
-      WaitLoad(i);
+      chunks_.WaitLogits(i);
       if constexpr (kStats) {
         if (!output) {
           StatisticsStep(i, now);
@@ -151,7 +151,7 @@ class LongRows {
         Load(i + kPrefetch, in, 1);
       }
       if (i < loads_) {
-        WaitLoad(i);
+        chunks_.WaitLogits(i);
         StatisticsStep(i, now);
         pieces_.Advance(now, 1);
       } else {
@@ -185,7 +185,7 @@ class LongRows {
     }
     statistics_.SumChunk(chunks_, held_.load, at);
     if (!resident_ && held_.load + slots_ < loads_) {
-      SetFlag<HardEvent::V_MTE2>(FlagOf(held_.load));
+      SetFlag<HardEvent::V_MTE2>(LongFlag::OfChunk(held_.load));
     }
     if (at.IsLast()) {
       statistics_.FoldRow(at);
@@ -209,26 +209,22 @@ class LongRows {
 
   // ---- copies of chunks, and their flags ----
 
-  __aicore__ inline event_t FlagOf(int64_t load) const { return static_cast<event_t>(load % kFlags); }
-
   __aicore__ inline void Load(int64_t load, Cursor& at, int64_t passes) {
     if (load >= slots_) {
       const int64_t before = load - slots_;
       if ((stored_ >> (before % kFlags)) % 2 != 0) {
-        WaitFlag<HardEvent::MTE3_MTE2>(FlagOf(before));
+        WaitFlag<HardEvent::MTE3_MTE2>(LongFlag::OfChunk(before));
       } else {
-        WaitFlag<HardEvent::V_MTE2>(FlagOf(before));
+        WaitFlag<HardEvent::V_MTE2>(LongFlag::OfChunk(before));
       }
     }
     chunks_.CopyLogitsIn(load, at.piece.row, at.chunk);
-    SetFlag<HardEvent::MTE2_V>(FlagOf(load));
     pieces_.Advance(at, passes);
   }
-  __aicore__ inline void WaitLoad(int64_t load) { WaitFlag<HardEvent::MTE2_V>(FlagOf(load)); }
 
   // Makes the output of load number `load` and copies it out of its slot.
   __aicore__ inline void OutputStep(int64_t load, const LocalTensor<float>& work, const Cursor& at) {
-    const event_t flag = FlagOf(load);
+    const int32_t flag = LongFlag::OfChunk(load);
     output_.Make(chunks_, chunks_.Slot(load), work, at.chunk, states_[at.ordinal % 2]);
     // Where no load waits for a copy out any more, nothing else keeps V from setting the flag twice before MTE3 takes
     // it.

@@ -38,17 +38,17 @@ class LongStatistics {
 
   // Around the chunks of a block: both places of max_out_ are free.
   __aicore__ inline void Begin() {
-    SetFlag<HardEvent::S_V>(EVENT_ID0);
-    SetFlag<HardEvent::S_V>(EVENT_ID1);
+    SetFlag<HardEvent::S_V>(LongFlag::OfMax(0));
+    SetFlag<HardEvent::S_V>(LongFlag::OfMax(1));
   }
   __aicore__ inline void End() {
-    WaitFlag<HardEvent::S_V>(EVENT_ID0);
-    WaitFlag<HardEvent::S_V>(EVENT_ID1);
+    WaitFlag<HardEvent::S_V>(LongFlag::OfMax(0));
+    WaitFlag<HardEvent::S_V>(LongFlag::OfMax(1));
   }
 
   // First step: the maximum of a chunk, to the scalar unit.
   __aicore__ inline void FindMax(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
-    const event_t flag = static_cast<event_t>(load % 2);
+    const int32_t flag = LongFlag::OfMax(load);
     const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
     PipeBarrier<PIPE_V>();  // what was left to do in this work
     const LocalTensor<float> x = chunks.Mapped(chunks.Slot(load), chunks.Work(load), n);
@@ -63,7 +63,7 @@ class LongStatistics {
 
   // Second step: the sums of a chunk.
   __aicore__ inline void SumChunk(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
-    const event_t flag = static_cast<event_t>(load % 2);
+    const int32_t flag = LongFlag::OfMax(load);
     const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
     const LocalTensor<float> work = chunks.Work(load);
     if (at.IsFirst()) {
@@ -99,13 +99,13 @@ class LongStatistics {
   __aicore__ inline void FoldRow(const Cursor& at) {
     Fold(at.ordinal);
     AscendC::Ln(row_sum_, row_sum_, 1);
-    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    SetFlag<HardEvent::V_S>(LongFlag::kFold);
     folded_ = Folded{at.ordinal, filled_, joined_};
   }
   // Takes what FoldRow handed over; sums of further chunks may be under way.
   __aicore__ inline RowStatistics TakeRow() {
     Joined joined = folded_.joined;
-    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    WaitFlag<HardEvent::V_S>(LongFlag::kFold);
     const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
     JoinWeights(folded_.ordinal, folded_.chunks, joined);
     if (IsFinite(lse.high)) {
@@ -157,8 +157,8 @@ class LongStatistics {
   __aicore__ inline void Fold(int64_t ordinal) {
     const LocalTensor<float> maxima = chunk_max_[ordinal % 2 * kLanes], sums = chunk_sum_[ordinal % 2 * kLanes];
     uint64_t mask[2] = {kEverySecond >> (kLanes - 2 * filled_), 0};
-    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there, and row_sum_ of the row before has been read
-    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    SetFlag<HardEvent::S_V>(LongFlag::kFold);  // the maxima are there, and row_sum_ of the row before has been read
+    WaitFlag<HardEvent::S_V>(LongFlag::kFold);
     const AscendC::UnaryRepeatParams once(1, 1, 8, 8);
     AscendC::Adds(fold_, maxima, -joined_.max, mask, 1, once);
     PipeBarrier<PIPE_V>();
@@ -187,14 +187,14 @@ class LongStatistics {
   __aicore__ inline void CarryFold(int64_t ordinal) {
     const int64_t lane = FoldLane(ordinal, 0);
     AscendC::Adds(chunk_sum_[lane], row_sum_, 0.0f, uint64_t{1}, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
-    SetFlag<HardEvent::V_S>(EVENT_ID2);
-    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    SetFlag<HardEvent::V_S>(LongFlag::kFold);
+    WaitFlag<HardEvent::V_S>(LongFlag::kFold);
     JoinWeights(ordinal, filled_, joined_);
     chunk_max_.SetValue(lane, joined_.max);
     chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has them
     chunk_weight_.SetValue(lane, 0.0f);
-    SetFlag<HardEvent::S_V>(EVENT_ID3);
-    WaitFlag<HardEvent::S_V>(EVENT_ID3);
+    SetFlag<HardEvent::S_V>(LongFlag::kCarry);
+    WaitFlag<HardEvent::S_V>(LongFlag::kCarry);
     filled_ = 1;
   }
 

@@ -78,8 +78,8 @@ class ReduceRows {
   // kKeep (1 or 0), kWeightOf (0 where not kept) and kBad (NaN or 0) of rows [first, first + n).
   __aicore__ inline void LookUp(int64_t first, int64_t n) {
     CopyIn(target_, Gm<int64_t>(gm_.target, first), n);
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
     if (gm_.weight != nullptr) {
       CopyTargetWeights(target_weight_, gm_.weight, args_, target_, n);
     }
@@ -96,8 +96,8 @@ class ReduceRows {
       V(kKeep).SetValue(r, 0.0f);
       V(kWeightOf).SetValue(r, 0.0f);
     }
-    SetFlag<HardEvent::S_V>(EVENT_ID0);
-    WaitFlag<HardEvent::S_V>(EVENT_ID0);
+    SetFlag<HardEvent::S_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_V>(ReduceFlag::kStep);
   }
 
   // The sum of kCount numbers, by trees, in lane 0 of `out`.
@@ -118,16 +118,16 @@ class ReduceRows {
     } else {
       SumWeights((task - RowBlocks()) * kReduceWeights);
     }
-    SetFlag<HardEvent::V_S>(EVENT_ID0);
-    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
     StoreSums(task, result_.GetValue(0), rows);
   }
   // The sum of class weights [first, first + kReduceWeights).
   __aicore__ inline void SumWeights(int64_t first) {
     const int64_t n = smaller(kReduceWeights, args_.num_classes - first);
     CopyIn(weights_, Gm<float>(gm_.weight, first), n);
-    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
     PadTail(weights_, n, round_up(n, kChunkUnit), 0.0f);
     PipeBarrier<PIPE_V>();
     Reduce<Total>(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
@@ -138,8 +138,8 @@ class ReduceRows {
     for (int64_t i = 2; i < kBlock; ++i) {
       stored_.SetValue(i, 0.0f);
     }
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.sums, task * kBlock), stored_, kBlock);
   }
 
@@ -186,8 +186,8 @@ class ReduceRows {
     } else {
       Sum(result_, V(kLoss));
       Sum(result_[kBlock], V(kZ));
-      SetFlag<HardEvent::V_S>(EVENT_ID0);
-      WaitFlag<HardEvent::V_S>(EVENT_ID0);
+      SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
       StoreSums(task, result_.GetValue(0), result_.GetValue(kBlock));
     }
   }
@@ -203,8 +203,8 @@ class ReduceRows {
     if (gm_.z_loss != nullptr) {
       AscendC::Add(V(kLoss), V(kLoss), V(kZ), n);
     }
-    SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::V_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.loss, first), V(kLoss), n);
     if (gm_.z_loss != nullptr) {
       CopyOut(Gm<float>(gm_.z_loss, first), V(kZ), n);
@@ -224,11 +224,11 @@ class ReduceRows {
     Sums sums{{0, 0}, {0, 0}, 0};
     for (int64_t block = begin; block < end; block += kCount) {
       const int64_t n = smaller(kCount, end - block);
-      SetFlag<HardEvent::S_MTE2>(EVENT_ID0);
-      WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+      SetFlag<HardEvent::S_MTE2>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::S_MTE2>(ReduceFlag::kStep);
       CopyIn(target_weight_, Gm<float>(gm_.sums, block * kBlock), n * kBlock);
-      SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-      WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+      SetFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
       for (int64_t i = 0; i < n; ++i) {
         const float second = target_weight_.GetValue(i * kBlock + 1);
         AddTo(sums.first, target_weight_.GetValue(i * kBlock));
@@ -252,8 +252,8 @@ class ReduceRows {
     stored_.SetValue(kKeptWeight, weight);
     stored_.SetValue(kKeptRows, static_cast<float>(rows.count));
     stored_.SetValue(kClassWeight, classes);
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
   }
 
@@ -271,8 +271,8 @@ class ReduceRows {
     }
     stored_.SetValue(0, loss_sum);
     result_.SetValue(0, z_sum);
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.loss, 0), stored_, 1);
     if (gm_.z_loss != nullptr) {
       CopyOut(Gm<float>(gm_.z_loss, 0), result_, 1);
@@ -291,8 +291,8 @@ class ReduceRows {
       CopyIn(V(kWsum), Gm<float>(gm_.part_wsum, first), n);
       CopyIn(V(kWeightOf), Gm<float>(gm_.part_weight, first), n);
     }
-    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
     const LocalTensor<float> max = result_, sum = result_[kBlock], picked = result_[2 * kBlock];
     BoundVector(V(kT), V(kLse), n);
     AscendC::WholeReduceMax(max, V(kT), n, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
@@ -307,8 +307,8 @@ class ReduceRows {
     AscendC::WholeReduceSum(sum, V(kT), n, kBlock, 1, 1, 0);
     PipeBarrier<PIPE_V>();
     AscendC::Ln(sum, sum, kBlock);
-    SetFlag<HardEvent::V_S>(EVENT_ID0);
-    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
     const TwoFloats lse = TwoSum(max.GetValue(0), sum.GetValue(0));
     float wsum = 0.0f;
     for (int64_t i = 0; gm_.wsum != nullptr && i < n; ++i) {
@@ -330,8 +330,8 @@ class ReduceRows {
   __aicore__ inline void StoreValue(GM_ADDR to, int64_t row, int64_t slot, float value) {
     const LocalTensor<float> block = V(kLoss)[slot * kBlock];
     block.SetValue(0, value);
-    SetFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
-    WaitFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::OfValue(slot));
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::OfValue(slot));
     CopyOut(Gm<float>(to, row), block, 1);
   }
   // Parts of a row that was not read hold zeros, which would join to log(parts).

@@ -5,6 +5,7 @@
 // every dependence between two vector instructions a PipeBarrier<PIPE_V>.
 #pragma once
 
+#include "ascendc/flags.h"
 #include "ascendc/scalar_math.h"
 #include "kernel_operator.h"
 // After the toolkit's header, which tells them that device code is being compiled.
@@ -245,8 +246,8 @@ __aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR w
       CopyIn(to[r * kBlock], Gm<float>(weight, y), 1);
     }
   }
-  SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
-  WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+  SetFlag<HardEvent::MTE2_S>(kTargetWeightsFlag);
+  WaitFlag<HardEvent::MTE2_S>(kTargetWeightsFlag);
 }
 
 // u a, u b and u s of row_math.h, on the scalar unit.

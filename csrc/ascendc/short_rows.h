@@ -74,8 +74,8 @@ class ShortRows {
     if constexpr (kStats) {
       statistics_.SumClassWeights(tile_);
     }
-    SetFlag<HardEvent::V_S>(EVENT_ID4);  // from here the scalar unit writes its lanes
-    WaitFlag<HardEvent::V_S>(EVENT_ID4);
+    SetFlag<HardEvent::V_S>(ShortFlag::kPrepared);  // from here the scalar unit writes its lanes
+    WaitFlag<HardEvent::V_S>(ShortFlag::kPrepared);
     if constexpr (kStats) {
       statistics_.TakeClassWeights(tile_);
     }
@@ -88,7 +88,7 @@ class ShortRows {
 
   __aicore__ inline void ComputeTile(const TileFacts& f) {
     LocalTensor<T> in = copies_.TakeTile();
-    WaitFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
+    WaitFlag<HardEvent::S_V>(ShortFlag::OfSet(f.set));
     if constexpr (kStats) {
       statistics_.WaitStore();
     }

@@ -31,11 +31,11 @@ class ShortTargets {
     for (int64_t word = 0; word < kMaxTileRows / 64; ++word) {
       f.ignored[word] = 0;
     }
-    SetFlag<HardEvent::S_MTE2>(EVENT_ID0);  // the targets of the tile before have been read
-    WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE2>(ShortFlag::kTileTargets);  // the targets of the tile before have been read
+    WaitFlag<HardEvent::S_MTE2>(ShortFlag::kTileTargets);
     CopyIn(target_, Gm<int64_t>(gm_.target, f.first), f.rows);
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_S>(ShortFlag::kTileTargets);
+    WaitFlag<HardEvent::MTE2_S>(ShortFlag::kTileTargets);
     // The vector unit has read this set: the copy above came after one into the buffer of the tile that had it.
     const LocalTensor<float> column = v.SetLane(kColumnOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
@@ -55,7 +55,7 @@ class ShortTargets {
     if (kGrad && gm_.weight != nullptr) {
       LookUpWeights(v, f);
     }
-    SetFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
+    SetFlag<HardEvent::S_V>(ShortFlag::OfSet(f.set));
   }
 
   // On the vector unit, from x, what the softmax sees: a bit at each row's target, and kPicked, x there (0 for targets

@@ -70,8 +70,8 @@ LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, 
 # Where: (file, function, line), and why it is there though no launch needs its ordering.
 PAIRING = "takes a flag that was set for a successor which does not come: flags end in pairs"
 REDUNDANT = {
-    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID0);"): PAIRING,
-    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID1);"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(LongFlag::OfMax(0));"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(LongFlag::OfMax(1));"): PAIRING,
     (
         "short_copies.h",
         "CopyTileIn",
