@@ -46,7 +46,7 @@ class LongFacts {
     if (!kStats) {
       CopyOperandIn(lse_, gm_.lse, pieces);
       CopyOperandIn(lse_low_, gm_.lse_low, pieces);
-      if (args_.reduction == kReductionNone) {
+      if (ReductionIs(args_, Reduction::none)) {
         CopyOperandIn(grad_loss_, gm_.grad_loss, pieces);
         CopyOperandIn(grad_z_loss_, gm_.grad_z_loss, pieces);
       }
@@ -149,7 +149,7 @@ class LongFacts {
   }
   __aicore__ inline Upstream UpstreamOf(int64_t fact) const {
     Upstream up = upstream_;
-    if (args_.reduction == kReductionNone) {
+    if (ReductionIs(args_, Reduction::none)) {
       up.loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(fact) : 0.0f;
       if (args_.lse_square_scale != 0.0f) {
         up.z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(fact) : 0.0f;

@@ -181,7 +181,7 @@ class ReduceRows {
     DropIgnored(V(kLoss), n);
     DropIgnored(V(kZ), n);
     PipeBarrier<PIPE_V>();
-    if (args_.reduction == kReductionNone) {
+    if (ReductionIs(args_, Reduction::none)) {
       StoreRows(first, n);
     } else {
       Sum(result_, V(kLoss));
@@ -254,14 +254,14 @@ class ReduceRows {
     stored_.SetValue(kClassWeight, classes);
     SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
-    CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
+    CopyOut(Gm<float>(gm_.totals, 0), stored_, kTotals);
   }
 
   // l is divided by the kept weight, z by the kept rows: they are added only then.
   __aicore__ inline void JoinLoss() {
     const Sums sums = AddBlocks(0, RowBlocks());
     float loss_sum = Rounded(sums.first), z_sum = Rounded(sums.second);
-    if (args_.reduction == kReductionMean) {
+    if (ReductionIs(args_, Reduction::mean)) {
       const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
       loss_sum = Quotient(loss_sum, totals.GetValue(kKeptWeight));
       z_sum = Quotient(z_sum, totals.GetValue(kKeptRows));

@@ -49,9 +49,9 @@ struct RowTensors {
 
 enum class Output { none, log_prob, grad };
 
-// The order of the totals and the reductions, as in row_math.h.
-constexpr uint64_t kKeptWeight = 0, kKeptRows = 1, kClassWeight = 2;
-constexpr int64_t kReductionNone = 0, kReductionMean = 1;
+__aicore__ inline bool ReductionIs(const XentArgs& args, Reduction reduction) {
+  return args.reduction == static_cast<int64_t>(reduction);
+}
 
 // One stored number as fp32, on the scalar unit.
 __aicore__ inline float ScalarOf(const LocalTensor<float>& x, uint32_t i) {
@@ -127,16 +127,16 @@ struct Total {
 
 // out[0] = the reduction of n numbers, a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle for 64
 // numbers, reductions of whole repeats several. `reduced`: scratch, n / 8 + 64 numbers. Sums are made by trees.
-template <typename Reduction>
+template <typename Operation>
 __aicore__ inline void Reduce(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
                               const LocalTensor<float>& x, int64_t n) {
   const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
   const int64_t repeats = n / kLanes;
-  Reduction::OfBlocks(reduced, x, repeats, kLanes, kBlock);
+  Operation::OfBlocks(reduced, x, repeats, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  Reduction::OfBlocks(again, reduced, repeats / kBlock, kLanes, kBlock);
+  Operation::OfBlocks(again, reduced, repeats / kBlock, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  Reduction::OfRepeats(out, again, 1, repeats, kBlock);
+  Operation::OfRepeats(out, again, 1, repeats, kBlock);
 }
 
 // out = x between the finite bounds of fp32, so that exp(x - out) is no NaN when both are infinite.
@@ -206,10 +206,10 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
   if (args.class_share != 0.0f) {
     up.class_weight = totals.GetValue(kClassWeight);
   }
-  if (args.reduction == kReductionNone) {
+  if (ReductionIs(args, Reduction::none)) {
     return up;
   }
-  const bool mean = args.reduction == kReductionMean;
+  const bool mean = ReductionIs(args, Reduction::mean);
   up.loss = args.unit_upstream != 0 ? 1.0f : gm.grad_loss != nullptr ? Gm<float>(gm.grad_loss, 0).GetValue(0) : 0.0f;
   if (args.lse_square_scale != 0.0f) {
     const float from_z = gm.grad_z_loss != nullptr ? Gm<float>(gm.grad_z_loss, 0).GetValue(0) : 0.0f;

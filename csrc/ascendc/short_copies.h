@@ -55,7 +55,7 @@ class ShortCopies {
       LocalTensor<float> operands = operands_.AllocTensor<float>();
       CopyIn(operands, Gm<float>(gm_.lse, f.first), f.rows);
       CopyOperand(operands[v.lane_count], gm_.lse_low, f);
-      if (args_.reduction == kReductionNone) {
+      if (ReductionIs(args_, Reduction::none)) {
         CopyOperand(operands[2 * v.lane_count], gm_.grad_loss, f);
         CopyOperand(operands[3 * v.lane_count], gm_.grad_z_loss, f);
       }
@@ -71,7 +71,7 @@ class ShortCopies {
     if (gm_.lse_low != nullptr) {
       AscendC::Adds(v[kLseLow], operands[v.lane_count], 0.0f, n);
     }
-    if (kGrad && args_.reduction == kReductionNone) {
+    if (kGrad && ReductionIs(args_, Reduction::none)) {
       if (gm_.grad_loss != nullptr) {
         AscendC::Adds(v[kGradLoss], operands[2 * v.lane_count], 0.0f, n);
         AscendC::Adds(v[kGradZ], operands[2 * v.lane_count], 0.0f, n);

@@ -94,33 +94,33 @@ struct ShortTile {
   // out[r] = the reduction of the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
   // over these makes 8 of them all, and one more block reduction one. What is left of less than 64 columns is reduced
   // by itself: in a block reduction it could leave blocks without any lane.
-  template <typename Reduction>
+  template <typename Operation>
   __aicore__ inline void ReduceTile(const LocalTensor<float>& out, const LocalTensor<float>& a, int64_t rows) const {
     const int64_t blocks = cols / kLanes, tail = cols % kLanes;
     for (int64_t j = 0; j < blocks; ++j) {
-      Reduction::OfBlocks(Part(j, rows), a[j * kLanes], rows, kLanes, RowStride());
+      Operation::OfBlocks(Part(j, rows), a[j * kLanes], rows, kLanes, RowStride());
     }
     if (tail != 0) {
-      Reduction::OfRepeats(blocks > 0 ? (*this)[kTail] : out, a[blocks * kLanes], rows, tail, RowStride());
+      Operation::OfRepeats(blocks > 0 ? (*this)[kTail] : out, a[blocks * kLanes], rows, tail, RowStride());
     }
     PipeBarrier<PIPE_V>();
     if (blocks == 0) {
       return;
     }
     for (int64_t left = blocks; left > 1; left -= left / 2) {
-      Reduction::OfTwo(parts, parts, Part(left - left / 2, rows), left / 2 * rows * kBlock);
+      Operation::OfTwo(parts, parts, Part(left - left / 2, rows), left / 2 * rows * kBlock);
       PipeBarrier<PIPE_V>();
     }
     const int64_t repeats = rows / kBlock, rest = rows % kBlock;
     if (repeats > 0) {
-      Reduction::OfBlocks(out, parts, repeats, kLanes, kBlock);
+      Operation::OfBlocks(out, parts, repeats, kLanes, kBlock);
     }
     if (rest > 0) {
-      Reduction::OfBlocks(out[repeats * kBlock], parts[repeats * kLanes], 1, rest * kBlock, kBlock);
+      Operation::OfBlocks(out[repeats * kBlock], parts[repeats * kLanes], 1, rest * kBlock, kBlock);
     }
     PipeBarrier<PIPE_V>();
     if (tail != 0) {
-      Reduction::OfTwo(out, out, (*this)[kTail], rows);
+      Operation::OfTwo(out, out, (*this)[kTail], rows);
       PipeBarrier<PIPE_V>();
     }
   }
