@@ -27,6 +27,16 @@ struct XentArgs {
   float softcap;  // c, 0: none
 };
 
+// The members of XentArgs, f(name) for each: csrc/module.cpp tells Python the layout from this list.
+#define XENT_ARGS_MEMBERS(f)                                                                                        \
+  f(stage) f(dtype) f(rows) f(cols) f(logits_stride) f(output_stride) f(class_start) f(num_classes) f(ignore_index) \
+      f(reduction) f(read_ignored) f(unit_upstream) f(factor_dtype) f(logit_scale) f(grad_scale) f(target_share)    \
+          f(class_share) f(lse_square_scale) f(softcap)
+
+#define XENT_SIZE(name) +sizeof(XentArgs::name)
+static_assert(sizeof(XentArgs) == 0 XENT_ARGS_MEMBERS(XENT_SIZE), "a member is not in the list, or there is padding");
+#undef XENT_SIZE
+
 namespace npu_xent {
 
 // The launches that an operation consists of.

@@ -26,6 +26,13 @@ struct XentPlan {
   int64_t slots;            // chunks that UB holds at a time
 };
 
+// The members of XentPlan, f(name) for each: csrc/module.cpp tells Python the layout from this list.
+#define XENT_PLAN_MEMBERS(f) f(mode) f(rows_per_tile) f(chunk_cols) f(chunks) f(parts) f(chunks_per_part) f(slots)
+
+#define XENT_SIZE(name) +sizeof(XentPlan::name)
+static_assert(sizeof(XentPlan) == 0 XENT_PLAN_MEMBERS(XENT_SIZE), "a member is not in the list, or there is padding");
+#undef XENT_SIZE
+
 // kernel_operator.h, included before, makes it a macro: device code may call these functions too.
 #ifdef __aicore__
 #define XENT_SHARED __aicore__ constexpr inline
