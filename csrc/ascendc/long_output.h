@@ -1,5 +1,5 @@
-// The output of long rows, log_prob or the gradient, a chunk at a time: made of the chunk's logits and of what the
-// scalar unit found for the row, in fp32, and left in the chunk's slot, where the logits were.
+// The output of long rows, log_prob or the gradient, a chunk at a time: computed in fp32 from the chunk's logits and
+// the row's RowState, and left in the chunk's slot, over the logits.
 #pragma once
 
 #include "ascendc/long_chunks.h"
@@ -16,7 +16,7 @@ class LongOutput {
     zeros_ = ub.GetWithOffset<T>(kZeroBytes / sizeof(T), b.zeros);
   }
 
-  // From `slot` to `slot`; `work` is free.
+  // Replaces the logits in `slot` by the output; `work` is scratch.
   __aicore__ inline void Make(const LongChunks<T>& chunks, const LocalTensor<T>& slot, const LocalTensor<float>& work,
                               int64_t chunk, const RowState& s) {
     const int64_t n = chunks.Size(chunk);
@@ -64,8 +64,8 @@ class LongOutput {
   }
 
  private:
-  // y, from x - lse to the gradient of a chunk in fp32, all but its rounding: scale exp(y) - offset w, with a softcap
-  // times its slope, and what the target's element differs by.
+  // y = the gradient of a chunk in fp32, before rounding, from y = x - lse: scale exp(y) - offset w, times the slope of
+  // a softcap, and the target's element corrected.
   __aicore__ inline void MakeGrad(const LocalTensor<float>& y, const LongChunks<T>& chunks, int64_t chunk,
                                   const RowState& s) {
     const int64_t n = chunks.Size(chunk);

@@ -1,4 +1,5 @@
-// The statistics of a block of pieces on their way out: the scalar unit gathers them in UB, and they leave together.
+// The results of statistics: the scalar unit gathers those of a block of pieces in UB, and one copy each takes them
+// out.
 #pragma once
 
 #include "ascendc/long_statistics.h"
@@ -25,7 +26,7 @@ class LongResults {
     weight_.SetValue(index, statistics.weight);
   }
 
-  // Of all pieces of a block: zeros for those that were not read.
+  // Copies out the statistics of all pieces of a block, zeros for those that were not read.
   __aicore__ inline void Store(const LongPieces<true>& pieces) {
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       if (!pieces.IsRead(pieces.At(i).row)) {

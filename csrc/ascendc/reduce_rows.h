@@ -1,7 +1,7 @@
-// Arithmetic of size N: denominators, losses and their sums, and the statistics of rows that were split into parts.
+// Arithmetic on N numbers: denominators, losses and their sums, and the statistics of rows that were split into parts.
 //
-// Rows are taken kReduceRows at a time, whatever the number of cores; each block leaves its sums in a data block of the
-// workspace, and a second launch on one core adds those up in order. So results do not depend on the number of cores,
+// A task is a block of kReduceRows rows, for any number of cores. Each writes its sums to a data block of the
+// workspace, and a second launch on one core adds them up in order. So results do not depend on the number of cores,
 // and no core waits for another.
 #pragma once
 
@@ -50,13 +50,13 @@ class ReduceRows {
       } else {
         JoinLoss();
       }
-      PipeBarrier<PIPE_ALL>();  // the next task starts from scratch
+      PipeBarrier<PIPE_ALL>();  // closes all flags, and frees all buffers for the next task
     }
   }
 
  private:
   static constexpr int64_t kCount = kReduceRows;
-  // Vectors with a lane a row, or a part of the row at hand; kT is scratch, kLaneSums of Sum.
+  // Vectors with one lane for each row, or for each part of a row. kT is scratch, kLaneSums scratch of Sum.
   enum Vector : int64_t { kKeep, kWeightOf, kBad, kLse, kLseLow, kPicked, kWsum, kLoss, kZ, kT, kLaneSums, kVectors };
 
   __aicore__ inline int64_t RowBlocks() const { return div_up(args_.rows, kCount); }
@@ -100,7 +100,7 @@ class ReduceRows {
     WaitFlag<HardEvent::S_V>(ReduceFlag::kStep);
   }
 
-  // The sum of kCount numbers, by trees, in lane 0 of `out`.
+  // out[0] = the sum of kCount numbers, a tree sum.
   __aicore__ inline void Sum(const LocalTensor<float>& out, const LocalTensor<float>& x) {
     AscendC::WholeReduceSum(V(kLaneSums), x, kLanes, kCount / kLanes, 1, 1, 8);
     PipeBarrier<PIPE_V>();
@@ -143,7 +143,7 @@ class ReduceRows {
     CopyOut(Gm<float>(gm_.sums, task * kBlock), stored_, kBlock);
   }
 
-  // l and z of row_math.h for a block of rows.
+  // l and z of row_math.h, for a block of rows.
   __aicore__ inline void BlockLoss(int64_t task) {
     const int64_t first = task * kCount, n = smaller(kCount, args_.rows - first);
     CopyIn(V(kLse), Gm<float>(gm_.lse, first), n);
@@ -154,7 +154,7 @@ class ReduceRows {
     if (gm_.wsum != nullptr) {
       CopyIn(V(kWsum), Gm<float>(gm_.wsum, first), n);
     }
-    LookUp(first, n);  // its flags, MTE2 to S to V, serve for these copies too
+    LookUp(first, n);  // its flags, MTE2 to S to V, order these copies too
     AscendC::CompareScalar(mask_, V(kKeep), 0.5f, AscendC::CMPMODE::GT, kCount);
     AscendC::Sub(V(kLoss), V(kLse), V(kPicked), n);
     AscendC::Mul(V(kZ), V(kLse), V(kLse), n);
@@ -191,7 +191,7 @@ class ReduceRows {
       StoreSums(task, result_.GetValue(0), result_.GetValue(kBlock));
     }
   }
-  // 0 for rows that are not kept, and beyond row n up to kCount.
+  // x = 0 for rows that are not kept, and for lanes n to kCount.
   __aicore__ inline void DropIgnored(const LocalTensor<float>& x, int64_t n) {
     AscendC::Select(x, mask_, x, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
     PadTail(x, n, round_up(n, kLanes), 0.0f);
@@ -213,8 +213,8 @@ class ReduceRows {
 
   // ---- sums of sums ----
 
-  // The two sums of blocks [begin, end); for totals the second is a count, and kept as an integer: fp32 holds those
-  // exactly only up to 2^24.
+  // The two sums of blocks [begin, end). The second of totals is a count, added up as an integer: fp32 is exact only up
+  // to 2^24.
   struct Sums {
     ExactSum first, second;
     int64_t count;
@@ -257,7 +257,7 @@ class ReduceRows {
     CopyOut(Gm<float>(gm_.totals, 0), stored_, kTotals);
   }
 
-  // l is divided by the kept weight, z by the kept rows: they are added only then.
+  // l is divided by the kept weight and z by the kept rows before they are added.
   __aicore__ inline void JoinLoss() {
     const Sums sums = AddBlocks(0, RowBlocks());
     float loss_sum = Rounded(sums.first), z_sum = Rounded(sums.second);
@@ -334,7 +334,7 @@ class ReduceRows {
     WaitFlag<HardEvent::S_MTE3>(ReduceFlag::OfValue(slot));
     CopyOut(Gm<float>(to, row), block, 1);
   }
-  // Parts of a row that was not read hold zeros, which would join to log(parts).
+  // The parts of an unread row hold zeros, which would join to log(parts).
   __aicore__ inline bool IsUnread(int64_t row) const {
     return args_.read_ignored == 0 && IsIgnored(args_, Gm<int64_t>(gm_.target, row).GetValue(0));
   }
