@@ -156,6 +156,11 @@ check:
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@echo "== Checking types"
+	@$(PY) -m mypy --no-error-summary
+	@# As users see them. Run elsewhere, with the sources in sys.path: in their own folder they do not count as a package.
+	@cd build && PATH="$(abspath $(VENV)/bin):$$PATH" PYTHONPATH=$(CURDIR) \
+	  basedpyright --verifytypes npu_xent --ignoreexternal >types.log || { cat types.log; exit 1; }
 
 format:
 	+@$(call set_up,$(VENV)/.check)
@@ -242,7 +247,8 @@ $(VENV)/.wheel: $(TORCH_STAMP)
 	@$(PIP) install build
 	@touch $@
 
-$(VENV)/.check: $(VENV)/.created
-	@echo "== Installing the formatters"
-	@$(PIP) install ruff==0.14.5 clang-format==21.1.5
+# torch has types of its own, which mypy reads.
+$(VENV)/.check: $(TORCH_STAMP)
+	@echo "== Installing the formatters and type checkers"
+	@$(PIP) install ruff==0.14.5 clang-format==21.1.5 mypy==2.4.1 basedpyright==1.40.2
 	@touch $@
