@@ -2,6 +2,7 @@
 from typing import Any
 
 compiler: str
+KERNEL_INTERFACE: dict[str, dict[str, Any]]
 UB_BYTES: int
 
 def compiled_cpu_capabilities() -> str: ...
