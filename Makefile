@@ -40,7 +40,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train test test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and in two makes at once: the
 # second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -77,7 +77,17 @@ cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("to
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
     -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
   $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
-  $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure
+  $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml
+
+# The C++ tests on this machine; and with checks of addresses and of undefined behaviour. `make test` runs both.
+test-cpp:
+	+@$(call set_up,$(TORCH_STAMP))
+	@$(call cxx_tests,build/tests_host)
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+test-cpp-sanitized:
+	+@$(call set_up,$(TORCH_STAMP))
+	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
 
 test-aarch64:
 	+@$(call set_up,$(TORCH_STAMP))
@@ -146,6 +156,11 @@ check:
 	@$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
+	@echo "== Checking types"
+	@$(PY) -m mypy --no-error-summary
+	@# As users see them. Run elsewhere, with the sources in sys.path: in their own folder they do not count as a package.
+	@cd build && PATH="$(abspath $(VENV)/bin):$$PATH" PYTHONPATH=$(CURDIR) \
+	  basedpyright --verifytypes npu_xent --ignoreexternal >types.log || { cat types.log; exit 1; }
 
 format:
 	+@$(call set_up,$(VENV)/.check)
@@ -232,7 +247,8 @@ $(VENV)/.wheel: $(TORCH_STAMP)
 	@$(PIP) install build
 	@touch $@
 
-$(VENV)/.check: $(VENV)/.created
-	@echo "== Installing the formatters"
-	@$(PIP) install ruff==0.14.5 clang-format==21.1.5
+# torch has types of its own, which mypy reads.
+$(VENV)/.check: $(TORCH_STAMP)
+	@echo "== Installing the formatters and type checkers"
+	@$(PIP) install ruff==0.14.5 clang-format==21.1.5 mypy==2.4.1 basedpyright==1.40.2
 	@touch $@

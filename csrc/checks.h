@@ -143,8 +143,8 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
 
 // The statistics and upstream gradients of which a gradient is made, for n rows of logits of this dtype.
 inline void check_for_gradient(const Options& o, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                               const c10::SymInt& n, at::ScalarType logits, c10::Device device) {
+                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss, const c10::SymInt& n,
+                               at::ScalarType logits, c10::Device device) {
   check_stats(lse, "lse", n, stats_dtype(logits), device);
   if (lse_low) {
     check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);

@@ -62,8 +62,8 @@ GradOf<over_logits> placed(const Tensor& logits, const Tensor& grad) {
   }
 }
 
-RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tensor& target,
-                             const OptionalTensor& weight, bool need_wsum, bool need_log_prob, bool read_ignored) {
+RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                             bool need_wsum, bool need_log_prob, bool read_ignored) {
   check_rows(o, logits, target, weight);
   const int64_t n_cols = logits.size(1);
   const auto row = row_options(o, n_cols);

@@ -1,5 +1,5 @@
-// The primitives of logits that are a product, chunk by chunk: the logits of one chunk at a time, all chunks in the same
-// memory.
+// The primitives of logits that are a product, chunk by chunk: the logits of one chunk at a time, all chunks in the
+// same memory.
 //
 // The products are aten's, the sweeps over the logits are the primitives' own; so this is one implementation for every
 // device. On the CPU, where reading the target is free, ignored rows are left out before the products: a chunk then
@@ -14,9 +14,9 @@
 
 #include <algorithm>
 
-#include "output_allocator.h"
 #include "checks.h"
 #include "ops.h"
+#include "output_allocator.h"
 
 namespace npu_xent::composite {
 namespace {
@@ -246,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor> LinearGrads::results() {
 
 StatsOutputs linear_row_stats_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                         const OptionalTensor& linear_bias, const Tensor& target,
-                                        const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
-                                        bool need_wsum, bool read_ignored) {
+                                        const OptionalTensor& weight, std::optional<int64_t> chunk_rows, bool need_wsum,
+                                        bool read_ignored) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
   check_linear_rows(o, rows);
   const LinearSweep sweep(o, rows, read_ignored);

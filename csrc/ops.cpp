@@ -2,8 +2,8 @@
 //
 // Shapes: logits [N, C] (one copy if not dense along C); target [N] int64; weight [num_classes], fp32 or the logits'
 // dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. lse_low is
-// what rounding took from lse. An output that was not asked for has shape [0]. loss_dtype is that of the loss and z_loss:
-// the logits' dtype unless given (under autocast fp32).
+// what rounding took from lse. An output that was not asked for has shape [0]. loss_dtype is that of the loss and
+// z_loss: the logits' dtype unless given (under autocast fp32).
 //
 // linear_*: the logits are input [N, H] times linear_weight [C, H], plus linear_bias [C], all of one dtype; they exist
 // in chunks of `chunk_rows` rows (a number is picked unless given), one after another in the same memory. Gradients of
@@ -18,8 +18,7 @@ namespace npu_xent {
 
 TORCH_LIBRARY(npu_xent, m) {
   const auto def = [&](const std::string& name, const std::string& arguments, const std::string& returns) {
-    m.def((name + "(" + arguments + ", " + kOptionsSchema + ") -> " + returns).c_str(),
-          {at::Tag::pt2_compliant_tag});
+    m.def((name + "(" + arguments + ", " + kOptionsSchema + ") -> " + returns).c_str(), {at::Tag::pt2_compliant_tag});
   };
 
   // One sweep that reads: row -> lse, lse_low, picked, wsum, and log_prob [N, C] in the logits' dtype.
@@ -43,9 +42,9 @@ TORCH_LIBRARY(npu_xent, m) {
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor grad)");
   def("row_stats_grad_", "Tensor(a!)" + row_stats_grad, "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)");
 
-  // What is of size N; it needs num_classes. Without statistics: totals = (sum of the kept rows' weights, number of kept
-  // rows, sum of the class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss, and
-  // z_loss if lse_square_scale is not 0; [N] for "none", else [].
+  // What is of size N; it needs num_classes. Without statistics: totals = (sum of the kept rows' weights, number of
+  // kept rows, sum of the class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss,
+  // and z_loss if lse_square_scale is not 0; [N] for "none", else [].
   def("reduce_rows",
       "Tensor target, Tensor? weight, Tensor? lse=None, Tensor? lse_low=None, Tensor? picked=None, Tensor? wsum=None, "
       "Tensor? totals=None, *, ScalarType loss_dtype",
@@ -109,8 +108,8 @@ StatsGradOf<over_logits> row_stats_grad(const Options& o, const Tensor& logits, 
 }
 template RowStatsGrad row_stats_grad<false>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&,
                                             const Tensor&, bool);
-template StatsOutputs row_stats_grad<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                    bool);
+template StatsOutputs row_stats_grad<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                           const Tensor&, bool);
 
 Reduced reduce_rows(const Options& o, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
                     const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
@@ -138,8 +137,8 @@ template Loss cross_entropy<true>(const Options&, const Tensor&, const Tensor&, 
                                   std::optional<at::ScalarType>, bool, bool, bool);
 
 StatsOutputs linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                       const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                       std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored) {
+                              const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                              std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored) {
   return call<linear_row_stats>("npu_xent::linear_row_stats", o, input, linear_weight, linear_bias, target, weight,
                                 chunk_rows, need_wsum, read_ignored);
 }

@@ -17,7 +17,7 @@ namespace npu_xent {
 
 using RowStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // lse, lse_low, picked, wsum, log_prob
 using RowStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // lse, lse_low, picked, wsum, grad
-using StatsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;                 // lse, lse_low, picked, wsum
+using StatsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;          // lse, lse_low, picked, wsum
 using Reduced = std::tuple<Tensor, Tensor, Tensor>;                       // loss, z_loss, totals
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;                  // loss, z_loss, lse, log_prob
 using LinearLoss = std::tuple<Tensor, Tensor, Tensor>;                    // loss, z_loss, lse
@@ -67,8 +67,8 @@ struct LinearRows {
 };
 
 StatsOutputs linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                       const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                       std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored);
+                              const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                              std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored);
 
 LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,

@@ -1,6 +1,6 @@
-// The options of the loss. This file alone lists them: members with their defaults, names, schema and ranges. Kernels of
-// every dispatch key take `const Options&` first; `flat` and `call` translate that to and from the flat argument list
-// that the dispatcher wants, where the options come last.
+// The options of the loss. This file alone lists them: members with their defaults, names, schema and ranges. Kernels
+// of every dispatch key take `const Options&` first; `flat` and `call` translate that to and from the flat argument
+// list that the dispatcher wants, where the options come last.
 //
 //   reduction         "none": [N]; "mean" divides by the weight of the kept rows; "sum"
 //   ignore_index      rows with this target take no part; their logits are read only if `read_ignored`
@@ -9,7 +9,8 @@
 //   logit_scale       t: the softmax is that of t x
 //   softcap           c > 0: the softmax is that of c tanh(t x / c)
 //   grad_scale        u: the outermost factor of the gradient, t unless given
-//   class_start       the class of column 0, and num_classes the classes of all shards together, when the logits are one
+//   class_start       the class of column 0, and num_classes the classes of all shards together, when the logits are
+//   one
 //                     shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here.
 //                     Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
 //                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be left out
@@ -58,7 +59,12 @@ struct Options {
   // f(name, member) for each member of `o`.
   template <typename Self, typename F>
   static void visit(Self& o, const F& f) {
-    std::apply([&](auto&... member) { size_t i = 0; (f(kNames[i++], member), ...); }, tie(o));
+    std::apply(
+        [&](auto&... member) {
+          size_t i = 0;
+          (f(kNames[i++], member), ...);
+        },
+        tie(o));
   }
 
   bool need_wsum() const { return label_smoothing != 0; }
@@ -137,8 +143,7 @@ struct Adaptor<f, R (*)(const Options&, Arguments...), std::tuple<Flat...>> {
     return f(o, std::forward<Arguments>(arguments)...);
   }
   static R call(const char* name, const Options& o, Arguments... arguments) {
-    static const auto op =
-        c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(Arguments..., Flat...)>();
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(Arguments..., Flat...)>();
     return std::apply(
         [&](const auto&... member) -> R { return op.call(std::forward<Arguments>(arguments)..., to_flat(member)...); },
         Options::tie(o));

@@ -15,8 +15,8 @@ void release(void* memory) {
   give_memory_back(memory);
 }
 
-// An allocator, so that storages can be resized as others can. Falls back to torch's for small sizes, and where there is
-// no memory.
+// An allocator, so that storages can be resized as others can. Falls back to torch's for small sizes, and where there
+// is no memory.
 class OutputAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {

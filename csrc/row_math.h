@@ -19,12 +19,9 @@
 #include <cstdint>
 #include <limits>
 
+#include "tiling/row_args.h"
+
 namespace npu_xent {
-
-enum class Reduction : int64_t { none, mean, sum };
-
-// N-sized facts that the rows share, in this order in the `totals` tensor.
-enum Totals : int64_t { kKeptWeight, kKeptRows, kClassWeight, kTotals };
 
 // The derivative of c tanh(x / c) where it has the value `capped`; no softcap is 0.
 inline double softcap_slope(double capped, double softcap) {

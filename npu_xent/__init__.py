@@ -27,7 +27,7 @@ from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_los
 from .integrations.torch_npu import patch_torch_npu  # noqa: E402
 from .modules import CrossEntropyLoss  # noqa: E402
 
-__version__ = VERSION
+__version__: str = VERSION
 
 __all__ = [
     "ConstraintError",

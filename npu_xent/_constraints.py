@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ._tensors import INTEGERS
+
 MAX_ROWS = 200_000
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
@@ -23,7 +25,6 @@ REDUCTIONS = ("mean", "sum", "none")
 
 # The way out where strict=False computes what was asked for; other rules name their own.
 LIFT = "Pass strict=False to lift the documented restrictions, or call npu_xent.cross_entropy."
-INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class ConstraintError(ValueError):

@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
+from typing import Any, Literal, overload
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import functional
 from ._loading import prepare
-from .functional import CrossEntropyOutput, cross_entropy, index_target
+from ._options import check_types
+from ._tensors import check_tensors, index_target, transformed, z_loss_like
+from .functional import CrossEntropyOutput, cross_entropy
 
 
+# For type checkers: what the two flags return.
+# fmt: off
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    return_lse: Literal[True], return_z_loss: bool = ...,
+) -> CrossEntropyOutput: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    return_lse: bool = ..., return_z_loss: Literal[True],
+) -> CrossEntropyOutput: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    return_lse: bool = ..., return_z_loss: bool = ...,
+) -> Tensor | CrossEntropyOutput: ...
+# fmt: on
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -76,22 +110,22 @@ def linear_cross_entropy(
         RuntimeError: weight requires a gradient; a second backward without retain_graph=True in the first; a second or
             a forward-mode derivative. (The transforms of torch.func take any derivative.)
     """
-    functional._check_types(
+    options: dict[str, Any] = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+    }
+    check_tensors(
         "linear_cross_entropy",
-        reduction,
         input=input,
         linear_weight=linear_weight,
         target=target,
         linear_bias=linear_bias,
         weight=weight,
     )
-    functional._check_numbers(
-        "linear_cross_entropy",
-        {"ignore_index": ignore_index, "chunk_rows": 1 if chunk_rows is None else chunk_rows},
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=0.0 if softcap is None else softcap,
-    )
+    check_types("linear_cross_entropy", options | {"chunk_rows": chunk_rows})
     probabilities = target.is_floating_point()
     expected = input.shape[:-1] + (linear_weight.shape[:1] if probabilities else ())
     if input.dim() == 0 or target.shape != expected:
@@ -102,19 +136,16 @@ def linear_cross_entropy(
             f"of {target.dtype}"
         )
     shape = input.shape[:-1]
+    loss: Tensor
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
-    if probabilities or functional._transformed():
+    if probabilities or transformed():
         _check_as_the_operator_does(input, linear_weight, linear_bias, weight, ignore_index, softcap, chunk_rows)
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
             target.reshape(-1, *target.shape[len(shape) :]),
             weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
+            **options,
             return_lse=True,
             return_z_loss=True,
         )
@@ -126,11 +157,7 @@ def linear_cross_entropy(
             linear_bias,
             index_target(target.reshape(-1)),
             weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            lse_square_scale=lse_square_scale,
-            softcap=softcap,
+            **options,
             chunk_rows=chunk_rows,
             need_lse=return_lse,
         )
@@ -141,7 +168,7 @@ def linear_cross_entropy(
     return CrossEntropyOutput(
         loss,
         lse.view(shape) if return_lse else None,
-        functional._z_loss_like(loss, z_loss) if return_z_loss else None,
+        z_loss_like(loss, z_loss) if return_z_loss else None,
     )
 
 

@@ -48,7 +48,7 @@ def load_operators() -> None:
         ImportError: the extension was never built here, or was built against another torch.
     """
     try:
-        from . import _build  # type: ignore[attr-defined]
+        from . import _build
     except ImportError as error:
         raise ImportError(
             f"npu_xent has no compiled extension in {_FOLDER}. If it is installed already, Python has found a checkout "

@@ -23,7 +23,9 @@ def version(toolkit: Path) -> str | None:
             text = (toolkit / name).read_text(errors="replace")
         except OSError:  # it is not there, or not for everybody to read
             continue
-        versions = dict(re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE))
+        versions: dict[str, str] = dict(
+            re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE)
+        )
         found = versions.get("toolkit_running_version") or next(iter(versions.values()), None)
         if found:
             return found.rpartition(":")[2]  # the release's own number, after an internal one

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,11 +11,10 @@ from torch import Tensor
 # By name, so that whoever puts this package's function in its place in torch.nn.functional does not put it here too.
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from ._constraints import INTEGERS, check_documented_constraints, target_errors_as_constraints
+from ._constraints import check_documented_constraints, target_errors_as_constraints
 from ._loading import prepare
-
-_OPTIONAL = ("weight", "linear_bias")  # tensors that may be None
-_LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ._options import check_ranges, check_types, refuse_deprecated
+from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -27,20 +25,52 @@ class CrossEntropyOutput(NamedTuple):
     z_loss: Tensor | None
 
 
+# For type checkers: what the two flags return.
+# fmt: off
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    lse_square_scale: float = ..., softcap: float | None = ...,
+    return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ..., consume_logits: bool = ...,
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    lse_square_scale: float = ..., softcap: float | None = ...,
+    return_lse: Literal[True], return_z_loss: bool = ..., consume_logits: bool = ...,
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    lse_square_scale: float = ..., softcap: float | None = ...,
+    return_lse: bool = ..., return_z_loss: Literal[True], consume_logits: bool = ...,
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
+    ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
+    lse_square_scale: float = ..., softcap: float | None = ...,
+    return_lse: bool = ..., return_z_loss: bool = ..., consume_logits: bool = ...,
+) -> Tensor | CrossEntropyOutput: ...
+# fmt: on
 def cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
-    *,
+    size_average: bool | None = None,
     ignore_index: int = -100,
+    reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
+    *,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
     return_lse: bool = False,
     return_z_loss: bool = False,
     consume_logits: bool = False,
-    **deprecated: Any,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy between logits and classes or probabilities, as torch.nn.functional.cross_entropy computes it.
 
@@ -59,6 +89,7 @@ def cross_entropy(
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Those are differentiable too,
             and computed by torch operations, not fused.
         weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
+        size_average, reduce: must be None. torch has deprecated them: use reduction.
         ignore_index: rows with this target take no part: loss 0, gradient 0, not counted. Their logits are not read
             (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient. With
             class probabilities it must be negative, and means nothing.
@@ -75,7 +106,6 @@ def cross_entropy(
         consume_logits: write the gradient over the logits instead of into new memory: during the forward, or for
             float16 and reduction "none" during the backward. Whoever reads `input` afterwards sees the gradient;
             operations that saved it for their own backward raise. A second backward is refused.
-        **deprecated: size_average and reduce of torch are refused; say it with reduction.
 
     Returns:
         The loss, [] or for "none" [N] (input's shape without C), in the dtype of input (float32 under autocast). If an
@@ -91,8 +121,8 @@ def cross_entropy(
             tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on an NPU,
             in a format of its own), with class probabilities, in a transform of torch.func, or where no gradient is
             needed.
-        TypeError: what should be a tensor or a string and is not; a dtype that is not listed, and float64 on an NPU;
-            size_average, reduce or an argument that does not exist.
+        TypeError: what should be a tensor, a number or a string and is not; a dtype that is not listed, and float64 on
+            an NPU; size_average or reduce is not None.
         IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
             of bounds either, but looking would mean waiting: the row's loss and gradient are NaN. (On an NPU, the
             environment variable NPU_XENT_DEBUG=1 asks for looking.)
@@ -100,55 +130,39 @@ def cross_entropy(
             logits that it consumed were written to; a second or a forward-mode derivative; ignore_index >= 0 with
             class probabilities.
     """
-    refuse_deprecated("cross_entropy", deprecated)
-    _check_types("cross_entropy", reduction, input=input, target=target, weight=weight)
-    _check_numbers(
-        "cross_entropy",
-        {"ignore_index": ignore_index},
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=0.0 if softcap is None else softcap,
-    )
+    refuse_deprecated("cross_entropy", size_average, reduce)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+    }
+    check_tensors("cross_entropy", input=input, target=target, weight=weight)
+    check_types("cross_entropy", options)
     _check_shapes(input, target)
-    if target.is_floating_point() or _transformed():
+    if target.is_floating_point() or transformed():
         if consume_logits:
             raise ValueError(
                 "npu_xent.cross_entropy: consume_logits needs class indices and no torch.func transform, since only "
                 "the fused operator can write over the logits; leave it off"
             )
+        check_ranges(options)
         return _by_torch_operations(
-            input,
-            target,
-            weight,
-            ignore_index,
-            reduction,
-            label_smoothing,
-            lse_square_scale,
-            softcap,
-            return_lse,
-            return_z_loss,
+            input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss
         )
     prepare(input)
     shape = target.shape
     input, target = _as_rows(input, target, consume_logits)
     op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
-    loss, z_loss, lse, _ = op.default(
-        input,
-        index_target(target),
-        weight,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        lse_square_scale=lse_square_scale,
-        softcap=softcap,
-        need_lse=return_lse,
-    )
+    loss: Tensor
+    loss, z_loss, lse, _ = op.default(input, index_target(target), weight, **options, need_lse=return_lse)
     if reduction == "none":
         loss = loss.view(shape)
     if not (return_lse or return_z_loss):
         return loss
     return CrossEntropyOutput(
-        loss, lse.view(shape) if return_lse else None, _z_loss_like(loss, z_loss) if return_z_loss else None
+        loss, lse.view(shape) if return_lse else None, z_loss_like(loss, z_loss) if return_z_loss else None
     )
 
 
@@ -196,13 +210,9 @@ def npu_cross_entropy_loss(
             range, on the CPU or with NPU_XENT_DEBUG=1, it is an IndexError too (compiled code raises IndexError alone).
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
-    _check_types("npu_cross_entropy_loss", reduction, input=input, target=target, weight=weight)
-    _check_numbers(
-        "npu_cross_entropy_loss",
-        {"ignore_index": ignore_index},
-        label_smoothing=label_smoothing,
-        lse_square_scale_for_zloss=lse_square_scale_for_zloss,
-    )
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    check_tensors("npu_cross_entropy_loss", input=input, target=target, weight=weight)
+    check_types("npu_cross_entropy_loss", options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss})
     if strict:
         check_documented_constraints(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
@@ -215,9 +225,7 @@ def npu_cross_entropy_loss(
             input,
             index_target(target),
             weight,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
+            **options,
             lse_square_scale=lse_square_scale_for_zloss,
             loss_dtype=input.dtype,
             need_lse=lse_square_scale_for_zloss != 0.0,
@@ -226,70 +234,8 @@ def npu_cross_entropy_loss(
         )
     if reduction != "none":
         loss = loss.view(1)
-    z_loss = _z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
+    z_loss = z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
     return loss, log_prob, z_loss, lse.to(input.dtype)
-
-
-def _check_types(name: str, reduction: Any, **tensors: Any) -> None:
-    """Raise TypeError for what is no tensor, or no name of a reduction: the operator would say it in C++ terms."""
-    for argument, value in tensors.items():
-        if isinstance(value, Tensor):
-            require_dense(name, **{argument: value})
-        elif not (argument in _OPTIONAL and value is None):
-            raise TypeError(f"npu_xent.{name}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
-    if not isinstance(reduction, str):
-        raise TypeError(
-            f'npu_xent.{name}: reduction must be "mean", "sum" or "none", but is a {type(reduction).__name__}'
-        )
-
-
-def require_dense(name: str, **tensors: Tensor) -> None:
-    """Raise TypeError for a tensor whose memory is not one value for each element."""
-    for argument, tensor in tensors.items():
-        if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
-            continue
-        kind, remedy = f"of layout {tensor.layout}", "to_dense()"
-        if tensor.is_nested:
-            kind, remedy = "nested", "to_padded_tensor(0.0)"
-        elif tensor.is_quantized:
-            kind, remedy = "quantized", "dequantize()"
-        raise TypeError(f"npu_xent.{name}: {argument} must be a dense tensor, but is {kind}; pass {argument}.{remedy}")
-
-
-def _check_numbers(name: str, integers: dict[str, Any], **numbers: Any) -> None:
-    """Raise TypeError for what is no number. A compiler cannot trace the question, and needs no such words."""
-    if torch.compiler.is_compiling():
-        return
-    for argument, value in integers.items():
-        if not hasattr(value, "__index__"):
-            raise TypeError(f"npu_xent.{name}: {argument} must be an integer, but is a {type(value).__name__}")
-    for argument, value in numbers.items():
-        if not hasattr(value, "__float__"):
-            raise TypeError(f"npu_xent.{name}: {argument} must be a number, but is a {type(value).__name__}")
-
-
-def refuse_deprecated(name: str, arguments: dict[str, Any]) -> None:
-    """Raise TypeError for arguments that are not there; those that torch has deprecated may be None."""
-    for argument, value in arguments.items():
-        hint = ""
-        if argument in ("size_average", "reduce") and value is None:
-            continue
-        if argument in ("size_average", "reduce"):
-            hint = '; say it with reduction="mean", "sum" or "none"'
-        raise TypeError(f"npu_xent.{name}: unexpected argument {argument!r}{hint}")
-
-
-def index_target(target: Tensor) -> Tensor:
-    """Any integer dtype as int64, which the operators take; others as they are, for the operators to refuse."""
-    if target.dtype == torch.uint64:  # what does not fit in int64 is no class, and must not wrap round to ignore_index
-        target = target.view(torch.int64)
-        return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
-    return target.long() if target.dtype in INTEGERS else target
-
-
-def _z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:
-    """The z-loss in the shape of the loss; the operator leaves it out when its scale is 0."""
-    return torch.zeros_like(loss, requires_grad=False) if z_loss.numel() != loss.numel() else z_loss.view(loss.shape)
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
@@ -314,7 +260,7 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
         raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape
     if not target.is_floating_point():
-        if input.dim() == 2 and not _transformed():
+        if input.dim() == 2 and not transformed():
             return  # the operator says it, row by row
         expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
     if input.dim() == 0 or target.shape != expected:
@@ -331,11 +277,6 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
         )
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func is at work, which the C++ autograd functions do not take part in."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
@@ -344,6 +285,7 @@ def _by_torch_operations(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    *,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -353,16 +295,8 @@ def _by_torch_operations(
     return_z_loss: bool,
 ) -> Tensor | CrossEntropyOutput:
     """cross_entropy out of torch operations, in float32 (float64): for probabilities and for torch.func."""
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"npu_xent: label_smoothing must lie in [0, 1], but is {label_smoothing}.")
-    if not 0.0 <= lse_square_scale < math.inf:
-        raise ValueError(f"npu_xent: lse_square_scale must be finite and not negative, but is {lse_square_scale}.")
-    if softcap is not None and not 1e-6 <= softcap <= 1e6:
-        raise ValueError(
-            f"npu_xent: softcap must lie in [1e-6, 1e6], but is {softcap}; leave it at None for no softcap."
-        )
     classes = input.shape[min(input.dim() - 1, 1)]
-    if input.dtype not in _LOGITS:
+    if input.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")
     if weight is not None and weight.shape != (classes,):
         raise ValueError(

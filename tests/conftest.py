@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.machinery
+import importlib.util
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +37,22 @@ def pytest_configure(config: pytest.Config) -> None:
     # Each parallel region waits for its last thread, which on a busy machine waits for a core: one thread is faster for
     # small tensors. More are asked for where they matter, in test_isa_and_threads.py.
     torch.set_num_threads(1)
+    # Inductor's cache does not know operators' schemas: what another build has cached may not fit this one.
+    built = Path(npu_xent_library()).stat().st_mtime_ns
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/npu_xent_inductor_{built}")
     if config.getoption("--device").startswith("npu"):  # torch knows this device once torch_npu is imported
         importlib.import_module("torch_npu")
+
+
+def npu_xent_library() -> str:
+    """The compiled operators that these tests load, without loading them."""
+    package = importlib.util.find_spec("npu_xent")
+    assert package is not None
+    assert package.submodule_search_locations is not None
+    found = importlib.machinery.PathFinder.find_spec("_C", list(package.submodule_search_locations))
+    assert found is not None, "npu_xent has no compiled extension: make build"
+    assert found.origin is not None
+    return found.origin
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from option_values import factors
 from reference import (
-    DTYPES,
-    REDUCTIONS,
     known,
     make_logits,
     make_target,
@@ -74,23 +73,16 @@ OPERATORS = (
 )
 PRIMITIVES = OPERATORS[:7]
 
-OPTIONS: dict[str, tuple[Any, ...]] = {
-    "dtype": DTYPES,
-    "reduction": REDUCTIONS,
-    "weighted": (False, True),
-    "ignore_index": (None, -100, 1),
-    "label_smoothing": (0.0, 0.1),
-    "lse_square_scale": (0.0, 0.1),
-    "logit_scale": (1.0, 0.7),
-    "softcap": (None, 4.0),
-    "grad_scale": (None, 3.0),
-    "lse_low": (True, False),
-    "layout": ("contiguous", "columns of a wider tensor", "transposed"),
-    "loss_dtype": (None, torch.float32),
-    "need_wsum": (True, False),
-    "need_log_prob": (False, True),
-    "read_ignored": (False, True),
-}
+OPTIONS = factors(
+    *("dtype", "reduction", "weighted", "ignore_index", "label_smoothing", "lse_square_scale", "softcap"),
+    *("logit_scale", "grad_scale"),
+    lse_low=(True, False),
+    layout=("contiguous", "columns of a wider tensor", "transposed"),
+    loss_dtype=(None, torch.float32),
+    need_wsum=(True, False),
+    need_log_prob=(False, True),
+    read_ignored=(False, True),
+)
 CASES = pairwise(OPTIONS)
 
 

@@ -10,11 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "build" / "tests"
 
-# The suites by name: the folder to run in, and the arguments of Python.
+# The suites by name: the folder to run in, the command, and where it writes its report (JUnit's XML).
+PYTEST = [sys.executable, "-m", "pytest"]
 SUITES = {
-    "cpu": (ROOT, ["-m", "pytest", "-n", "auto"]),
-    "npu": (ROOT, ["-m", "cann_sim", "-m", "pytest", "--device", "npu", "tests"]),
-    "cann_sim": (ROOT / "cann_sim", ["-m", "pytest", "-n", "auto"]),
+    "cpu": (ROOT, [*PYTEST, "-n", "auto"], LOGS / "cpu.xml"),
+    "npu": (ROOT, [sys.executable, "-m", "cann_sim", "-m", "pytest", "--device", "npu", "tests"], LOGS / "npu.xml"),
+    "cann_sim": (ROOT / "cann_sim", [*PYTEST, "-n", "auto"], LOGS / "cann_sim.xml"),
+    "cpp": (ROOT, ["make", "test-cpp"], ROOT / "build" / "tests_host" / "junit.xml"),
+    "cpp_sanitized": (ROOT, ["make", "test-cpp-sanitized"], ROOT / "build" / "tests_sanitized" / "junit.xml"),
 }
 
 
@@ -22,15 +25,15 @@ class Suite:
     """A suite under way. Its output goes to the terminal, or into a log that `join` prints."""
 
     def __init__(self, name: str, *, logged: bool = False) -> None:
-        folder, arguments = SUITES[name]
-        self.name, self.logged = name, logged
-        self.report, self.log = LOGS / f"{name}.xml", LOGS / f"{name}.log"
+        folder, command, self.report = SUITES[name]
+        self.name, self.logged, self.log = name, logged, LOGS / f"{name}.log"
         self.report.unlink(missing_ok=True)
         if not logged:
             print(f"== Tests: {name}", flush=True)
+        if "pytest" in command:
+            command = [*command, f"--junitxml={self.report}"]
         with self.log.open("w") as log:
             output = log if logged else None
-            command = [sys.executable, *arguments, f"--junitxml={self.report}"]
             self.process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output)
 
     def join(self) -> Suite:
@@ -43,18 +46,18 @@ class Suite:
         """How many tests passed, and an exit code that they do not explain."""
         lines, failed, code = [], 0, self.process.returncode
         if self.report.exists():
-            counts = xml.etree.ElementTree.parse(self.report).find("testsuite").attrib
+            counts = next(xml.etree.ElementTree.parse(self.report).iter("testsuite")).attrib
             tests, skipped = int(counts["tests"]), int(counts["skipped"])
-            failed = int(counts["failures"]) + int(counts["errors"])
+            failed = int(counts["failures"]) + int(counts.get("errors", 0))
             lines.append(f"{self.name}: {tests - failed - skipped} passed, {failed} failed, {skipped} skipped")
-        if code != (1 if failed else 0) or not lines:
+        if bool(code) != bool(failed) or not lines:
             lines.append(f"{self.name}: exit code {code}" + ("" if lines else ", and no report of the tests"))
         return lines
 
 
 def main() -> int:
     LOGS.mkdir(parents=True, exist_ok=True)
-    done = [Suite("cpu").join()]
+    done = [Suite(name).join() for name in ("cpp", "cpp_sanitized", "cpu")]
     beside = Suite("cann_sim", logged=True)  # the suite on the simulated NPU is one process, and leaves a core to it
     done += [Suite("npu").join(), beside.join()]
     print("== Summary", *(line for suite in done for line in suite.summary()), sep="\n", flush=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors
 from reference import (
     DTYPES,
     INF,
@@ -223,14 +224,10 @@ def test_loss_scale_saves_fp16_gradients_from_underflow(device: torch.device) ->
 @pytest.mark.parametrize(
     "case",
     pairwise(
-        {
-            "reduction": REDUCTIONS,
-            "weighted": (False, True),
-            "ignore_index": (-100, 1),
-            "label_smoothing": (0.0, 0.1),
-            "lse_square_scale": (0.0, 0.1),
-            "softcap": (None, 2.0),
-        }
+        factors(
+            *("reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap"),
+            ignore_index=(-100, 1),  # the first is in no target
+        )
     ),
     ids=case_id,
 )

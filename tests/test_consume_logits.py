@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors, keywords
 from reference import (
     DTYPES,
     LOW_PRECISION,
@@ -35,17 +36,11 @@ import npu_xent
 @pytest.mark.parametrize(
     "case",
     pairwise(
-        {
-            "dtype": DTYPES,
-            "reduction": REDUCTIONS,
-            "shape": [(0, 5), (1, 1), (9, 21), (3, 9001)],
-            "weighted": (False, True),
-            "label_smoothing": (0.0, 0.1),
-            "lse_square_scale": (0.0, 0.1),
-            "softcap": (None, 2.0),
-            "upstream": (1.0, 0.3),
-            "ignore_index": (-100, None),
-        }
+        factors(
+            *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap", "ignore_index"),
+            shape=[(0, 5), (1, 1), (9, 21), (3, 9001)],
+            upstream=(1.0, 0.3),
+        )
     ),
     ids=case_id,
 )
@@ -54,7 +49,7 @@ def test_consuming_the_logits_changes_no_bit(case: dict[str, Any], device: torch
     logits = make_logits(rows, classes, case["dtype"], device)
     target = make_target(rows, classes, device, ignore_index=case["ignore_index"])
     weight = make_weight(classes, torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
+    options = keywords(case)
     shape = (rows,) if case["reduction"] == "none" else ()
     upstream = torch.full(shape, case["upstream"], dtype=case["dtype"], device=device)
     fresh = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options, upstream=upstream)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors
 from reference import (
     DTYPES,
     REDUCTIONS,
@@ -27,16 +28,12 @@ import npu_xent
 from npu_xent import npu_cross_entropy_loss
 
 OUTPUTS = pairwise(
-    {
-        "dtype": DTYPES,
-        "reduction": REDUCTIONS,
-        "scale": (0.0, 0.01),
-        "return_zloss": (False, True),
-        "requires_grad": (False, True),
-        "weighted": (False, True),
-        "label_smoothing": (0.0, 0.1),
-        "ignore_index": (-100, 2),
-    }
+    factors(
+        *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale"),
+        return_zloss=(False, True),
+        requires_grad=(False, True),
+        ignore_index=(-100, 2),
+    )
 )
 
 
@@ -50,7 +47,7 @@ def output_call(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "reduction": case["reduction"],
         "ignore_index": case["ignore_index"],
         "label_smoothing": case["label_smoothing"],
-        "lse_square_scale_for_zloss": case["scale"],
+        "lse_square_scale_for_zloss": case["lse_square_scale"],
         "return_zloss": case["return_zloss"],
         "strict": False,
     }
@@ -69,7 +66,7 @@ def test_outputs(case: dict[str, Any], device: torch.device) -> None:
         reduction=case["reduction"],
         ignore_index=case["ignore_index"],
         label_smoothing=case["label_smoothing"],
-        lse_square_scale=case["scale"],
+        lse_square_scale=case["lse_square_scale"],
     )
     shape = (9,) if case["reduction"] == "none" else (1,)
     assert {t.dtype for t in outputs} == {case["dtype"]}
@@ -83,7 +80,7 @@ def test_outputs(case: dict[str, Any], device: torch.device) -> None:
         assert_near(zloss, expected.z_loss.view(shape), 4 * expected.z_loss.abs(), name="zloss")
     else:
         assert zloss.shape == (0,)
-    if case["scale"]:
+    if case["lse_square_scale"]:
         assert_near(lse, expected.lse, expected.lse.abs(), name="lse_for_zloss")
     else:
         assert lse.shape == (0,)
@@ -91,7 +88,7 @@ def test_outputs(case: dict[str, Any], device: torch.device) -> None:
     differentiable = [
         case["requires_grad"],
         False,
-        case["requires_grad"] and case["return_zloss"] and case["scale"] > 0,
+        case["requires_grad"] and case["return_zloss"] and case["lse_square_scale"] > 0,
     ]
     assert [t.requires_grad for t in (loss, log_prob, zloss)] == differentiable
     assert not lse.requires_grad

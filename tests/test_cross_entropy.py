@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors, keywords
 from reference import (
     DTYPES,
     LAYOUTS,
@@ -41,18 +42,13 @@ from npu_xent import compat
 # Both sides of a vector (16 lanes of fp32 in AVX512), one class, no rows, several rows a task and several chunks a row.
 SHAPES = [(0, 7), (1, 1), (3, 2), (1, 15), (97, 16), (97, 17), (97, 8080)]
 CASES = pairwise(
-    {
-        "dtype": DTYPES,
-        "reduction": REDUCTIONS,
-        "shape": SHAPES,
-        "layout": LAYOUTS,
-        "weight": ("no weight", "float32 weight", "weight as input"),
-        "ignore": ("nothing ignored", "-100 ignored", "a class ignored"),
-        "label_smoothing": (0.0, 0.1, 1.0),
-        "lse_square_scale": (0.0, 0.01),
-        "softcap": (None, 4.0),
-        "upstream": ("upstream 1", "upstream random"),
-    }
+    factors(
+        *("dtype", "reduction", "ignore_index", "label_smoothing", "lse_square_scale", "softcap"),
+        shape=SHAPES,
+        layout=LAYOUTS,
+        weight=("no weight", "float32 weight", "weight as input"),
+        upstream=("upstream 1", "upstream random"),
+    )
 )
 
 
@@ -67,19 +63,12 @@ def upstream_for(kind: str, rows: int, reduction: str, dtype: torch.dtype, devic
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_loss_and_gradient(case: dict[str, Any], device: torch.device) -> None:
     (rows, classes), dtype, reduction = case["shape"], case["dtype"], case["reduction"]
-    ignore_index = {"nothing ignored": None, "-100 ignored": -100, "a class ignored": 0}[case["ignore"]]
     weight_dtype = {"no weight": None, "float32 weight": torch.float32, "weight as input": dtype}[case["weight"]]
     logits = make_logits(rows, classes, dtype, device, layout=case["layout"])
-    target = make_target(rows, classes, device, ignore_index=ignore_index)
+    target = make_target(rows, classes, device, ignore_index=case["ignore_index"])
     weight = None if weight_dtype is None else make_weight(classes, weight_dtype, device)
     upstream = upstream_for(case["upstream"], rows, reduction, dtype, device)
-    options = {
-        "reduction": reduction,
-        "ignore_index": -100 if ignore_index is None else ignore_index,
-        "label_smoothing": case["label_smoothing"],
-        "lse_square_scale": case["lse_square_scale"],
-        "softcap": case["softcap"],
-    }
+    options = keywords(case)
     expected = truth(logits, target, weight, **options, grad_loss=upstream)
 
     loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options, upstream=upstream)
@@ -92,19 +81,12 @@ def test_loss_and_gradient(case: dict[str, Any], device: torch.device) -> None:
 @pytest.mark.isa
 @pytest.mark.parametrize(
     "case",
-    pairwise(
-        {
-            "dtype": DTYPES,
-            "shape": [(3, 32000), (3, 128256), (1, 300000)],
-            "reduction": ["mean", "none"],
-            "softcap": [None, 4.0],
-        }
-    ),
+    pairwise(factors("dtype", "softcap", shape=[(3, 32000), (3, 128256), (1, 300000)], reduction=["mean", "none"])),
     ids=case_id,
 )
 def test_large_vocabularies(case: dict[str, Any], device: torch.device) -> None:
     """All options at once. Exponentials of 300000 classes are not kept from one pass over a row to the next."""
-    dtype, shape, reduction, softcap = case.values()
+    dtype, softcap, shape, reduction = case.values()
     logits, weight = make_logits(*shape, dtype, device), make_weight(shape[1], torch.float32, device)
     target = make_target(*shape, device, ignore_index=-100)
     options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 1e-3, "softcap": softcap}

@@ -133,6 +133,8 @@ def test_a_wheel_has_no_build_products(source: Path) -> None:
     earlier.write_text("")
     setup(source, "build_py", "--build-lib", str(output))
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    sources = {str(path.relative_to(source)) for path in (source / "npu_xent").rglob("*.py")}
+    kinds = ("*.py", "*.pyi", "py.typed")
+    sources = {str(path.relative_to(source)) for kind in kinds for path in (source / "npu_xent").rglob(kind)}
     # _build.py is copied, and written anew by build_ext.
-    assert files == sources | {"npu_xent/py.typed"}
+    assert files == sources
+    assert files >= {"npu_xent/py.typed", "npu_xent/_C.pyi"}

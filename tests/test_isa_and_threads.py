@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors, keywords
 from reference import (
     DTYPES,
-    REDUCTIONS,
     assert_same_bits,
     case_id,
     consuming,
@@ -92,16 +92,10 @@ def test_every_instruction_set_passes_the_same_tests(capability: str, best_capab
 SHAPES = [(97, 8080), (1, 128256), (2, 128256), (3, 128256), (1, 300000), (70000, 3), (0, 5)]
 THREADS = (1, 2, 5)
 CASES = pairwise(
-    {
-        "shape": SHAPES,
-        "dtype": DTYPES,
-        "reduction": REDUCTIONS,
-        "label_smoothing": (0.0, 0.1),
-        "lse_square_scale": (0.0, 0.01),
-        "softcap": (None, 2.0),
-        "weighted": (False, True),
-        "ignore_index": (-100, None),
-    }
+    factors(
+        *("dtype", "reduction", "label_smoothing", "lse_square_scale", "softcap", "weighted", "ignore_index"),
+        shape=SHAPES,
+    )
 )
 # Sums over rows, where no rounding to float32 hides the order of additions.
 CASES.append(CASES[0] | {"shape": (70000, 3), "dtype": torch.float64, "reduction": "mean", "weighted": True})
@@ -114,7 +108,8 @@ def everything(case: dict[str, Any]) -> dict[str, Tensor]:
     logits = make_logits(rows, classes, case["dtype"], device, spread=1.0)
     target = make_target(rows, classes, device, ignore_index=case["ignore_index"])
     weight = make_weight(classes, torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
+    options = keywords(case)
+    ignored = options.get("ignore_index", -100)
     shape = (rows,) if case["reduction"] == "none" else ()
     upstream = torch.full(shape, 0.3, dtype=case["dtype"])
 
@@ -124,9 +119,11 @@ def everything(case: dict[str, Any]) -> dict[str, Tensor]:
             function, logits, target, weight, **options, upstream=upstream
         )
     ops = torch.ops.npu_xent
-    stats = named("row_stats", logits, target, weight, softcap=case["softcap"], need_wsum=True, need_log_prob=True)
+    mapped = {"ignore_index": ignored, "softcap": case["softcap"]}
+    stats = named("row_stats", logits, target, weight, **mapped, need_wsum=True, need_log_prob=True)
     arguments = {"logits": logits, "target": target, "weight": weight, "grad_loss": upstream, **options, **stats}
-    arguments["totals"] = ops.reduce_rows(target, weight, num_classes=classes, loss_dtype=stats["lse"].dtype)[2]
+    reduced = {"ignore_index": ignored, "num_classes": classes, "loss_dtype": stats["lse"].dtype}
+    arguments["totals"] = ops.reduce_rows(target, weight, **reduced)[2]
     found |= stats | {"totals": arguments["totals"], "row_grad": ops.row_grad(**known("row_grad", arguments))}
     if case["reduction"] != "none":
         one_sweep = named("row_stats_grad", **known("row_stats_grad", arguments), read_ignored=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors
 from reference import (
-    REDUCTIONS,
     as_tuple,
     assert_same_bits,
     make_logits,
@@ -24,15 +24,10 @@ def test_module_computes_what_the_function_does(device: torch.device) -> None:
     logits, target = make_logits(6, 9, torch.float32, device), make_target(6, 9, device, ignore_index=3)
     weight = make_weight(9, torch.float32, device)
     for options in pairwise(
-        {
-            "ignore_index": (-100, 3),  # a class of the target
-            "reduction": REDUCTIONS,
-            "label_smoothing": (0.0, 0.1),
-            "lse_square_scale": (0.0, 0.1),
-            "softcap": (None, 2.0),
-            "return_lse": (False, True),
-            "return_z_loss": (False, True),
-        }
+        factors(
+            *("reduction", "label_smoothing", "lse_square_scale", "softcap", "return_lse", "return_z_loss"),
+            ignore_index=(-100, 3),  # a class of the target
+        )
     ):
         for w in (None, weight):
             actual = npu_xent.CrossEntropyLoss(w, **options)(logits, target)

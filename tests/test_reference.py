@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors
 from reference import (
     INF,
     NAN,
-    REDUCTIONS,
     assert_near,
     assert_same_bits,
     case_id,
@@ -27,16 +27,10 @@ from torch.nn import functional as F
 
 CPU = torch.device("cpu")
 CASES = pairwise(
-    {
-        "reduction": REDUCTIONS,
-        "weighted": (False, True),
-        "ignore_index": (None, -100, 2),
-        "label_smoothing": (0.0, 0.1, 1.0),
-        "lse_square_scale": (0.0, 0.01),
-        "logit_scale": (1.0, 0.5),
-        "softcap": (None, 2.0),
-        "dtype": (torch.float64, torch.bfloat16),
-    }
+    factors(
+        *("reduction", "weighted", "ignore_index", "label_smoothing", "lse_square_scale", "logit_scale", "softcap"),
+        dtype=(torch.float64, torch.bfloat16),
+    )
 )
 
 

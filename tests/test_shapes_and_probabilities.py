@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from option_values import factors, keywords
 from reference import (
-    DTYPES,
     REDUCTIONS,
     assert_near,
     assert_same_bits,
@@ -47,23 +47,14 @@ def as_rows(logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     "case",
-    pairwise(
-        {
-            "shape": SHAPES,
-            "dtype": DTYPES,
-            "reduction": REDUCTIONS,
-            "weighted": (False, True),
-            "label_smoothing": (0.0, 0.1),
-            "lse_square_scale": (0.0, 0.1),
-        }
-    ),
+    pairwise(factors("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", shape=SHAPES)),
     ids=case_id,
 )
 def test_more_dimensions_are_rows_with_the_classes_moved_last(case: dict[str, Any], device: torch.device) -> None:
     shape, dtype = case["shape"], case["dtype"]
     logits, target = k_dimensional(shape, dtype, device)
     weight = make_weight(shape[1], torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale")}
+    options = keywords(case)
     loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options)
     expected, expected_grad = loss_and_grad(
         npu_xent.cross_entropy, as_rows(logits), target.flatten(), weight, **options
@@ -169,15 +160,10 @@ def probabilities_truth(
 @pytest.mark.parametrize(
     "case",
     pairwise(
-        {
-            "shape": [(5,), (7, 5), (3, 5, 4), (0, 5)],
-            "dtype": DTYPES,
-            "reduction": REDUCTIONS,
-            "weighted": (False, True),
-            "label_smoothing": (0.0, 0.1, 1.0),
-            "lse_square_scale": (0.0, 0.1),
-            "softcap": (None, 2.0),
-        }
+        factors(
+            *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap"),
+            shape=[(5,), (7, 5), (3, 5, 4), (0, 5)],
+        )
     ),
     ids=case_id,
 )
@@ -188,7 +174,7 @@ def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None
     logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
     q = torch.rand(shape, generator=generator).softmax(min(len(shape) - 1, 1)).to(device, dtype).requires_grad_()
     weight = make_weight(5, torch.float32, device) if case["weighted"] else None
-    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
+    options = keywords(case)
 
     loss = npu_xent.cross_entropy(logits, q, weight, **options)
     loss.sum().backward()

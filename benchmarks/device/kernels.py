@@ -1,7 +1,7 @@
 """The device kernels as Python functions with the signatures of the primitives, launched on cann_sim.
 
-With CPU tensors in the place of a device's: plan, workspace, the launches of an operation in their order. Tensors of
-the caller are the global memory of a launch, to the byte.
+They take CPU tensors, whose memory is the global memory of a launch, and make the plan, the workspace and all launches
+of an operation in their order.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from enum import IntEnum
 from pathlib import Path
-from typing import ClassVar
+from typing import Any
 
 import torch
 
@@ -23,11 +24,17 @@ import npu_xent._C as _C
 
 ROOT = Path(__file__).resolve().parents[2]
 SOC = "Ascend910B3"
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-WHOLE, PARTIAL_STATS, LOG_PROB_ONLY, JOIN_PARTS, BLOCK_TOTALS, JOIN_TOTALS, BLOCK_LOSS, JOIN_LOSS = range(8)
-SHORT, RESIDENT, STREAMING, SPLIT = range(4)
-REDUCE_ROWS, REDUCE_WEIGHTS, SCALE_CHUNK = 256, 4096, 8192  # kReduceRows and so on
+
+# What csrc/tiling says, by way of the extension: nothing of it is repeated here.
+INTERFACE = _C.KERNEL_INTERFACE
+Stage = IntEnum("Stage", INTERFACE["Stage"])
+Reduction = IntEnum("Reduction", INTERFACE["Reduction"])
+RowMode = IntEnum("RowMode", INTERFACE["RowMode"])
+LogitsType = IntEnum("LogitsType", INTERFACE["LogitsType"])
+REDUCE_ROWS, REDUCE_WEIGHTS, SCALE_CHUNK, BLOCK, TOTALS = (
+    INTERFACE["constants"][name] for name in ("reduce_rows", "reduce_weights", "scale_chunk", "block", "totals")
+)
+DTYPES = {torch.float32: LogitsType.fp32, torch.float16: LogitsType.fp16, torch.bfloat16: LogitsType.bf16}
 
 # The tensors of each kernel, in the order of its parameters; a plan and arguments follow.
 STATS = ("lse", "lse_low", "picked", "wsum")
@@ -41,28 +48,19 @@ TENSORS = {
 }
 
 
-class Plan(ctypes.Structure):
-    """XentPlan of csrc/tiling/row_plan.h."""
+def structure(name: str, layout: dict[str, Any]) -> type[ctypes.Structure]:
+    """A struct that kernels take by value, from its size and members; RuntimeError if ctypes lays it out otherwise."""
+    types = {"int64": ctypes.c_int64, "float32": ctypes.c_float}
+    fields = [(member, types[kind]) for member, _, kind in layout["members"]]
+    result = type(name, (ctypes.Structure,), {"_fields_": fields})
+    offsets = [(member, getattr(result, member).offset, kind) for member, _, kind in layout["members"]]
+    if ctypes.sizeof(result) != layout["size"] or offsets != layout["members"]:
+        raise RuntimeError(f"{name} is laid out as {layout} in C++, but takes {ctypes.sizeof(result)} bytes, {offsets}")
+    return result
 
-    _fields_: ClassVar = [
-        (name, ctypes.c_int64)
-        for name in ("mode", "rows_per_tile", "chunk_cols", "chunks", "parts", "chunks_per_part", "slots")
-    ]
 
-
-class Args(ctypes.Structure):
-    """XentArgs of csrc/tiling/row_args.h."""
-
-    _fields_: ClassVar = [
-        (name, ctypes.c_int64)
-        for name in (
-            *("stage", "dtype", "rows", "cols", "logits_stride", "output_stride", "class_start", "num_classes"),
-            *("ignore_index", "reduction", "read_ignored", "unit_upstream", "factor_dtype"),
-        )
-    ] + [
-        (name, ctypes.c_float)
-        for name in ("logit_scale", "grad_scale", "target_share", "class_share", "lse_square_scale", "softcap")
-    ]
+Plan = structure("Plan", INTERFACE["XentPlan"])
+Args = structure("Args", INTERFACE["XentArgs"])
 
 
 @functools.cache
@@ -168,13 +166,13 @@ class Device:
         rows = {"logits": logits, "target": target, "weight": weight}
         stats = self._new_stats(n, need_wsum)
         log_prob = torch.empty(n, c, dtype=logits.dtype) if need_log_prob else None
-        if plan.mode != SPLIT:
+        if plan.mode != RowMode.split:
             outputs = self._outputs(**stats, log_prob=log_prob)
             self.launch("row_stats", self._items(plan, n), plan, args, **rows, **outputs)
         else:
             self._split_stats(plan, args, rows, stats)
             if need_log_prob:
-                args.stage = LOG_PROB_ONLY
+                args.stage = Stage.log_prob_only
                 outputs = self._outputs(log_prob=log_prob)
                 known = {name: stats[name] for name in ("lse", "lse_low")}
                 self.launch("row_stats", n * plan.chunks, plan, args, **rows, **known, **outputs)
@@ -186,7 +184,7 @@ class Device:
 
     @staticmethod
     def _items(plan: Plan, n: int) -> int:
-        return -(-n // plan.rows_per_tile) if plan.mode == SHORT else n * plan.parts
+        return -(-n // plan.rows_per_tile) if plan.mode == RowMode.short else n * plan.parts
 
     def _split_stats(self, plan, args, rows, stats) -> None:
         """Statistics of parts of rows, and then of rows."""
@@ -196,10 +194,10 @@ class Device:
             name: torch.empty(n, plan.parts) if need_wsum or name not in ("part_wsum", "part_weight") else None
             for name in PART_STATS
         }
-        args.stage = PARTIAL_STATS
+        args.stage = Stage.partial_stats
         of_parts = {name.removeprefix("part_") if name != "part_weight" else name: part for name, part in parts.items()}
         self.launch("row_stats", n * plan.parts, plan, args, **rows, **self._outputs(**of_parts))
-        args.stage = JOIN_PARTS
+        args.stage = Stage.join_parts
         operands = {name: rows[name] for name in ("target", "weight")}
         self.launch("reduce_rows", n, plan, args, **operands, **parts, **self._outputs(**stats))
 
@@ -210,7 +208,7 @@ class Device:
         return self._args(
             logits,
             output_stride=grad.stride(0),
-            reduction=REDUCTIONS[reduction],
+            reduction=Reduction[reduction],
             logit_scale=logit_scale,
             softcap=softcap or 0.0,
             grad_scale=logit_scale if grad_scale is None else grad_scale,
@@ -261,7 +259,7 @@ class Device:
             ignore_index=ignore_index,
             unit_upstream=unit_upstream,
         )
-        items = self._items(plan, n) if plan.mode == SHORT else n * plan.chunks
+        items = self._items(plan, n) if plan.mode == RowMode.short else n * plan.chunks
         self.launch(
             "row_grad", items, plan, args, logits=logits, target=target, weight=weight, lse=lse, lse_low=lse_low,
             totals=totals, grad_loss=grad_loss, grad_z_loss=grad_z_loss,
@@ -306,7 +304,7 @@ class Device:
             read_ignored=read_ignored,
             unit_upstream=1,
         )
-        if plan.mode == SPLIT:
+        if plan.mode == RowMode.split:
             self._split_stats(plan, args, rows, stats)
             grad = self.row_grad(
                 logits, target, weight, stats["lse"], stats["lse_low"], totals, None, reduction=reduction,
@@ -343,7 +341,7 @@ class Device:
             cols=num_classes,
             num_classes=num_classes,
             ignore_index=ignore_index,
-            reduction=REDUCTIONS[reduction],
+            reduction=Reduction[reduction],
             target_share=1 - label_smoothing,
             class_share=label_smoothing / num_classes,
             lse_square_scale=lse_square_scale,
@@ -357,19 +355,19 @@ class Device:
 
         if lse is None:
             tasks = blocks + (-(-num_classes // REDUCE_WEIGHTS) if weight is not None else 0)
-            sums, totals = torch.empty(tasks, 8), torch.empty(3)
-            run(BLOCK_TOTALS, tasks, **self._outputs(sums=sums))
-            run(JOIN_TOTALS, 1, sums=sums, **self._outputs(totals=totals))
+            sums, totals = torch.empty(tasks, BLOCK), torch.empty(TOTALS)
+            run(Stage.block_totals, tasks, **self._outputs(sums=sums))
+            run(Stage.join_totals, 1, sums=sums, **self._outputs(totals=totals))
             return totals
         stats = {"lse": lse, "lse_low": lse_low, "picked": picked, "wsum": wsum, "totals": totals}
         shape = n if reduction == "none" else ()
         loss, z_loss = torch.empty(shape), torch.empty(shape) if lse_square_scale else None
         if reduction == "none":
-            run(BLOCK_LOSS, blocks, **stats, **self._outputs(loss=loss, z_loss=z_loss))
+            run(Stage.block_loss, blocks, **stats, **self._outputs(loss=loss, z_loss=z_loss))
         else:
-            sums = torch.empty(blocks, 8)
-            run(BLOCK_LOSS, blocks, **stats, **self._outputs(sums=sums))
-            run(JOIN_LOSS, 1, totals=totals, sums=sums, **self._outputs(loss=loss, z_loss=z_loss))
+            sums = torch.empty(blocks, BLOCK)
+            run(Stage.block_loss, blocks, **stats, **self._outputs(sums=sums))
+            run(Stage.join_loss, 1, totals=totals, sums=sums, **self._outputs(loss=loss, z_loss=z_loss))
         return loss, z_loss
 
     def scale_(self, x: torch.Tensor, factor: torch.Tensor) -> None:

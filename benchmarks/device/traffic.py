@@ -28,7 +28,6 @@ import kernels  # noqa: E402 - beside this file
 
 SHAPES = ((4096, 8080), (4096, 32000), (2048, 128256), (8, 151936), (65536, 64))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-MODES = ("short", "resident", "streaming", "split")  # RowMode of csrc/tiling/row_plan.h
 CORES = 48
 SCALES = (0.5, 1.0, 2.0)  # of the GM bandwidth
 SMALL = 5_000_000  # elements of a shape that is run with all its rows in any case
@@ -150,7 +149,7 @@ def measure(shape: tuple[int, int], rows: int, dtype: str, scales: Iterable[floa
         config = cann_sim.Config(check=False, bandwidth_scale=scale)
         ours.append(training_sweep(logits, target, config, plan)[0])
         plain.append(three_sweeps(logits, target, config)[0])
-    return Measurement(shape, rows, dtype, MODES[plan.mode], ours, plain)
+    return Measurement(shape, rows, dtype, kernels.RowMode(plan.mode).name, ours, plain)
 
 
 def rows_to_run(shape: tuple[int, int], rows_per_core: int | None = None) -> int:

@@ -1,4 +1,4 @@
-// The chunks of long rows in UB: a ring of slots in the logits' dtype, room to work on two of them in fp32, and a chunk
+// The chunks of long rows in UB: a ring of slots in the logits' dtype, work space for two chunks in fp32, and one chunk
 // of the class weights.
 #pragma once
 
@@ -9,8 +9,6 @@ namespace npu_xent {
 
 template <typename T>
 class LongChunks {
-  static constexpr event_t kWeightFlag = static_cast<event_t>(6);  // long_rows.h uses those below for the slots
-
  public:
   __aicore__ inline LongChunks(const XentPlan& plan, const XentArgs& args, const RowTensors& tensors)
       : plan_(plan), args_(args), gm_(tensors), softcap_(args) {}
@@ -27,7 +25,7 @@ class LongChunks {
     }
   }
 
-  // Where load number `load` is, and room to work on it.
+  // The slot of load number `load`, and its work space.
   __aicore__ inline LocalTensor<T> Slot(int64_t load) const { return ring_[(load % slots_) * plan_.chunk_cols]; }
   __aicore__ inline LocalTensor<float> Work(int64_t load) const { return work_[load % 2 * plan_.chunk_cols]; }
 
@@ -39,22 +37,29 @@ class LongChunks {
 
   __aicore__ inline void CopyLogitsIn(int64_t load, int64_t row, int64_t chunk) const {
     CopyIn(Slot(load), Gm<T>(gm_.logits, row * args_.logits_stride + FirstColumn(chunk)), Size(chunk));
+    SetFlag<HardEvent::MTE2_V>(LongFlag::OfChunk(load));
+  }
+  __aicore__ inline void WaitLogits(int64_t load) {
+    WaitFlag<HardEvent::MTE2_V>(LongFlag::OfChunk(load));
+    arrived_ = load;
   }
   __aicore__ inline void CopyOutputOut(int64_t load, int64_t row, int64_t chunk) const {
     CopyOut(Gm<T>(gm_.output, row * args_.output_stride + FirstColumn(chunk)), Slot(load), Size(chunk));
   }
-  // The class weights of a chunk, for the vector unit. Rare, so it is not worth a second buffer.
+  // The class weights of a chunk, for the vector unit. It waits for the copy: weights with label smoothing are rare, so
+  // there is no second buffer.
   __aicore__ inline LocalTensor<float> CopyWeightIn(int64_t chunk) const {
-    SetFlag<HardEvent::V_MTE2>(kWeightFlag);
-    WaitFlag<HardEvent::V_MTE2>(kWeightFlag);
+    const int32_t flag = LongFlag::OfChunk(arrived_);
+    SetFlag<HardEvent::V_MTE2>(flag);
+    WaitFlag<HardEvent::V_MTE2>(flag);
     CopyIn(weight_, Gm<float>(gm_.weight, args_.class_start + FirstColumn(chunk)), Size(chunk));
-    SetFlag<HardEvent::MTE2_V>(kWeightFlag);
-    WaitFlag<HardEvent::MTE2_V>(kWeightFlag);
+    SetFlag<HardEvent::MTE2_V>(flag);
+    WaitFlag<HardEvent::MTE2_V>(flag);
     return weight_;
   }
 
-  // What the softmax sees of the logits, in fp32: in the slot itself when it is that already, else in `work`. With a
-  // softcap Deficit() receives what softcap.h calls so, if that is wanted.
+  // The logits after scale and softcap, in fp32: in the slot if IsScaledAlready, else in `work`. With a softcap and
+  // `with_deficit`, Deficit() then holds the deficit of softcap.h.
   __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& slot, const LocalTensor<float>& work, int64_t n,
                                               bool with_deficit = false) const {
     const LocalTensor<float> x = ScaledLogits(slot, work, args_, n);
@@ -66,13 +71,13 @@ class LongChunks {
     }
     return x;
   }
-  // The same where Mapped has been before.
+  // The result of an earlier Mapped.
   __aicore__ inline LocalTensor<float> MappedBefore(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
     return IsScaledAlready<T>(args_) ? Fp32Of(slot, work) : work;
   }
 
   __aicore__ inline const Softcap& Cap() const { return softcap_; }
-  // Of a chunk, until Mapped is called again.
+  // Of the chunk last given to Mapped.
   __aicore__ inline LocalTensor<float> Deficit() const { return cap_; }
 
  private:
@@ -80,6 +85,7 @@ class LongChunks {
   const XentArgs args_;
   const RowTensors gm_;
   int64_t slots_ = 0;
+  int64_t arrived_ = 0;  // the load that the vector unit waited for last
   Softcap softcap_;
   LocalTensor<T> ring_;
   LocalTensor<float> work_, weight_, cap_;

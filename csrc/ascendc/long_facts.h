@@ -1,5 +1,5 @@
-// What is known of a row beside its logits: the target's logit and class weight, statistics and upstream gradients that
-// are operands; and the numbers that the scalar unit makes of them for the row's output.
+// Facts about long rows, besides their logits: the target's logit and class weight, and statistics and upstream
+// gradients that are operands. From these the scalar unit computes the numbers for a row's output.
 #pragma once
 
 #include "ascendc/long_pieces.h"
@@ -7,13 +7,13 @@
 
 namespace npu_xent {
 
-// What the output of a row is made of.
+// The numbers for the output of a row.
 struct RowState {
   bool zero, undefined;  // an ignored row; a row without a distribution
   float lse, lse_low;
-  float scale, offset;  // gradient = scale exp(x - lse) - offset w, x what the softmax sees; times a softcap's slope
+  float scale, offset;  // gradient = (scale exp(x - lse) - offset w) slope; x and slope after scale and softcap
   int64_t target;       // column, or -1
-  bool target_known;    // the gradient there is `target_value`, else `target_step` is to be added
+  bool target_known;    // the gradient at the target is `target_value`; else `target_step` has to be added there
   float target_value, target_step;
 };
 
@@ -33,27 +33,27 @@ class LongFacts {
       capped_ = ub.GetWithOffset<float>(kFactRows, b.capped);
     }
   }
-  // What all rows share.
+  // Reads what all rows share.
   __aicore__ inline void Prepare() {
     if constexpr (kOutput == Output::grad) {
       upstream_ = ReadUpstream(args_, gm_);
     }
   }
 
-  // Targets and the rest of a block, to be read by the scalar unit.
+  // Brings the facts of a block to where the scalar unit reads them.
   __aicore__ inline void Stage(LongPieces<kStats>& pieces, const Softcap& softcap) {
     pieces.CopyTargetsIn(gm_.target);
     if (!kStats) {
       CopyOperandIn(lse_, gm_.lse, pieces);
       CopyOperandIn(lse_low_, gm_.lse_low, pieces);
-      if (args_.reduction == kReductionNone) {
+      if (ReductionIs(args_, Reduction::none)) {
         CopyOperandIn(grad_loss_, gm_.grad_loss, pieces);
         CopyOperandIn(grad_z_loss_, gm_.grad_z_loss, pieces);
       }
     }
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    // A target's logit and weight come by copies of their own: a scalar read of GM would wait for each.
+    SetFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
+    WaitFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
+    // A copy for each target's logit and weight: copies can overlap; scalar reads of GM would wait for each other.
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       const Piece piece = pieces.At(i);
       const int64_t column = pieces.TargetColumn(piece);
@@ -64,24 +64,24 @@ class LongFacts {
         CopyIn(target_weight_[i * kBlock], Gm<float>(gm_.weight, pieces.TargetOf(piece.row)), 1);
       }
     }
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+    SetFlag<HardEvent::MTE2_S>(LongFlag::kTargets);
+    WaitFlag<HardEvent::MTE2_S>(LongFlag::kTargets);
     if (softcap.IsOn()) {
       CapPicked(pieces, softcap);
     }
   }
 
-  // Of piece `index`, which has its row's target: what the softmax sees of the logit there, in fp32.
+  // The target's logit after scale and softcap, in fp32, for piece `index`, which has its row's target.
   __aicore__ inline float MappedPicked(int64_t index) const {
     return args_.softcap != 0.0f ? capped_.GetValue(index) : ScaledPicked(index);
   }
-  // `picked` of row_math.h, and NaN for a target that is no class.
+  // `picked` of row_math.h; NaN for a bad target.
   __aicore__ inline float Picked(const LongPieces<kStats>& pieces, int64_t index) const {
     const Piece piece = pieces.At(index);
     return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? MappedPicked(index) : 0.0f;
   }
 
-  // From statistics that are operands.
+  // From statistics that are operands, or that were computed here.
   __aicore__ inline RowState MakeState(const LongPieces<kStats>& pieces, const Softcap& softcap, int64_t index) const {
     const int64_t fact = pieces.At(index).row - pieces.FirstRow();
     const float lse_low = gm_.lse_low != nullptr ? lse_low_.GetValue(fact) : 0.0f;
@@ -130,17 +130,17 @@ class LongFacts {
   __aicore__ inline float ScaledPicked(int64_t index) const {
     return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
   }
-  // The scalar unit has no exp: the targets' logits of a block go through the vector unit, all at a time.
+  // The scalar unit has no exp: the vector unit caps the targets' logits of a block, all at once.
   __aicore__ inline void CapPicked(const LongPieces<kStats>& pieces, const Softcap& softcap) const {
     for (int64_t i = 0; i < kFactRows; ++i) {
       const bool has_target = i < pieces.Count() && pieces.TargetColumn(pieces.At(i)) >= 0;
       capped_.SetValue(i, has_target ? ScaledPicked(i) : 0.0f);
     }
-    SetFlag<HardEvent::S_V>(EVENT_ID4);
-    WaitFlag<HardEvent::S_V>(EVENT_ID4);
+    SetFlag<HardEvent::S_V>(LongFlag::kCap);
+    WaitFlag<HardEvent::S_V>(LongFlag::kCap);
     softcap.Apply(capped_, kFactRows);
-    SetFlag<HardEvent::V_S>(EVENT_ID4);
-    WaitFlag<HardEvent::V_S>(EVENT_ID4);
+    SetFlag<HardEvent::V_S>(LongFlag::kCap);
+    WaitFlag<HardEvent::V_S>(LongFlag::kCap);
   }
   __aicore__ inline void CopyOperandIn(const LocalTensor<float>& to, GM_ADDR from, const LongPieces<kStats>& pieces) {
     if (from != nullptr) {
@@ -149,7 +149,7 @@ class LongFacts {
   }
   __aicore__ inline Upstream UpstreamOf(int64_t fact) const {
     Upstream up = upstream_;
-    if (args_.reduction == kReductionNone) {
+    if (ReductionIs(args_, Reduction::none)) {
       up.loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(fact) : 0.0f;
       if (args_.lse_square_scale != 0.0f) {
         up.z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(fact) : 0.0f;
@@ -163,7 +163,7 @@ class LongFacts {
   const RowTensors gm_;
   Upstream upstream_{};
   LocalTensor<T> picked_;                                       // a data block a piece
-  LocalTensor<float> target_weight_;                            // likewise
+  LocalTensor<float> target_weight_;                            // a data block a piece
   LocalTensor<float> capped_;                                   // with a softcap: picked logits, by piece
   LocalTensor<float> lse_, lse_low_, grad_loss_, grad_z_loss_;  // operands, by row
 };

@@ -1,5 +1,5 @@
-// The output of long rows, log_prob or the gradient, a chunk at a time: made of the chunk's logits and of what the
-// scalar unit found for the row, in fp32, and left in the chunk's slot, where the logits were.
+// The output of long rows, log_prob or the gradient, a chunk at a time: computed in fp32 from the chunk's logits and
+// the row's RowState, and left in the chunk's slot, over the logits.
 #pragma once
 
 #include "ascendc/long_chunks.h"
@@ -9,8 +9,6 @@ namespace npu_xent {
 
 template <typename T, Output kOutput>
 class LongOutput {
-  static constexpr event_t kZerosFlag = static_cast<event_t>(6);  // long_rows.h uses those below for the slots
-
  public:
   __aicore__ inline LongOutput(const XentArgs& args, const RowTensors& tensors) : args_(args), gm_(tensors) {}
 
@@ -18,7 +16,7 @@ class LongOutput {
     zeros_ = ub.GetWithOffset<T>(kZeroBytes / sizeof(T), b.zeros);
   }
 
-  // From `slot` to `slot`; `work` is free.
+  // Replaces the logits in `slot` by the output; `work` is scratch.
   __aicore__ inline void Make(const LongChunks<T>& chunks, const LocalTensor<T>& slot, const LocalTensor<float>& work,
                               int64_t chunk, const RowState& s) {
     const int64_t n = chunks.Size(chunk);
@@ -51,8 +49,10 @@ class LongOutput {
       }
       if (!filled) {
         AscendC::Duplicate(zeros_.template ReinterpretCast<float>(), 0.0f, kZeroBytes / sizeof(float));
-        SetFlag<HardEvent::V_MTE3>(kZerosFlag);
-        WaitFlag<HardEvent::V_MTE3>(kZerosFlag);
+        SetFlag<HardEvent::V_S>(LongFlag::kZeros);
+        WaitFlag<HardEvent::V_S>(LongFlag::kZeros);
+        SetFlag<HardEvent::S_MTE3>(LongFlag::kZeros);
+        WaitFlag<HardEvent::S_MTE3>(LongFlag::kZeros);
         filled = true;
       }
       const int64_t end = smaller(chunks.FirstColumn(piece.end), args_.cols);
@@ -64,8 +64,8 @@ class LongOutput {
   }
 
  private:
-  // y, from x - lse to the gradient of a chunk in fp32, all but its rounding: scale exp(y) - offset w, with a softcap
-  // times its slope, and what the target's element differs by.
+  // y = the gradient of a chunk in fp32, before rounding, from y = x - lse: scale exp(y) - offset w, times the slope of
+  // a softcap, and the target's element corrected.
   __aicore__ inline void MakeGrad(const LocalTensor<float>& y, const LongChunks<T>& chunks, int64_t chunk,
                                   const RowState& s) {
     const int64_t n = chunks.Size(chunk);

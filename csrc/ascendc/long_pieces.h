@@ -1,17 +1,17 @@
-// Which rows a core works on at a time when rows are cut into chunks of columns: a block of pieces, the targets that
-// tell which of them are read, and the way over the chunks of those.
+// The rows that a core works on at a time when rows are cut into chunks of columns: a block of pieces, the targets,
+// which decide which rows are read, and the walk over the chunks of these rows.
 #pragma once
 
 #include "ascendc/row_kernel.h"
 
 namespace npu_xent {
 
-// A row, or the part of it that this core has: chunks [begin, end).
+// Chunks [begin, end) of a row: all of them, or this core's part.
 struct Piece {
   int64_t row, begin, end;
 };
 
-// A chunk on the way over those that are read, in order: of each piece all of them, once or twice.
+// A position on the walk over the chunks that are read: piece by piece, all chunks of a piece, once or twice.
 struct Cursor {
   int64_t index, ordinal;  // of the piece, in the block and among those that are read
   int64_t pass, chunk;
@@ -30,11 +30,11 @@ class LongPieces {
     target_ = ub.GetWithOffset<int64_t>(kFactRows, b.target);
   }
 
-  // What the cores share out: with statistics rows or parts of rows, without only chunks.
+  // The number of items that cores share out: rows or parts of rows with statistics, chunks without.
   __aicore__ inline int64_t Items() const {
     return kStats ? work_items(plan_, args_.rows) : chunk_items(plan_, args_.rows);
   }
-  // Makes those from `first` on the block at hand, as many as there is memory for facts; returns where the next begins.
+  // Makes a block of the items from `first` on, as many as there is memory for facts; returns the next block's first.
   __aicore__ inline int64_t TakeBlock(int64_t first, int64_t end) {
     const int64_t last = kStats ? first + kFactRows : (first / plan_.chunks + kFactRows) * plan_.chunks;
     first_ = first;
@@ -60,14 +60,14 @@ class LongPieces {
     return {row, larger(first_ - start, 0), smaller(last_ - start, plan_.chunks)};
   }
 
-  // ---- targets, from when they have been copied in ----
+  // ---- targets, once they have been copied in ----
 
   __aicore__ inline void CopyTargetsIn(GM_ADDR target) { CopyIn(target_, Gm<int64_t>(target, first_row_), RowCount()); }
   __aicore__ inline int64_t TargetOf(int64_t row) const { return target_.GetValue(row - first_row_); }
   __aicore__ inline bool IsRowIgnored(int64_t row) const { return IsIgnored(args_, TargetOf(row)); }
   __aicore__ inline bool IsRowBad(int64_t row) const { return IsBad(args_, TargetOf(row)); }
   __aicore__ inline bool IsRead(int64_t row) const { return !IsRowIgnored(row) || args_.read_ignored != 0; }
-  // The target's column if it is one of the piece's, else -1.
+  // The target's column if the piece has it, else -1.
   __aicore__ inline int64_t TargetColumn(const Piece& piece) const {
     const int64_t column = ColumnOf(args_, TargetOf(piece.row));
     const bool here = column >= piece.begin * plan_.chunk_cols && column < piece.end * plan_.chunk_cols;
@@ -89,7 +89,7 @@ class LongPieces {
     SkipUnread(at);
     return at;
   }
-  // To the next chunk, after `passes` times the chunks of the piece.
+  // To the next chunk: every piece is passed over `passes` times.
   __aicore__ inline void Advance(Cursor& at, int64_t passes) const {
     if (++at.chunk < at.piece.end) {
       return;
@@ -114,7 +114,7 @@ class LongPieces {
 
   const XentPlan plan_;
   const XentArgs args_;
-  int64_t first_ = 0, last_ = 0;  // of the pieces, without statistics of the chunks
+  int64_t first_ = 0, last_ = 0;  // items of the block
   int64_t count_ = 0, first_row_ = 0;
   LocalTensor<int64_t> target_;
 };

@@ -1,4 +1,5 @@
-// The statistics of a block of pieces on their way out: the scalar unit gathers them in UB, and they leave together.
+// The results of statistics: the scalar unit gathers those of a block of pieces in UB, and one copy each takes them
+// out.
 #pragma once
 
 #include "ascendc/long_statistics.h"
@@ -25,15 +26,15 @@ class LongResults {
     weight_.SetValue(index, statistics.weight);
   }
 
-  // Of all pieces of a block: zeros for those that were not read.
+  // Copies out the statistics of all pieces of a block, zeros for those that were not read.
   __aicore__ inline void Store(const LongPieces<true>& pieces) {
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       if (!pieces.IsRead(pieces.At(i).row)) {
         Set(i, RowStatistics{{0.0f, 0.0f}, 0.0f, 0.0f}, 0.0f);
       }
     }
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(LongFlag::kResults);
+    WaitFlag<HardEvent::S_MTE3>(LongFlag::kResults);
     CopyOut(Gm<float>(gm_.lse, pieces.First()), lse_, pieces.Count());
     CopyOut(Gm<float>(gm_.lse_low, pieces.First()), lse_low_, pieces.Count());
     CopyOut(Gm<float>(gm_.picked, pieces.First()), picked_, pieces.Count());

@@ -1,12 +1,12 @@
-// Rows that are cut into chunks of columns: all row modes but `short` (row_plan.h). Here is the order of the work; what
-// is done to a chunk is in long_statistics.h and long_output.h.
+// Rows that are cut into chunks of columns: all row modes except `short` (row_plan.h). This file has the order of the
+// work; long_statistics.h and long_output.h have the arithmetic on a chunk.
 //
 // A chunk is copied into one slot of a ring in UB (pipe MTE2), read there for its row's statistics, overwritten there
-// with its output (pipe V), and copied out from there (MTE3); then the slot is free. Flags go with the chunk: MTE2_V,
-// V_MTE3, and MTE3_MTE2 or V_MTE2 when it leaves. Chunk i uses flag number i % kFlags: fewer are ever open at a time.
+// with its output (pipe V), and copied out from there (MTE3). Then the slot is free. The chunk's flags follow it:
+// MTE2_V when it has arrived, V_MTE3 when its output is made, and MTE3_MTE2 or V_MTE2 when its slot is free (flags.h).
 //
-// The vector unit finds the maximum of chunk i + 1 before it sums chunk i, so that it need not wait for the scalar
-// unit; outputs trail the statistics by more than a row, and nobody waits there either.
+// The vector unit finds the maximum of chunk i + 1 before it sums chunk i, so it need not wait for the scalar unit.
+// Outputs trail the statistics by more than a row, so no unit waits there either.
 #pragma once
 
 #include "ascendc/long_chunks.h"
@@ -21,8 +21,8 @@ namespace npu_xent {
 template <typename T, Output kOutput, bool kStats>
 class LongRows {
   static constexpr bool kHasOutput = kOutput != Output::none;
-  static constexpr int64_t kFlags = 6;
-  static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag is waited for before it is set again");
+  static constexpr int64_t kFlags = LongFlag::kChunkIds;
+  static_assert(kFlags >= kStreamSlots && kFlags > kExtraSlots, "a flag must be waited for before it is set again");
 
  public:
   __aicore__ inline LongRows(AscendC::TPipe& pipe, const XentPlan& plan, const XentArgs& args,
@@ -88,12 +88,12 @@ class LongRows {
     if constexpr (kOutput == Output::grad) {
       output_.StoreZeros(chunks_, pieces_);
     }
-    PipeBarrier<PIPE_ALL>();  // the next block starts from scratch
+    PipeBarrier<PIPE_ALL>();  // closes all flags, and frees all buffers for the next block
   }
 
   // ---- the two orders of work ----
 
-  // Every chunk passes once for statistics, or once for an output, or once for each.
+  // Every chunk is loaded for statistics, for an output, or once for each.
   __aicore__ inline void Stream() {
     const int64_t passes = kStats && kHasOutput ? 2 : 1, ahead = slots_ - 2;
     loads_ *= passes;
@@ -103,7 +103,7 @@ class LongRows {
     }
     for (int64_t i = 0; i < loads_; ++i) {
       const bool output = kHasOutput && now.pass + 1 == passes;
-      WaitLoad(i);
+      chunks_.WaitLogits(i);
       if constexpr (kStats) {
         if (!output) {
           StatisticsStep(i, now);
@@ -138,7 +138,7 @@ class LongRows {
     }
   }
 
-  // Every chunk is loaded once and stays until its output is made, a row and kOutputLag chunks later.
+  // Every chunk is loaded once, and stays until its output is made, a row and kOutputLag chunks later.
   __aicore__ inline void Resident() {
     const int64_t lag = plan_.chunks + kOutputLag;
     Cursor in = pieces_.FirstChunk(), now = in, out = in;
@@ -151,7 +151,7 @@ class LongRows {
         Load(i + kPrefetch, in, 1);
       }
       if (i < loads_) {
-        WaitLoad(i);
+        chunks_.WaitLogits(i);
         StatisticsStep(i, now);
         pieces_.Advance(now, 1);
       } else {
@@ -167,14 +167,14 @@ class LongRows {
     }
   }
 
-  // ---- statistics: the maximum of a chunk now, its sums when the maximum of the next has been asked for ----
+  // ---- statistics: the maximum of a chunk at once, its sums after the maximum of the next chunk ----
 
   __aicore__ inline void StatisticsStep(int64_t load, const Cursor& at) {
     statistics_.FindMax(chunks_, load, at);
     SumHeld();
     held_ = Held{load, at};
   }
-  // Sums the chunk that is held, with what the start and the end of a row ask for.
+  // Sums the held chunk. At the start of a row it finishes the row before, at the end it folds the row.
   __aicore__ inline void SumHeld() {
     if (held_.load < 0) {
       return;
@@ -185,7 +185,7 @@ class LongRows {
     }
     statistics_.SumChunk(chunks_, held_.load, at);
     if (!resident_ && held_.load + slots_ < loads_) {
-      SetFlag<HardEvent::V_MTE2>(FlagOf(held_.load));
+      SetFlag<HardEvent::V_MTE2>(LongFlag::OfChunk(held_.load));
     }
     if (at.IsLast()) {
       statistics_.FoldRow(at);
@@ -209,29 +209,25 @@ class LongRows {
 
   // ---- copies of chunks, and their flags ----
 
-  __aicore__ inline event_t FlagOf(int64_t load) const { return static_cast<event_t>(load % kFlags); }
-
   __aicore__ inline void Load(int64_t load, Cursor& at, int64_t passes) {
     if (load >= slots_) {
       const int64_t before = load - slots_;
       if ((stored_ >> (before % kFlags)) % 2 != 0) {
-        WaitFlag<HardEvent::MTE3_MTE2>(FlagOf(before));
+        WaitFlag<HardEvent::MTE3_MTE2>(LongFlag::OfChunk(before));
       } else {
-        WaitFlag<HardEvent::V_MTE2>(FlagOf(before));
+        WaitFlag<HardEvent::V_MTE2>(LongFlag::OfChunk(before));
       }
     }
     chunks_.CopyLogitsIn(load, at.piece.row, at.chunk);
-    SetFlag<HardEvent::MTE2_V>(FlagOf(load));
     pieces_.Advance(at, passes);
   }
-  __aicore__ inline void WaitLoad(int64_t load) { WaitFlag<HardEvent::MTE2_V>(FlagOf(load)); }
 
   // Makes the output of load number `load` and copies it out of its slot.
   __aicore__ inline void OutputStep(int64_t load, const LocalTensor<float>& work, const Cursor& at) {
-    const event_t flag = FlagOf(load);
+    const int32_t flag = LongFlag::OfChunk(load);
     output_.Make(chunks_, chunks_.Slot(load), work, at.chunk, states_[at.ordinal % 2]);
-    // Where no load waits for a copy out any more, nothing else keeps V from setting the flag twice before MTE3 takes
-    // it.
+    // Loads wait for copies out. The last outputs have no such load: nothing else would keep V from setting the flag
+    // twice before MTE3 takes it.
     if (load >= kFlags && load - kFlags + slots_ >= loads_) {
       WaitFlag<HardEvent::MTE3_V>(flag);
     }
@@ -260,7 +256,7 @@ class LongRows {
   const XentArgs args_;
   const bool resident_;
   int64_t slots_ = 0, loads_ = 0;  // of the ring; chunks to load in this block
-  uint64_t stored_ = 0;            // bit i % kFlags: chunk i leaves by a copy out
+  uint64_t stored_ = 0;            // bit i % kFlags: chunk i has an output, so MTE3 frees its slot
   Held held_{-1, {}};
   Pending pending_{-1, 0};
   RowState states_[2];

@@ -1,9 +1,8 @@
 // Statistics of long rows, a chunk at a time: its maximum m, the sum of exp(x - m), and with label smoothing the sums
 // of w (x - m) and of w.
 //
-// The maximum goes by way of the scalar unit, which hands it to the next instructions as an operand; so a chunk takes
-// two steps, and the vector unit has another chunk to do between them. At the end of a row the chunks are joined
-// ("folded"), once more by both units.
+// The scalar unit reads the maximum and passes it to the next instructions as an operand. So a chunk takes two steps,
+// and the vector unit works on another chunk between them. At the end of a row both units join ("fold") its chunks.
 #pragma once
 
 #include "ascendc/long_chunks.h"
@@ -11,7 +10,7 @@
 
 namespace npu_xent {
 
-// Of a row, or of a part of it.
+// The statistics of a row, or of a part of it.
 struct RowStatistics {
   TwoFloats lse;
   float wsum, weight;  // with smoothing; the sum of the class weights
@@ -36,34 +35,34 @@ class LongStatistics {
     row_sum_ = ub.GetWithOffset<float>(kBlock, b.row_sum);
   }
 
-  // Around the chunks of a block: both places of max_out_ are free.
+  // Before and after the chunks of a block: both places of max_out_ are free.
   __aicore__ inline void Begin() {
-    SetFlag<HardEvent::S_V>(EVENT_ID0);
-    SetFlag<HardEvent::S_V>(EVENT_ID1);
+    SetFlag<HardEvent::S_V>(LongFlag::OfMax(0));
+    SetFlag<HardEvent::S_V>(LongFlag::OfMax(1));
   }
   __aicore__ inline void End() {
-    WaitFlag<HardEvent::S_V>(EVENT_ID0);
-    WaitFlag<HardEvent::S_V>(EVENT_ID1);
+    WaitFlag<HardEvent::S_V>(LongFlag::OfMax(0));
+    WaitFlag<HardEvent::S_V>(LongFlag::OfMax(1));
   }
 
-  // First step: the maximum of a chunk, to the scalar unit.
+  // First step: the maximum of a chunk, for the scalar unit.
   __aicore__ inline void FindMax(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
-    const event_t flag = static_cast<event_t>(load % 2);
+    const int32_t flag = LongFlag::OfMax(load);
     const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
-    PipeBarrier<PIPE_V>();  // what was left to do in this work
+    PipeBarrier<PIPE_V>();  // the work space may still be in use
     const LocalTensor<float> x = chunks.Mapped(chunks.Slot(load), chunks.Work(load), n);
     if (n != padded) {
       PadTail(x, n, padded, -kFloatMax);
       PipeBarrier<PIPE_V>();
     }
-    WaitFlag<HardEvent::S_V>(flag);  // it has read the maximum that was there
+    WaitFlag<HardEvent::S_V>(flag);  // the scalar unit has read the maximum there
     Reduce<Maximum>(max_out_[load % 2 * kBlock], reduced_, x, padded);
     SetFlag<HardEvent::V_S>(flag);
   }
 
   // Second step: the sums of a chunk.
   __aicore__ inline void SumChunk(const LongChunks<T>& chunks, int64_t load, const Cursor& at) {
-    const event_t flag = static_cast<event_t>(load % 2);
+    const int32_t flag = LongFlag::OfMax(load);
     const int64_t n = chunks.Size(at.chunk), padded = chunks.PaddedSize(at.chunk);
     const LocalTensor<float> work = chunks.Work(load);
     if (at.IsFirst()) {
@@ -74,7 +73,7 @@ class LongStatistics {
       CarryFold(at.ordinal);
     }
     WaitFlag<HardEvent::V_S>(flag);
-    // Bounded: a chunk of -inf has exponentials 0 then and not NaN, +inf an infinite sum.
+    // Bounded, so that a chunk of -inf has exponentials 0, not NaN, and +inf gives an infinite sum.
     const float max = Bounded(max_out_.GetValue(load % 2 * kBlock));
     SetFlag<HardEvent::S_V>(flag);
     const int64_t lane = FoldLane(at.ordinal, filled_++);
@@ -95,18 +94,18 @@ class LongStatistics {
     Reduce<Total>(chunk_sum_[lane], reduced_, work, padded);
   }
 
-  // The last fold of a row, handed to the scalar unit.
+  // The last fold of a row, for the scalar unit.
   __aicore__ inline void FoldRow(const Cursor& at) {
     Fold(at.ordinal);
     AscendC::Ln(row_sum_, row_sum_, 1);
-    SetFlag<HardEvent::V_S>(EVENT_ID2);
+    SetFlag<HardEvent::V_S>(LongFlag::kFold);
     folded_ = Folded{at.ordinal, filled_, joined_};
   }
-  // Takes what FoldRow handed over; sums of further chunks may be under way.
+  // The statistics of the row that FoldRow was called for last; sums of further chunks may be under way.
   __aicore__ inline RowStatistics TakeRow() {
     Joined joined = folded_.joined;
-    WaitFlag<HardEvent::V_S>(EVENT_ID2);
-    const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the vector unit has left the logarithm there
+    WaitFlag<HardEvent::V_S>(LongFlag::kFold);
+    const TwoFloats lse = TwoSum(joined.max, row_sum_.GetValue(0));  // the logarithm, by FoldRow
     JoinWeights(folded_.ordinal, folded_.chunks, joined);
     if (IsFinite(lse.high)) {
       joined.wsum = SumOfTwo(joined.wsum, joined.weight * ((joined.max - lse.high) - lse.low));
@@ -115,17 +114,17 @@ class LongStatistics {
   }
 
  private:
-  // What the chunks of a row have come to: the largest m, and with smoothing the sums of w and of w (x - base).
+  // The chunks of a row so far: the largest m, and with smoothing the sums of w and of w (x - base).
   struct Joined {
     float max, base, weight, wsum;
   };
-  // A row that the scalar unit has not seen yet.
+  // A row that TakeRow has not taken yet.
   struct Folded {
     int64_t ordinal, chunks;
     Joined joined;
   };
 
-  // Where the statistics of the j-th chunk since the last fold are. Rows take turns with two sets: the scalar unit
+  // The lane of the statistics of the j-th chunk since the last fold. Rows alternate between two sets: the scalar unit
   // writes one while the vector unit may still read the other.
   __aicore__ inline int64_t FoldLane(int64_t ordinal, int64_t j) const { return ordinal % 2 * kLanes + 2 * j; }
 
@@ -147,7 +146,7 @@ class LongStatistics {
       PadTail(weight, n, padded, 0.0f);
     }
     PipeBarrier<PIPE_V>();
-    Reduce<Total>(chunk_weight_[lane], reduced_, weight, padded);  // has read `weight` and passed a barrier
+    Reduce<Total>(chunk_weight_[lane], reduced_, weight, padded);  // ends its reads of `weight` with a barrier
     AscendC::Mul(weight, weight, work, padded);
     PipeBarrier<PIPE_V>();
     Reduce<Total>(chunk_wsum_[lane], reduced_, weight, padded);
@@ -157,8 +156,8 @@ class LongStatistics {
   __aicore__ inline void Fold(int64_t ordinal) {
     const LocalTensor<float> maxima = chunk_max_[ordinal % 2 * kLanes], sums = chunk_sum_[ordinal % 2 * kLanes];
     uint64_t mask[2] = {kEverySecond >> (kLanes - 2 * filled_), 0};
-    SetFlag<HardEvent::S_V>(EVENT_ID2);  // the maxima are there, and row_sum_ of the row before has been read
-    WaitFlag<HardEvent::S_V>(EVENT_ID2);
+    SetFlag<HardEvent::S_V>(LongFlag::kFold);  // the maxima are written, and row_sum_ of the row before has been read
+    WaitFlag<HardEvent::S_V>(LongFlag::kFold);
     const AscendC::UnaryRepeatParams once(1, 1, 8, 8);
     AscendC::Adds(fold_, maxima, -joined_.max, mask, 1, once);
     PipeBarrier<PIPE_V>();
@@ -169,7 +168,7 @@ class LongStatistics {
     AscendC::WholeReduceSum(row_sum_, fold_, mask, 1, 1, 1, 8);
     PipeBarrier<PIPE_V>();
   }
-  // The scalar unit's part of a fold, once the vector unit is through with the chunks.
+  // The scalar unit's part of a fold, when the vector unit has finished the chunks.
   __aicore__ inline void JoinWeights(int64_t ordinal, int64_t chunks, Joined& joined) const {
     if (joined.weight != 0.0f) {
       joined.wsum = SumOfTwo(joined.wsum, joined.weight * (joined.base - joined.max));
@@ -183,18 +182,18 @@ class LongStatistics {
       joined.weight += weight;
     }
   }
-  // In rows of more than kFold chunks the fold so far becomes chunk 0 of the next one.
+  // In rows of more than kFold chunks, a fold becomes chunk 0 of the next one.
   __aicore__ inline void CarryFold(int64_t ordinal) {
     const int64_t lane = FoldLane(ordinal, 0);
     AscendC::Adds(chunk_sum_[lane], row_sum_, 0.0f, uint64_t{1}, 1, AscendC::UnaryRepeatParams(1, 1, 8, 8));
-    SetFlag<HardEvent::V_S>(EVENT_ID2);
-    WaitFlag<HardEvent::V_S>(EVENT_ID2);
+    SetFlag<HardEvent::V_S>(LongFlag::kFold);
+    WaitFlag<HardEvent::V_S>(LongFlag::kFold);
     JoinWeights(ordinal, filled_, joined_);
     chunk_max_.SetValue(lane, joined_.max);
-    chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has them
+    chunk_wsum_.SetValue(lane, 0.0f);  // joined_ has the weights
     chunk_weight_.SetValue(lane, 0.0f);
-    SetFlag<HardEvent::S_V>(EVENT_ID3);
-    WaitFlag<HardEvent::S_V>(EVENT_ID3);
+    SetFlag<HardEvent::S_V>(LongFlag::kCarry);
+    WaitFlag<HardEvent::S_V>(LongFlag::kCarry);
     filled_ = 1;
   }
 

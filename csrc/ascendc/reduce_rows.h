@@ -1,7 +1,7 @@
-// Arithmetic of size N: denominators, losses and their sums, and the statistics of rows that were split into parts.
+// Arithmetic on N numbers: denominators, losses and their sums, and the statistics of rows that were split into parts.
 //
-// Rows are taken kReduceRows at a time, whatever the number of cores; each block leaves its sums in a data block of the
-// workspace, and a second launch on one core adds those up in order. So results do not depend on the number of cores,
+// A task is a block of kReduceRows rows, for any number of cores. Each writes its sums to a data block of the
+// workspace, and a second launch on one core adds them up in order. So results do not depend on the number of cores,
 // and no core waits for another.
 #pragma once
 
@@ -50,13 +50,13 @@ class ReduceRows {
       } else {
         JoinLoss();
       }
-      PipeBarrier<PIPE_ALL>();  // the next task starts from scratch
+      PipeBarrier<PIPE_ALL>();  // closes all flags, and frees all buffers for the next task
     }
   }
 
  private:
   static constexpr int64_t kCount = kReduceRows;
-  // Vectors with a lane a row, or a part of the row at hand; kT is scratch, kLaneSums of Sum.
+  // Vectors with one lane for each row, or for each part of a row. kT is scratch, kLaneSums scratch of Sum.
   enum Vector : int64_t { kKeep, kWeightOf, kBad, kLse, kLseLow, kPicked, kWsum, kLoss, kZ, kT, kLaneSums, kVectors };
 
   __aicore__ inline int64_t RowBlocks() const { return div_up(args_.rows, kCount); }
@@ -78,8 +78,8 @@ class ReduceRows {
   // kKeep (1 or 0), kWeightOf (0 where not kept) and kBad (NaN or 0) of rows [first, first + n).
   __aicore__ inline void LookUp(int64_t first, int64_t n) {
     CopyIn(target_, Gm<int64_t>(gm_.target, first), n);
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
     if (gm_.weight != nullptr) {
       CopyTargetWeights(target_weight_, gm_.weight, args_, target_, n);
     }
@@ -96,11 +96,11 @@ class ReduceRows {
       V(kKeep).SetValue(r, 0.0f);
       V(kWeightOf).SetValue(r, 0.0f);
     }
-    SetFlag<HardEvent::S_V>(EVENT_ID0);
-    WaitFlag<HardEvent::S_V>(EVENT_ID0);
+    SetFlag<HardEvent::S_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_V>(ReduceFlag::kStep);
   }
 
-  // The sum of kCount numbers, by trees, in lane 0 of `out`.
+  // out[0] = the sum of kCount numbers, a tree sum.
   __aicore__ inline void Sum(const LocalTensor<float>& out, const LocalTensor<float>& x) {
     AscendC::WholeReduceSum(V(kLaneSums), x, kLanes, kCount / kLanes, 1, 1, 8);
     PipeBarrier<PIPE_V>();
@@ -118,16 +118,16 @@ class ReduceRows {
     } else {
       SumWeights((task - RowBlocks()) * kReduceWeights);
     }
-    SetFlag<HardEvent::V_S>(EVENT_ID0);
-    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
     StoreSums(task, result_.GetValue(0), rows);
   }
   // The sum of class weights [first, first + kReduceWeights).
   __aicore__ inline void SumWeights(int64_t first) {
     const int64_t n = smaller(kReduceWeights, args_.num_classes - first);
     CopyIn(weights_, Gm<float>(gm_.weight, first), n);
-    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
     PadTail(weights_, n, round_up(n, kChunkUnit), 0.0f);
     PipeBarrier<PIPE_V>();
     Reduce<Total>(result_, V(kLse), weights_, round_up(n, kChunkUnit));  // scratch: from kLse on
@@ -138,12 +138,12 @@ class ReduceRows {
     for (int64_t i = 2; i < kBlock; ++i) {
       stored_.SetValue(i, 0.0f);
     }
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.sums, task * kBlock), stored_, kBlock);
   }
 
-  // l and z of row_math.h for a block of rows.
+  // l and z of row_math.h, for a block of rows.
   __aicore__ inline void BlockLoss(int64_t task) {
     const int64_t first = task * kCount, n = smaller(kCount, args_.rows - first);
     CopyIn(V(kLse), Gm<float>(gm_.lse, first), n);
@@ -154,7 +154,7 @@ class ReduceRows {
     if (gm_.wsum != nullptr) {
       CopyIn(V(kWsum), Gm<float>(gm_.wsum, first), n);
     }
-    LookUp(first, n);  // its flags, MTE2 to S to V, serve for these copies too
+    LookUp(first, n);  // its flags, MTE2 to S to V, order these copies too
     AscendC::CompareScalar(mask_, V(kKeep), 0.5f, AscendC::CMPMODE::GT, kCount);
     AscendC::Sub(V(kLoss), V(kLse), V(kPicked), n);
     AscendC::Mul(V(kZ), V(kLse), V(kLse), n);
@@ -181,17 +181,17 @@ class ReduceRows {
     DropIgnored(V(kLoss), n);
     DropIgnored(V(kZ), n);
     PipeBarrier<PIPE_V>();
-    if (args_.reduction == kReductionNone) {
+    if (ReductionIs(args_, Reduction::none)) {
       StoreRows(first, n);
     } else {
       Sum(result_, V(kLoss));
       Sum(result_[kBlock], V(kZ));
-      SetFlag<HardEvent::V_S>(EVENT_ID0);
-      WaitFlag<HardEvent::V_S>(EVENT_ID0);
+      SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
       StoreSums(task, result_.GetValue(0), result_.GetValue(kBlock));
     }
   }
-  // 0 for rows that are not kept, and beyond row n up to kCount.
+  // x = 0 for rows that are not kept, and for lanes n to kCount.
   __aicore__ inline void DropIgnored(const LocalTensor<float>& x, int64_t n) {
     AscendC::Select(x, mask_, x, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
     PadTail(x, n, round_up(n, kLanes), 0.0f);
@@ -203,8 +203,8 @@ class ReduceRows {
     if (gm_.z_loss != nullptr) {
       AscendC::Add(V(kLoss), V(kLoss), V(kZ), n);
     }
-    SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::V_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.loss, first), V(kLoss), n);
     if (gm_.z_loss != nullptr) {
       CopyOut(Gm<float>(gm_.z_loss, first), V(kZ), n);
@@ -213,8 +213,8 @@ class ReduceRows {
 
   // ---- sums of sums ----
 
-  // The two sums of blocks [begin, end); for totals the second is a count, and kept as an integer: fp32 holds those
-  // exactly only up to 2^24.
+  // The two sums of blocks [begin, end). The second of totals is a count, added up as an integer: fp32 is exact only up
+  // to 2^24.
   struct Sums {
     ExactSum first, second;
     int64_t count;
@@ -224,11 +224,11 @@ class ReduceRows {
     Sums sums{{0, 0}, {0, 0}, 0};
     for (int64_t block = begin; block < end; block += kCount) {
       const int64_t n = smaller(kCount, end - block);
-      SetFlag<HardEvent::S_MTE2>(EVENT_ID0);
-      WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+      SetFlag<HardEvent::S_MTE2>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::S_MTE2>(ReduceFlag::kStep);
       CopyIn(target_weight_, Gm<float>(gm_.sums, block * kBlock), n * kBlock);
-      SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-      WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
+      SetFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
+      WaitFlag<HardEvent::MTE2_S>(ReduceFlag::kStep);
       for (int64_t i = 0; i < n; ++i) {
         const float second = target_weight_.GetValue(i * kBlock + 1);
         AddTo(sums.first, target_weight_.GetValue(i * kBlock));
@@ -252,16 +252,16 @@ class ReduceRows {
     stored_.SetValue(kKeptWeight, weight);
     stored_.SetValue(kKeptRows, static_cast<float>(rows.count));
     stored_.SetValue(kClassWeight, classes);
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    CopyOut(Gm<float>(gm_.totals, 0), stored_, 3);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    CopyOut(Gm<float>(gm_.totals, 0), stored_, kTotals);
   }
 
-  // l is divided by the kept weight, z by the kept rows: they are added only then.
+  // l is divided by the kept weight and z by the kept rows before they are added.
   __aicore__ inline void JoinLoss() {
     const Sums sums = AddBlocks(0, RowBlocks());
     float loss_sum = Rounded(sums.first), z_sum = Rounded(sums.second);
-    if (args_.reduction == kReductionMean) {
+    if (ReductionIs(args_, Reduction::mean)) {
       const GlobalTensor<float> totals = Gm<float>(gm_.totals, 0);
       loss_sum = Quotient(loss_sum, totals.GetValue(kKeptWeight));
       z_sum = Quotient(z_sum, totals.GetValue(kKeptRows));
@@ -271,8 +271,8 @@ class ReduceRows {
     }
     stored_.SetValue(0, loss_sum);
     result_.SetValue(0, z_sum);
-    SetFlag<HardEvent::S_MTE3>(EVENT_ID0);
-    WaitFlag<HardEvent::S_MTE3>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::kStep);
     CopyOut(Gm<float>(gm_.loss, 0), stored_, 1);
     if (gm_.z_loss != nullptr) {
       CopyOut(Gm<float>(gm_.z_loss, 0), result_, 1);
@@ -291,8 +291,8 @@ class ReduceRows {
       CopyIn(V(kWsum), Gm<float>(gm_.part_wsum, first), n);
       CopyIn(V(kWeightOf), Gm<float>(gm_.part_weight, first), n);
     }
-    SetFlag<HardEvent::MTE2_V>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_V>(EVENT_ID0);
+    SetFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
     const LocalTensor<float> max = result_, sum = result_[kBlock], picked = result_[2 * kBlock];
     BoundVector(V(kT), V(kLse), n);
     AscendC::WholeReduceMax(max, V(kT), n, kBlock, 1, 1, 0, AscendC::ReduceOrder::ORDER_ONLY_VALUE);
@@ -307,8 +307,8 @@ class ReduceRows {
     AscendC::WholeReduceSum(sum, V(kT), n, kBlock, 1, 1, 0);
     PipeBarrier<PIPE_V>();
     AscendC::Ln(sum, sum, kBlock);
-    SetFlag<HardEvent::V_S>(EVENT_ID0);
-    WaitFlag<HardEvent::V_S>(EVENT_ID0);
+    SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
+    WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
     const TwoFloats lse = TwoSum(max.GetValue(0), sum.GetValue(0));
     float wsum = 0.0f;
     for (int64_t i = 0; gm_.wsum != nullptr && i < n; ++i) {
@@ -330,11 +330,11 @@ class ReduceRows {
   __aicore__ inline void StoreValue(GM_ADDR to, int64_t row, int64_t slot, float value) {
     const LocalTensor<float> block = V(kLoss)[slot * kBlock];
     block.SetValue(0, value);
-    SetFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
-    WaitFlag<HardEvent::S_MTE3>(static_cast<event_t>(slot));
+    SetFlag<HardEvent::S_MTE3>(ReduceFlag::OfValue(slot));
+    WaitFlag<HardEvent::S_MTE3>(ReduceFlag::OfValue(slot));
     CopyOut(Gm<float>(to, row), block, 1);
   }
-  // Parts of a row that was not read hold zeros, which would join to log(parts).
+  // The parts of an unread row hold zeros, which would join to log(parts).
   __aicore__ inline bool IsUnread(int64_t row) const {
     return args_.read_ignored == 0 && IsIgnored(args_, Gm<int64_t>(gm_.target, row).GetValue(0));
   }

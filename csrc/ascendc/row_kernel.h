@@ -1,13 +1,14 @@
-// What the row kernels have in common: their tensors in global memory (GM), what targets and upstream gradients mean,
+// Shared by the row kernels: their tensors in global memory (GM), the meaning of targets and upstream gradients,
 // copies, and vector operations on fp32 in the unified buffer (UB).
 //
-// The kernels are right without the compiler's automatic synchronisation: every order between two pipes is a flag, and
-// every dependence between two vector instructions a PipeBarrier<PIPE_V>.
+// The kernels do not rely on the compiler's automatic synchronisation: a flag (flags.h) makes every order between two
+// pipes, and PipeBarrier<PIPE_V> every order between two vector instructions.
 #pragma once
 
+#include "ascendc/flags.h"
 #include "ascendc/scalar_math.h"
 #include "kernel_operator.h"
-// After the toolkit's header, which tells them that device code is being compiled.
+// After the toolkit's header, by whose __aicore__ they know that this is device code.
 #include "tiling/row_args.h"
 #include "tiling/row_plan.h"
 
@@ -26,11 +27,11 @@ constexpr bool kIsFp32 = sizeof(T) == sizeof(float);
 template <typename T>
 constexpr int64_t kBlockOf = kDataBlock / sizeof(T);
 
-// Memory that a kernel divides up itself, by the offsets of row_plan.h.
+// Memory that the kernels divide up themselves, by the offsets of row_plan.h.
 using UnifiedBuffer = AscendC::TBuf<AscendC::TPosition::VECCALC>;
 
-// GM_ADDR is a macro that ends in a star: one name a line. Where a launch's tensors are; null for what it does not use.
-// row_math.h has the meaning.
+// Addresses of a launch's tensors, null for those that it does not use. row_math.h explains them. (GM_ADDR is a macro
+// that ends in a star: one name a line.)
 struct RowTensors {
   GM_ADDR logits;
   GM_ADDR target;
@@ -48,9 +49,9 @@ struct RowTensors {
 
 enum class Output { none, log_prob, grad };
 
-// The order of the totals and the reductions, as in row_math.h.
-constexpr uint64_t kKeptWeight = 0, kKeptRows = 1, kClassWeight = 2;
-constexpr int64_t kReductionNone = 0, kReductionMean = 1;
+__aicore__ inline bool ReductionIs(const XentArgs& args, Reduction reduction) {
+  return args.reduction == static_cast<int64_t>(reduction);
+}
 
 // One stored number as fp32, on the scalar unit.
 __aicore__ inline float ScalarOf(const LocalTensor<float>& x, uint32_t i) {
@@ -92,9 +93,8 @@ __aicore__ inline void PadTail(const LocalTensor<float>& x, int64_t n, int64_t p
   }
 }
 
-// The two reductions, as the instructions that they are made of: of each data block of `repeats` times 64 numbers, of
-// each repeat, and of two vectors. A repeat of `src` begins `stride` data blocks after the one before; results are
-// dense.
+// The two operations that vectors are reduced by, as three instructions each: on every data block of `repeats` times 64
+// numbers, on every repeat, and on two vectors. Repeats of `src` begin `stride` data blocks apart; results are dense.
 struct Maximum {
   static __aicore__ inline void OfBlocks(const LocalTensor<float>& out, const LocalTensor<float>& src, int64_t repeats,
                                          int64_t mask, int64_t stride) {
@@ -124,18 +124,18 @@ struct Total {
   }
 };
 
-// out[0] = the reduction of n numbers, a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle for 64
-// numbers, reductions of whole repeats several. `reduced`: scratch, n / 8 + 64 numbers. Sums are made by trees.
-template <typename Reduction>
+// out[0] = the reduction of n numbers; n is a multiple of kChunkUnit up to kMaxChunk. Block reductions take one cycle
+// for 64 numbers, reductions of whole repeats several. `reduced` is scratch for n / 8 + 64 numbers. Sums are tree sums.
+template <typename Operation>
 __aicore__ inline void Reduce(const LocalTensor<float>& out, const LocalTensor<float>& reduced,
                               const LocalTensor<float>& x, int64_t n) {
   const LocalTensor<float> again = reduced[kMaxChunk / kBlock];
   const int64_t repeats = n / kLanes;
-  Reduction::OfBlocks(reduced, x, repeats, kLanes, kBlock);
+  Operation::OfBlocks(reduced, x, repeats, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  Reduction::OfBlocks(again, reduced, repeats / kBlock, kLanes, kBlock);
+  Operation::OfBlocks(again, reduced, repeats / kBlock, kLanes, kBlock);
   PipeBarrier<PIPE_V>();
-  Reduction::OfRepeats(out, again, 1, repeats, kBlock);
+  Operation::OfRepeats(out, again, 1, repeats, kBlock);
 }
 
 // out = x between the finite bounds of fp32, so that exp(x - out) is no NaN when both are infinite.
@@ -146,12 +146,13 @@ __aicore__ inline void BoundVector(const LocalTensor<float>& out, const LocalTen
   PipeBarrier<PIPE_V>();
 }
 
-// Whether logits are what every row mode takes as they are stored: t x in fp32, and no softcap is to change them.
+// Whether the stored logits can be used as they are: they are fp32, and neither scaled nor capped.
 template <typename T>
 __aicore__ inline bool IsScaledAlready(const XentArgs& args) {
   return kIsFp32<T> && args.logit_scale == 1.0f && args.softcap == 0.0f;
 }
-// n logits as t x in fp32: `logits` itself if so, else `work`, to be followed by a barrier. The softcap comes after it.
+// n logits as t x in fp32: in `logits` if IsScaledAlready, else in `work`, and then a barrier has to follow. The
+// softcap is applied later.
 template <typename T>
 __aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, const LocalTensor<float>& work,
                                                   const XentArgs& args, int64_t n) {
@@ -170,7 +171,7 @@ __aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, 
   return work;
 }
 
-// Where an output is made in fp32: in its own place, or in `work` for RoundOutput.
+// Where an output is computed in fp32: in place, or in `work`, from which RoundOutput takes it.
 template <typename T>
 __aicore__ inline LocalTensor<float> Fp32Of(const LocalTensor<T>& out, const LocalTensor<float>& work) {
   if constexpr (kIsFp32<T>) {
@@ -186,7 +187,7 @@ __aicore__ inline void RoundOutput(const LocalTensor<T>& out, const LocalTensor<
   }
 }
 
-// Element `element` of a tensor in GM and what follows.
+// A tensor in GM from element `element` on.
 template <typename T>
 __aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
   GlobalTensor<T> tensor;
@@ -194,8 +195,8 @@ __aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
   return tensor;
 }
 
-// What reaches all rows alike: G and Z of row_math.h, if not a row at a time, and the sum of the class weights (0 where
-// no term has it).
+// The same for all rows: G and Z of row_math.h, unless there is one for each row, and the sum of the class weights (0
+// if no term needs it).
 struct Upstream {
   float loss, z, class_weight;
 };
@@ -205,10 +206,10 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
   if (args.class_share != 0.0f) {
     up.class_weight = totals.GetValue(kClassWeight);
   }
-  if (args.reduction == kReductionNone) {
+  if (ReductionIs(args, Reduction::none)) {
     return up;
   }
-  const bool mean = args.reduction == kReductionMean;
+  const bool mean = ReductionIs(args, Reduction::mean);
   up.loss = args.unit_upstream != 0 ? 1.0f : gm.grad_loss != nullptr ? Gm<float>(gm.grad_loss, 0).GetValue(0) : 0.0f;
   if (args.lse_square_scale != 0.0f) {
     const float from_z = gm.grad_z_loss != nullptr ? Gm<float>(gm.grad_z_loss, 0).GetValue(0) : 0.0f;
@@ -219,7 +220,7 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
   return up;
 }
 
-// What a target is: ignored; a class of some shard; or neither, which makes its row NaN.
+// A target is ignored, kept (a class of some shard), or bad, which makes its row NaN.
 __aicore__ inline bool IsIgnored(const XentArgs& args, int64_t target) {
   return target == args.ignore_index;
 }
@@ -235,8 +236,8 @@ __aicore__ inline int64_t ColumnOf(const XentArgs& args, int64_t target) {
   return here ? target - args.class_start : -1;
 }
 
-// to[r * kBlock] = the class weight of row r, for the scalar unit, where its target is a class. By copies: a scalar
-// read of GM would wait for each.
+// to[r * kBlock] = the class weight of row r, for the scalar unit, if its target is a class. Copies can overlap; scalar
+// reads of GM would wait for each other.
 __aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR weight, const XentArgs& args,
                                          const LocalTensor<int64_t>& target, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r) {
@@ -245,8 +246,8 @@ __aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR w
       CopyIn(to[r * kBlock], Gm<float>(weight, y), 1);
     }
   }
-  SetFlag<HardEvent::MTE2_S>(EVENT_ID1);
-  WaitFlag<HardEvent::MTE2_S>(EVENT_ID1);
+  SetFlag<HardEvent::MTE2_S>(kTargetWeightsFlag);
+  WaitFlag<HardEvent::MTE2_S>(kTargetWeightsFlag);
 }
 
 // u a, u b and u s of row_math.h, on the scalar unit.

@@ -1,5 +1,6 @@
-// scale: x *= factor, over n adjacent numbers; returns at once when the factor, a number in global memory, is 1. So the
-// gradient that was made for an upstream gradient of 1 costs nothing more when it is 1, and nobody waits to find out.
+// scale: x *= factor, for n contiguous numbers. The factor is in global memory; the kernel returns at once if it is 1.
+// So a gradient that was computed for an upstream gradient of 1 costs no second pass if it is 1, and the host does not
+// wait for the value.
 #include "kernel_operator.h"
 
 #include "ascendc/row_kernel.h"

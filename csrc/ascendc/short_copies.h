@@ -1,5 +1,5 @@
-// The copies of short rows: tiles of logits and operands in, tiles of the output out, by queues of two buffers each,
-// which order them and overlap them with the arithmetic.
+// The copies of short rows: tiles of logits and operands in, tiles of the output out. Queues of two buffers each order
+// them, and let them overlap with the arithmetic.
 #pragma once
 
 #include "ascendc/short_tile.h"
@@ -23,7 +23,7 @@ class ShortCopies {
     }
   }
 
-  // The class weights, once.
+  // The class weights, once for all tiles.
   __aicore__ inline void CopyWeightIn(AscendC::TPipe& pipe, const ShortTile& v) const {
     const event_t cleared = static_cast<event_t>(pipe.FetchEventID(HardEvent::V_MTE2));
     SetFlag<HardEvent::V_MTE2>(cleared);
@@ -34,7 +34,7 @@ class ShortCopies {
     WaitFlag<HardEvent::MTE2_V>(loaded);
   }
 
-  // The rows that are read, a run of neighbours at a time, and the operands of a gradient.
+  // The rows that are read, one copy for each run of adjacent rows, and the operands of a gradient.
   __aicore__ inline void CopyTileIn(const ShortTile& v, const TileFacts& f) {
     LocalTensor<T> in = in_.template AllocTensor<T>();
     const AscendC::DataCopyPadExtParams<T> pad{true, 0, static_cast<uint8_t>(v.padded - args_.cols), static_cast<T>(0)};
@@ -55,7 +55,7 @@ class ShortCopies {
       LocalTensor<float> operands = operands_.AllocTensor<float>();
       CopyIn(operands, Gm<float>(gm_.lse, f.first), f.rows);
       CopyOperand(operands[v.lane_count], gm_.lse_low, f);
-      if (args_.reduction == kReductionNone) {
+      if (ReductionIs(args_, Reduction::none)) {
         CopyOperand(operands[2 * v.lane_count], gm_.grad_loss, f);
         CopyOperand(operands[3 * v.lane_count], gm_.grad_z_loss, f);
       }
@@ -71,7 +71,7 @@ class ShortCopies {
     if (gm_.lse_low != nullptr) {
       AscendC::Adds(v[kLseLow], operands[v.lane_count], 0.0f, n);
     }
-    if (kGrad && args_.reduction == kReductionNone) {
+    if (kGrad && ReductionIs(args_, Reduction::none)) {
       if (gm_.grad_loss != nullptr) {
         AscendC::Adds(v[kGradLoss], operands[2 * v.lane_count], 0.0f, n);
         AscendC::Adds(v[kGradZ], operands[2 * v.lane_count], 0.0f, n);
@@ -89,7 +89,7 @@ class ShortCopies {
     operands_.FreeTensor(operands);
   }
 
-  // What came in, and room for what goes out.
+  // The tile that has arrived, and the buffer for the output.
   __aicore__ inline LocalTensor<T> TakeTile() { return in_.template DeQue<T>(); }
   __aicore__ inline void FreeTile(LocalTensor<T>& in) { in_.FreeTensor(in); }
   __aicore__ inline LocalTensor<T> NewOutput() { return out_.template AllocTensor<T>(); }
@@ -105,7 +105,7 @@ class ShortCopies {
   }
 
  private:
-  // Rows so far apart that one copy cannot tell the gap, or that overlap, are copied one by one.
+  // Whether rows are copied one by one: the gap between them does not fit a copy's fields, or they overlap.
   __aicore__ inline bool FarApart(int64_t stride) const {
     return stride < args_.cols || (stride - args_.cols) * static_cast<int64_t>(sizeof(T)) > int64_t{1} << 31;
   }

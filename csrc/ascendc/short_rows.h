@@ -1,5 +1,5 @@
-// Several short rows a tile (row mode `short`, row_plan.h): [rows, cols] of them lie in UB at a time. Here is the order
-// of the work; a tile and its vectors are in short_tile.h, what is done to them in the files included below.
+// Short rows (row mode `short`, row_plan.h): tiles of several rows, [rows, cols], are in UB at a time. This file has
+// the order of the work; short_tile.h has a tile and its vectors, and the other files included below the arithmetic.
 #pragma once
 
 #include "ascendc/short_copies.h"
@@ -60,7 +60,7 @@ class ShortRows {
     targets_.Allocate(ub_, b);
   }
 
-  // What all tiles share.
+  // Constants and operands that all tiles share.
   __aicore__ inline void Prepare() {
     Upstream upstream{};
     if constexpr (kGrad) {
@@ -74,8 +74,8 @@ class ShortRows {
     if constexpr (kStats) {
       statistics_.SumClassWeights(tile_);
     }
-    SetFlag<HardEvent::V_S>(EVENT_ID4);  // from here the scalar unit writes its lanes
-    WaitFlag<HardEvent::V_S>(EVENT_ID4);
+    SetFlag<HardEvent::V_S>(ShortFlag::kPrepared);  // from here the scalar unit writes its lanes
+    WaitFlag<HardEvent::V_S>(ShortFlag::kPrepared);
     if constexpr (kStats) {
       statistics_.TakeClassWeights(tile_);
     }
@@ -88,7 +88,7 @@ class ShortRows {
 
   __aicore__ inline void ComputeTile(const TileFacts& f) {
     LocalTensor<T> in = copies_.TakeTile();
-    WaitFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
+    WaitFlag<HardEvent::S_V>(ShortFlag::OfSet(f.set));
     if constexpr (kStats) {
       statistics_.WaitStore();
     }
@@ -106,7 +106,7 @@ class ShortRows {
     if constexpr (kGrad) {
       if constexpr (!kStats) {
         tile_.SubLanes(tile_.exps, x, tile_[kMax], f.rows);
-        AscendC::Exp(tile_.exps, tile_.exps, f.rows * tile_.padded);  // needed again after many a barrier
+        AscendC::Exp(tile_.exps, tile_.exps, f.rows * tile_.padded);  // many barriers precede its next use
       }
       gradient_.RowCoefficients(tile_, f);
     }
@@ -125,8 +125,8 @@ class ShortRows {
     }
   }
 
-  // What the softmax sees of the logits, in fp32, in the queue's tensor itself when it is that already. What follows
-  // spreads something first, and has a barrier there.
+  // The logits after scale and softcap, in fp32: in the queue's tensor if IsScaledAlready. No barrier at the end: the
+  // operations that follow begin with Spread, which has one.
   __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& in, int64_t rows) const {
     const int64_t n = rows * tile_.padded;
     const LocalTensor<float> x = ScaledLogits(in, tile_.x, args_, n);

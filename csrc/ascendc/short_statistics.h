@@ -1,4 +1,4 @@
-// Statistics of a tile of short rows: lse and lse_low, picked, wsum, a lane a row; and their way out.
+// Statistics of a tile of short rows: lse and lse_low, picked and wsum, one lane a row; and the copies out.
 #pragma once
 
 #include "ascendc/short_tile.h"
@@ -27,11 +27,11 @@ class ShortStatistics {
     }
   }
 
-  // Of the tile x, what the softmax sees; leaves exp(x - kMax) in `exps`. kPicked is there.
+  // Statistics of the tile x, logits after scale and softcap. kPicked is known. Leaves exp(x - kMax) in `exps`.
   __aicore__ inline void Compute(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     const int64_t n = f.rows;
     v.ReduceTile<Maximum>(v[kMax], x, n);
-    // Bounded: rows of -inf have exponentials 0 then and not NaN, +inf an infinite sum.
+    // Bounded, so that rows of -inf have exponentials 0, not NaN, and +inf gives an infinite sum.
     BoundVector(v[kMax], v[kMax], n);
     v.SubLanes(v.exps, x, v[kMax], n);
     if (smoothing_) {
@@ -64,7 +64,7 @@ class ShortStatistics {
     PipeBarrier<PIPE_V>();
   }
 
-  // Waits until the lanes of the tile before have left, or, at the end, takes the flag that nobody else will.
+  // Waits until the lanes of the tile before have left; at the end, takes the flag of the last tile.
   __aicore__ inline void WaitStore() {
     if (under_way_) {
       WaitFlag<HardEvent::MTE3_V>(left_);

@@ -1,7 +1,6 @@
-// Targets of short rows: the scalar unit looks them up, two tiles ahead of the vector unit, and leaves what it finds in
-// lanes (enum Lane); the vector unit finds their columns.
-//
-// A column is found by comparing column numbers, so no target can make anything be read out of bounds.
+// Targets of short rows. The scalar unit looks them up two tiles ahead of the vector unit, and writes its findings to
+// lanes (enum Lane). The vector unit finds their columns by comparing column numbers, so no target can cause a read out
+// of bounds.
 #pragma once
 
 #include "ascendc/short_tile.h"
@@ -19,7 +18,7 @@ class ShortTargets {
     target_weight_ = ub.GetWithOffset<float>(plan_.rows_per_tile * kBlock, b.target_weight);
   }
 
-  // From LookUp on.
+  // Valid after LookUp.
   __aicore__ inline const TileFacts& Of(int64_t tile) const { return facts_[tile % kSets]; }
 
   __aicore__ inline void LookUp(const ShortTile& v, int64_t tile) {
@@ -31,12 +30,13 @@ class ShortTargets {
     for (int64_t word = 0; word < kMaxTileRows / 64; ++word) {
       f.ignored[word] = 0;
     }
-    SetFlag<HardEvent::S_MTE2>(EVENT_ID0);  // the targets of the tile before have been read
-    WaitFlag<HardEvent::S_MTE2>(EVENT_ID0);
+    SetFlag<HardEvent::S_MTE2>(ShortFlag::kTileTargets);  // the targets of the tile before have been read
+    WaitFlag<HardEvent::S_MTE2>(ShortFlag::kTileTargets);
     CopyIn(target_, Gm<int64_t>(gm_.target, f.first), f.rows);
-    SetFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    WaitFlag<HardEvent::MTE2_S>(EVENT_ID0);
-    // The vector unit has read this set: the copy above came after one into the buffer of the tile that had it.
+    SetFlag<HardEvent::MTE2_S>(ShortFlag::kTileTargets);
+    WaitFlag<HardEvent::MTE2_S>(ShortFlag::kTileTargets);
+    // The vector unit has read this set of lanes: the copy above was issued after one into the buffer of the tile that
+    // used the set before.
     const LocalTensor<float> column = v.SetLane(kColumnOf, f);
     for (int64_t r = 0; r < f.rows; ++r) {
       const int64_t y = target_.GetValue(r);
@@ -55,11 +55,11 @@ class ShortTargets {
     if (kGrad && gm_.weight != nullptr) {
       LookUpWeights(v, f);
     }
-    SetFlag<HardEvent::S_V>(static_cast<event_t>(f.set));
+    SetFlag<HardEvent::S_V>(ShortFlag::OfSet(f.set));
   }
 
-  // On the vector unit, from x, what the softmax sees: a bit at each row's target, and kPicked, x there (0 for targets
-  // not of this shard), by way of `exps`, which nothing else needs yet.
+  // On the vector unit: a bit at each row's target, and kPicked, x at the target (0 for targets of other shards). x is
+  // the logits after scale and softcap; `exps` is scratch.
   __aicore__ inline void FindTargets(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     v.Spread(v.SetLane(kColumnOf, f), f.rows);
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {

@@ -1,7 +1,7 @@
 // A tile of short rows in UB, [rows, cols] in fp32, and the operations on it.
 //
-// One value a row is one lane of a vector. What works on the whole tile goes over blocks of 64 columns with one repeat
-// a row, and meets a row's value as a data block that holds it eight times (Brcb).
+// A value for each row is a vector with one lane a row. Operations on the whole tile take blocks of 64 columns with one
+// repeat a row. There a row's value is a data block that holds it eight times (Brcb).
 #pragma once
 
 #include "ascendc/row_kernel.h"
@@ -9,7 +9,7 @@
 
 namespace npu_xent {
 
-// What the scalar unit found about the rows of a tile; there are kSets sets of the lanes it writes, by turns.
+// Facts about the rows of a tile, by the scalar unit. Tiles take turns with kSets sets of the lanes that it writes.
 constexpr int64_t kSets = 3;
 struct TileFacts {
   int64_t first, rows, set;
@@ -61,11 +61,11 @@ struct ShortTile {
     lanes = ub.GetWithOffset<float>(kShortLanes * lane_count, b.lanes);
     if (softcap.IsOn()) {
       deficit = ub.GetWithOffset<float>(b.tile, b.cap);
-      softcap.Allocate(exps, deficit, hot, b.tile);  // which nothing else needs yet
+      softcap.Allocate(exps, deficit, hot, b.tile);  // not in use yet when the softcap is applied
     }
   }
 
-  // Zeros in all lanes, column numbers, and class weights of 1 unless others are to come.
+  // Zeros in all lanes, column numbers, and class weights: 1, or 0 where given weights follow.
   __aicore__ inline void PutConstants(bool has_weight) const {
     const int64_t width = round_up(padded, kLanes);
     AscendC::Duplicate(lanes, 0.0f, kShortLanes * lane_count);
@@ -77,7 +77,7 @@ struct ShortTile {
     }
   }
 
-  // Columns of block j: those of the row, or also the padding that keeps rows aligned.
+  // The columns of block j, without and with the padding that keeps rows aligned.
   __aicore__ inline int64_t Blocks() const { return div_up(cols, kLanes); }
   __aicore__ inline int64_t Width(int64_t j) const { return smaller(kLanes, cols - j * kLanes); }
   __aicore__ inline int64_t PaddedBlocks() const { return div_up(padded, kLanes); }
@@ -91,36 +91,36 @@ struct ShortTile {
   __aicore__ inline LocalTensor<float> operator[](Vector v) const { return lanes[v * lane_count]; }
   __aicore__ inline LocalTensor<uint8_t> Hot(int64_t j) const { return hot[j * lane_count * 8]; }
 
-  // out[r] = the reduction of the columns of row r. Block reductions bring each 64 columns to 8 numbers a row, a tree
-  // over these makes 8 of them all, and one more block reduction one. What is left of less than 64 columns is reduced
-  // by itself: in a block reduction it could leave blocks without any lane.
-  template <typename Reduction>
+  // out[r] = the reduction of the columns of row r. Block reductions turn each 64 columns into 8 numbers a row, a tree
+  // turns those of all blocks into 8, and one more block reduction turns these into one. A remainder of less than 64
+  // columns is reduced separately: block reductions would have blocks without a lane.
+  template <typename Operation>
   __aicore__ inline void ReduceTile(const LocalTensor<float>& out, const LocalTensor<float>& a, int64_t rows) const {
     const int64_t blocks = cols / kLanes, tail = cols % kLanes;
     for (int64_t j = 0; j < blocks; ++j) {
-      Reduction::OfBlocks(Part(j, rows), a[j * kLanes], rows, kLanes, RowStride());
+      Operation::OfBlocks(Part(j, rows), a[j * kLanes], rows, kLanes, RowStride());
     }
     if (tail != 0) {
-      Reduction::OfRepeats(blocks > 0 ? (*this)[kTail] : out, a[blocks * kLanes], rows, tail, RowStride());
+      Operation::OfRepeats(blocks > 0 ? (*this)[kTail] : out, a[blocks * kLanes], rows, tail, RowStride());
     }
     PipeBarrier<PIPE_V>();
     if (blocks == 0) {
       return;
     }
     for (int64_t left = blocks; left > 1; left -= left / 2) {
-      Reduction::OfTwo(parts, parts, Part(left - left / 2, rows), left / 2 * rows * kBlock);
+      Operation::OfTwo(parts, parts, Part(left - left / 2, rows), left / 2 * rows * kBlock);
       PipeBarrier<PIPE_V>();
     }
     const int64_t repeats = rows / kBlock, rest = rows % kBlock;
     if (repeats > 0) {
-      Reduction::OfBlocks(out, parts, repeats, kLanes, kBlock);
+      Operation::OfBlocks(out, parts, repeats, kLanes, kBlock);
     }
     if (rest > 0) {
-      Reduction::OfBlocks(out[repeats * kBlock], parts[repeats * kLanes], 1, rest * kBlock, kBlock);
+      Operation::OfBlocks(out[repeats * kBlock], parts[repeats * kLanes], 1, rest * kBlock, kBlock);
     }
     PipeBarrier<PIPE_V>();
     if (tail != 0) {
-      Reduction::OfTwo(out, out, (*this)[kTail], rows);
+      Operation::OfTwo(out, out, (*this)[kTail], rows);
       PipeBarrier<PIPE_V>();
     }
   }
@@ -156,7 +156,7 @@ struct ShortTile {
 
   Softcap softcap;
 
-  LocalTensor<float> x, exps;          // tiles: what the softmax sees unless it came so, and what becomes of it
+  LocalTensor<float> x, exps;          // tiles: logits after scale and softcap; their exponentials, then the output
   LocalTensor<float> deficit;          // another tile, with a softcap (softcap.h)
   LocalTensor<uint8_t> hot, mask;      // a bit an element: is it the target's? a bit a row
   LocalTensor<float> columns, weight;  // column numbers and class weights

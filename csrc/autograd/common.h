@@ -1,5 +1,5 @@
-// What the losses share: the gradient that a forward makes and a backward scales, saved options and tensors, and a history
-// that raises where a derivative is not supported.
+// What the losses share: the gradient that a forward makes and a backward scales, saved options and tensors, and a
+// history that raises where a derivative is not supported.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>

@@ -117,10 +117,9 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     const auto linear_bias = optional(tensors[2]);
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      linear_bias && ctx->needs_input_grad(2)};
-    auto [grad_input, grad_linear_weight, grad_linear_bias] =
-        linear_row_grad(saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]),
-                        tensors[5], tensors[6], tensors[7], upstream, std::nullopt,
-                        saved["chunk_rows"].toOptional<int64_t>(), wanted);
+    auto [grad_input, grad_linear_weight, grad_linear_bias] = linear_row_grad(
+        saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]), tensors[5],
+        tensors[6], tensors[7], upstream, std::nullopt, saved["chunk_rows"].toOptional<int64_t>(), wanted);
     const std::array<Tensor, 3> made{grad_input, grad_linear_weight, grad_linear_bias};
     for (size_t i = 0; i < made.size(); ++i) {
       if (wanted[i]) {
@@ -154,8 +153,8 @@ LinearLoss linear_cross_entropy_autograd(const Options& o, const Tensor& input, 
   return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options())};
 }
 
-// Under autocast: input, linear_weight and linear_bias in the dtype of autocast, as torch.nn.functional.linear takes them
-// there; the loss in fp32 unless the caller named its dtype.
+// Under autocast: input, linear_weight and linear_bias in the dtype of autocast, as torch.nn.functional.linear takes
+// them there; the loss in fp32 unless the caller named its dtype.
 template <c10::DispatchKey key, c10::DeviceType device>
 LinearLoss linear_cross_entropy_autocast(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                          const OptionalTensor& linear_bias, const Tensor& target,
@@ -180,9 +179,9 @@ TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("linear_cross_entropy", flat<linear_cross_entropy_autograd>);
 }
 
-#define AUTOCAST(KEY, DEVICE)                                                                   \
-  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                        \
-    m.impl("linear_cross_entropy",                                                              \
+#define AUTOCAST(KEY, DEVICE)                                                                    \
+  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                         \
+    m.impl("linear_cross_entropy",                                                               \
            flat<linear_cross_entropy_autocast<c10::DispatchKey::KEY, c10::DeviceType::DEVICE>>); \
   }
 AUTOCAST(AutocastCPU, CPU)

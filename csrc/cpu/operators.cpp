@@ -1,5 +1,5 @@
-// The primitives on the CPU: from tensors to the torch-free rows of rows.h, and back. Dtypes, pointers, threads, and the
-// instruction set of the loops.
+// The primitives on the CPU: from tensors to the torch-free rows of rows.h, and back. Dtypes, pointers, threads, and
+// the instruction set of the loops.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -10,10 +10,10 @@
 #include <array>
 #include <atomic>
 
-#include "output_allocator.h"
 #include "checks.h"
 #include "cpu/rows.h"
 #include "ops.h"
+#include "output_allocator.h"
 
 namespace npu_xent::cpu {
 namespace {
@@ -66,7 +66,8 @@ Parallel parallel_for_elements(int64_t work) {
           }};
 }
 
-// Only these kernels see their writes through a pointer; autograd calls them below the key that would count the version.
+// Only these kernels see their writes through a pointer; autograd calls them below the key that would count the
+// version.
 void note_written(const Tensor& tensor) {
   tensor.unsafeGetTensorImpl()->bump_version();
 }

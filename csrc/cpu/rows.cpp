@@ -320,7 +320,8 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
     const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
     const auto k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n],
-                                    from_loss / loss_divisor(rows.options, totals), (from_loss + from_z) / z_divisor(rows.options, totals));
+                                    from_loss / loss_divisor(rows.options, totals),
+                                    (from_loss + from_z) / z_divisor(rows.options, totals));
     // The target's logit is read here, before its chunk is overwritten when grad is the logits.
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
@@ -341,12 +342,11 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   const bool past_cache = sweep.past_cache(grad);
   const double grad_loss = 1 / loss_divisor(rows.options, totals), grad_z = 1 / z_divisor(rows.options, totals);
   const auto coefficients = [&](int64_t n, Lse lse) {
-    return row_coefficients(rows.options, sweep.target_weight(n), totals[kClassWeight], lse.high, grad_loss,
-                            grad_z);
+    return row_coefficients(rows.options, sweep.target_weight(n), totals[kClassWeight], lse.high, grad_loss, grad_z);
   };
   const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
-    sweep.chunk_grad(n, c, k, rows.options.grad_scale, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
-                     grad + n * grad_stride + c * kChunk, past_cache);
+    sweep.chunk_grad(n, c, k, rows.options.grad_scale, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse),
+                     exps, grad + n * grad_stride + c * kChunk, past_cache);
   };
   const auto zero_chunk = [&](int64_t n, int64_t c) {
     kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0, sweep.past_cache());
@@ -489,10 +489,10 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
 #define INSTANTIATE(scalar_t)                                                                                  \
   template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,  \
                           scalar_t*, const Parallel&);                                                         \
-  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,             \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,                  \
                          const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*, scalar_t*, \
                          int64_t, const Parallel&);                                                            \
-  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*, \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*,      \
                                const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                   \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
@@ -501,10 +501,10 @@ INSTANTIATE(bf16)
 INSTANTIATE(f16)
 #undef INSTANTIATE
 
-#define INSTANTIATE(acc)                                                                                         \
+#define INSTANTIATE(acc)                                                                                            \
   template int64_t reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
   template int64_t reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
-                            const acc*, const acc*, const double*, double*, double*, const Parallel&);
+                               const acc*, const acc*, const double*, double*, double*, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

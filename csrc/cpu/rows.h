@@ -56,8 +56,8 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
 
-// lse_low may be null, for zeros. `totals` has kTotals values. The gradient, [n_rows, n_cols] with `grad_stride` from row to row; `grad` may be the
-// logits themselves.
+// lse_low may be null, for zeros. `totals` has kTotals values. The gradient, [n_rows, n_cols] with `grad_stride` from
+// row to row; `grad` may be the logits themselves.
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
@@ -75,13 +75,13 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
 
 // totals[kTotals] over all rows. Returns the first row whose target is out of range, and then no totals; else -1.
 template <typename acc>
-int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, double* totals,
-                   const Parallel& parallel);
+int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
+                      double* totals, const Parallel& parallel);
 
 // The loss and z-loss: one value a row for Reduction::none, else one value each. Returns what reduce_totals does.
 template <typename acc>
 int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                 const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
-                 double* z_loss, const Parallel& parallel);
+                    const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
+                    double* z_loss, const Parallel& parallel);
 
 }  // namespace npu_xent::cpu

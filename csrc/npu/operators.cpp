@@ -1,8 +1,8 @@
 // The primitives on an NPU: from tensors to launches.
 #include "npu/operators.h"
 
-#include <ATen/core/Tensor.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
@@ -158,7 +158,7 @@ void launch_split_stats(const Sweep& sweep, const Stats& out) {
 
 // The gradient from statistics; `grad` may be the logits.
 void launch_row_grad(const Sweep& sweep, const Tensor& lse, const Tensor& lse_low, const Tensor& totals,
-                            const Tensor& grad_loss, const Tensor& grad_z_loss, const Tensor& grad) {
+                     const Tensor& grad_loss, const Tensor& grad_z_loss, const Tensor& grad) {
   launch(RowGradKernel{.logits = sweep.logits,
                        .target = sweep.target,
                        .weight = sweep.weight,

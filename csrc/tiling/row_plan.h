@@ -1,8 +1,7 @@
-// How a device kernel cuts the rows of the logits: the planner, shared by host and device. Plain C++17 without torch
-// or CANN.
+// The planner: how a device kernel cuts the logits. Shared by host and device; plain C++17 without torch or CANN.
 //
-// The cut depends on the rows, the columns, the dtype and whether there is a softcap, alone. The number of cores only
-// decides who takes which piece, so results are the same on parts with 20, 24, 40 or 48 cores, to the bit.
+// The cut depends only on the number of rows and columns, the dtype, and whether there is a softcap. The number of
+// cores decides which core takes which piece, so results are bitwise the same on chips with 20, 24, 40 or 48 cores.
 //
 //   short      a tile holds several whole rows; one value a row is one lane of a vector
 //   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
@@ -26,7 +25,14 @@ struct XentPlan {
   int64_t slots;            // chunks that UB holds at a time
 };
 
-// kernel_operator.h, included before, makes it a macro: device code may call these functions too.
+// The members of XentPlan, f(name) for each: csrc/module.cpp tells Python the layout from this list.
+#define XENT_PLAN_MEMBERS(f) f(mode) f(rows_per_tile) f(chunk_cols) f(chunks) f(parts) f(chunks_per_part) f(slots)
+
+#define XENT_SIZE(name) +sizeof(XentPlan::name)
+static_assert(sizeof(XentPlan) == 0 XENT_PLAN_MEMBERS(XENT_SIZE), "a member is not in the list, or there is padding");
+#undef XENT_SIZE
+
+// kernel_operator.h, included before, defines __aicore__ as a macro: device code may call these functions too.
 #ifdef __aicore__
 #define XENT_SHARED __aicore__ constexpr inline
 #else
@@ -38,8 +44,8 @@ namespace npu_xent {
 enum class RowMode : int64_t { short_rows, resident, streaming, split };
 enum class LogitsType : int64_t { fp32, fp16, bf16 };
 
-// The unified buffer: 192 KiB, less what the toolkit keeps for itself (256 bytes) and for Select and reductions (8
-// KiB).
+// The unified buffer: 192 KiB, less 256 bytes and 8 KiB that the toolkit reserves (the latter for Select and
+// reductions).
 constexpr int64_t kUbBytes = 192 * 1024 - 256 - 8 * 1024;
 constexpr int64_t kDataBlock = 32;  // bytes; what UB addresses are aligned to
 constexpr int64_t kLanes = 64;      // fp32 numbers in one repeat of a vector instruction
@@ -55,7 +61,7 @@ constexpr int64_t kMinChunk = 1024;    // below, fixed costs of instructions out
 constexpr int64_t kStreamSlots = 6;    // chunks in flight when rows do not stay
 constexpr int64_t kPrefetch = 2;       // chunks that are copied in ahead of the statistics
 constexpr int64_t kOutputLag = 1;      // chunks by which outputs trail the end of their row's statistics
-constexpr int64_t kExtraSlots = kPrefetch + kOutputLag + 2;  // beside the row itself; 2 for copies out
+constexpr int64_t kExtraSlots = kPrefetch + kOutputLag + 2;  // besides the row itself; 2 for copies out
 constexpr int64_t kFold = 32;                                // chunks whose statistics are joined at a time
 constexpr int64_t kFactRows = 64;                            // rows whose targets and the like are held at a time
 constexpr int64_t kZeroBytes = 4096;                         // zeros, for the gradient of ignored rows
@@ -91,7 +97,7 @@ XENT_SHARED int64_t element_bytes(int64_t dtype) {
   return dtype == static_cast<int64_t>(LogitsType::fp32) ? 4 : 2;
 }
 
-// Byte offsets into UB of what the kernels for long rows (all modes but short) keep there.
+// Byte offsets of the buffers of the kernels for long rows (all modes except short) in UB.
 struct LongBuffers {
   int64_t ring, work, weight, zeros;  // chunks; two of `work`
   int64_t reduced;                    // results of the first block reduction of a chunk, then of the second
@@ -260,7 +266,7 @@ XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool s
   return p;
 }
 
-// Pieces [begin, end) of `total` for one core of `cores`: contiguous, and no core has two more than another.
+// Items [begin, end) of `total` for one core of `cores`: contiguous, and the cores' numbers differ by one at most.
 struct Share {
   int64_t begin, end;
 };
@@ -271,7 +277,7 @@ XENT_SHARED Share share_of(int64_t total, int64_t core, int64_t cores) {
   return {begin, begin + each + (core < rest ? 1 : 0)};
 }
 
-// What the cores share out: tiles, rows or parts of rows; for a gradient of long rows, chunks.
+// The number of items that cores share out: tiles, rows or parts of rows; for a gradient of long rows, chunks.
 XENT_SHARED int64_t work_items(const XentPlan& p, int64_t rows) {
   return p.mode == static_cast<int64_t>(RowMode::short_rows) ? div_up(rows, p.rows_per_tile) : rows * p.parts;
 }

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .._loading import prepare
-from ..functional import require_dense
+from .._tensors import LOGITS, require_dense
 
 IGNORE_INDEX = -100
 EPSILON = 1e-8
-LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # For keywords that are accepted and ignored: what decides instead.
 INSTEAD = {
     "reduction": "the loss is sum(l * input_mask) / (sum(input_mask) + 1e-8); calculate_per_token_loss=True returns "
@@ -171,6 +170,7 @@ def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: tor
     # moved to another value that is no class either, so that it is refused like any label out of range.
     target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
     prepare(logits)
+    loss: Tensor
     loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
         logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._loading import prepare
-from ..functional import require_dense
+from .._tensors import require_dense
 
 IGNORE_INDEX = -100
 
@@ -69,6 +69,7 @@ def cross_entropy_loss(
         nothing = target.new_full((batch, 1), IGNORE_INDEX)
         target = torch.cat([target[:, 1:], nothing], dim=1)
     prepare(logits)
+    loss: Tensor
     loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
         logits.reshape(-1, classes),
         target.reshape(-1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .._loading import prepare
-from ..functional import index_target, require_dense
+from .._tensors import index_target, require_dense
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -36,6 +37,11 @@ class _ScaleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad * ctx.factor, None
+
+
+# With types, which `apply` does not have.
+_scale_forward: Callable[[Tensor, float], Tensor] = _ScaleForward.apply
+_scale_backward: Callable[[Tensor, float], Tensor] = _ScaleBackward.apply
 
 
 def cross_entropy(
@@ -106,8 +112,8 @@ def cross_entropy(
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if target.is_floating_point():
         # Class probabilities are not fused: torch's own, between two scalings that keep mult out of the gradient.
-        scaled = _ScaleBackward.apply(input.to(dtype), grad_scale)
-        scaled = scaled if mult == 1.0 else _ScaleForward.apply(scaled, mult)
+        scaled = _scale_backward(input.to(dtype), grad_scale)
+        scaled = scaled if mult == 1.0 else _scale_forward(scaled, mult)
         loss = torch_cross_entropy(scaled, target.to(dtype), ignore_index=ignore_index, reduction="sum")
     else:
         prepare(input)
@@ -121,12 +127,14 @@ def cross_entropy(
             grad_scale=grad_scale,
             loss_dtype=dtype,
         )
-    loss = _ScaleForward.apply(loss, loss_scale)
+    loss = _scale_forward(loss, loss_scale)
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
 class CrossEntropyLoss(nn.Module):
     """`cross_entropy` as a module, a drop-in replacement for unit_scaling.CrossEntropyLoss: `mult` comes first."""
+
+    weight: Tensor | None
 
     def __init__(
         self,

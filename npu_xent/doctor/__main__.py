@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     on_npu = asked != "cpu"
     if on_npu and not obstacle:
         asked = asked if ":" in asked else "npu:0"
-        count = torch.npu.device_count()
+        count = environment.npu().device_count()
         if int(asked[4:]) >= count:
             parser.error(f"argument --device: {asked}, but torch_npu sees {count} NPU" + "s" * (count > 1))
         obstacle = environment.use_npu(asked)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,48 +14,52 @@ from npu_xent._constraints import may_look
 
 from .calls import laid_out
 from .cases import IGNORE, Case, make_problem, shapes
-from .environment import first_line
+from .environment import first_line, npu
 from .report import Failure, Result, Task
 
 SECTION = "behaviour"
 NAN, INF = float("nan"), float("inf")
 LOSS_OF_ROWS = Case("none", {"reduction": "none"})
-CHECKS: list[tuple[str, Callable[[torch.device], list[Failure]]]] = []
+Check = Callable[[torch.device], list[Failure]]
+CHECKS: list[tuple[str, Check]] = []
 
 
 def tasks(device: torch.device) -> Iterator[Task]:
     """Those that the device has a meaning for."""
     for name, check in CHECKS:
         if device.type == "npu" or check not in NPU_ONLY:
-            yield Task(SECTION, name, lambda check=check: Result(failures=check(device)))
+            yield Task(SECTION, name, partial(_result_of, check, device))
     if device.type == "npu":
-        for other in range(torch.npu.device_count()):
+        for other in range(npu().device_count()):
             if other != device.index:
-                name = f"the same bits on npu:{other}"
-                yield Task(SECTION, name, lambda other=other: on_another(device, other))
+                yield Task(SECTION, f"the same bits on npu:{other}", partial(on_another, device, other))
 
 
-def named(name: str) -> Callable:
+def _result_of(check: Check, device: torch.device) -> Result:
+    return Result(failures=check(device))
+
+
+def named(name: str) -> Callable[[Check], Check]:
     """Puts a check on the list, by a name for the report."""
 
-    def add(check: Callable) -> Callable:
+    def add(check: Check) -> Check:
         CHECKS.append((name, check))
         return check
 
     return add
 
 
-def step(logits: Tensor, target: Tensor, device: torch.device, **options: object) -> tuple[Tensor, Tensor]:
+def step(logits: Tensor, target: Tensor, device: torch.device, **options: Any) -> tuple[Tensor, Tensor]:
     """The loss and the gradient of its sum, by the device and back on the CPU."""
-    return tuple(tensor.cpu() for tensor in step_there(logits.to(device), target.to(device), **options))
+    loss, gradient = step_there(logits.to(device), target.to(device), **options)
+    return loss.cpu(), gradient.cpu()
 
 
-def step_there(logits: Tensor, target: Tensor, **options: object) -> tuple[Tensor, Tensor]:
+def step_there(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """The same where the tensors are."""
     leaf = logits.detach().requires_grad_()
-    loss = npu_xent.cross_entropy(leaf, target, **options)
-    loss.backward(torch.ones(loss.shape).to(loss.device))
-    return loss.detach(), leaf.grad
+    loss: Tensor = npu_xent.cross_entropy(leaf, target, **options)
+    return loss.detach(), torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(loss.device))[0]
 
 
 def inputs(device: torch.device, index: int = 0) -> tuple[Tensor, Tensor]:
@@ -149,10 +155,12 @@ def strided_rows(device: torch.device) -> list[Failure]:
     for index in (0, 1):
         logits, target = inputs(device, index)
         strided = laid_out("strided", logits, device)
-        before = strided._base.clone()
+        wider = strided._base
+        assert wider is not None
+        before = wider.clone()
         seen, expected = step(strided, target, device), step(logits, target, device)
         found += same_bits("loss", seen[0], expected[0]) + same_bits("gradient", seen[1], expected[1])
-        found += same_bits("logits, and what lies between their rows", strided._base, before)
+        found += same_bits("logits, and what lies between their rows", wider, before)
     return found
 
 
@@ -174,11 +182,11 @@ def several_streams(device: torch.device) -> list[Failure]:
     """Three side streams at a time give what the current stream gives."""
     problems = [[tensor.to(device) for tensor in inputs(device, index)] for index in range(3)]
     expected = [step_there(*problem) for problem in problems]
-    main, seen = torch.npu.current_stream(device), []
+    main, seen = npu().current_stream(device), []
     for problem in problems:
-        side = torch.npu.Stream(device)
+        side = npu().Stream(device)
         side.wait_stream(main)
-        with torch.npu.stream(side):
+        with npu().stream(side):
             seen.append((side, step_there(*problem)))
         for tensor in problem:
             tensor.record_stream(side)
@@ -204,7 +212,7 @@ def same_on(device: torch.device, other: int) -> list[Failure]:
     """One loaded library of kernels serves every device of the process."""
     logits, target = inputs(device, 1)
     here = step(logits, target, device)
-    with torch.npu.device(other):
+    with npu().device(other):
         there = step(logits, target, torch.device("npu", other))
     return same_bits("loss", there[0], here[0]) + same_bits("gradient", there[1], here[1])
 

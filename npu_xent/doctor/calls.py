@@ -25,6 +25,7 @@ def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     loss = found["loss"]
     if case.grad:
         loss.backward(problem.upstream.view(loss.shape).to(device))
+        assert leaf.grad is not None
         found["gradient"] = leaf.grad
     found = {name: value.detach().cpu() for name, value in found.items()}
     if case.grad and case.layout == "classes second":

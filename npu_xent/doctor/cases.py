@@ -12,9 +12,8 @@ from torch import Tensor
 from npu_xent import _C
 
 IGNORE = -100
-ROW_MODES = ("short", "resident", "streaming", "split")  # as csrc/tiling/row_plan.h numbers them
+ROW_MODES = {number: name for name, number in _C.KERNEL_INTERFACE["RowMode"].items()}
 SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-PLANNER_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ def shapes(dtype: torch.dtype, device: torch.device) -> list[Shape]:
 
 def row_mode(rows: int, classes: int, dtype: torch.dtype) -> str:
     """How a device kernel cuts logits [rows, classes], by the planner itself."""
-    return ROW_MODES[_C.plan_rows(rows, classes, PLANNER_DTYPES[dtype])["mode"]]
+    return ROW_MODES[_C.plan_rows(rows, classes, _C.KERNEL_INTERFACE["LogitsType"][SHORT_NAMES[dtype]])["mode"]]
 
 
 @dataclass(frozen=True)

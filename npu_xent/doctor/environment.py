@@ -37,10 +37,15 @@ def import_torch_npu() -> str | None:
     return None if count else "torch_npu sees no NPU"
 
 
+def npu() -> Any:
+    """torch.npu. torch_npu adds it, so torch's types do not have it."""
+    return torch.npu  # type: ignore[attr-defined]
+
+
 def use_npu(device: str) -> str | None:
     """Make it the current device, which opens it. What stands in the way, if anything does."""
     try:
-        torch.npu.set_device(device)
+        npu().set_device(device)
     except Exception as error:  # the driver's, or another process has it to itself
         return f"{device} cannot be used: {first_line(error)}"
     return None

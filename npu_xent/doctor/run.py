@@ -15,7 +15,7 @@ import torch
 import npu_xent
 
 from . import behaviour, correctness, repeatability, timing, vendor
-from .environment import first_line
+from .environment import first_line, npu
 from .report import Check, Failure, Report, Result, Task
 
 DEVICE_LOST = "the device computes nothing any more; a new process is needed"
@@ -28,8 +28,8 @@ class Progress:
     """On standard error: the check under way on a terminal, elsewhere a line for each section."""
 
     def __init__(self) -> None:
-        self.on_terminal = sys.stderr.isatty()
-        self.section = ""
+        self.on_terminal: bool = sys.stderr.isatty()
+        self.section: str = ""
 
     def show(self, number: int, task: Task) -> None:
         """`task` begins. Should it hang, or take the process along, this is the last that is seen."""
@@ -94,7 +94,7 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
 def run_task(task: Task) -> Check:
     """The check, come what may."""
     start, trace = time.perf_counter(), None
-    faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.__stderr__)  # where it hangs
+    faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.__stderr__ or sys.stderr)  # where it hangs
     try:
         result = task.run()
     except Exception as error:
@@ -128,7 +128,7 @@ def answers(device: torch.device) -> bool:
     A kernel of torch's and one of ours, which goes another way to the device: loading has seen it work.
     """
     with contextlib.suppress(Exception):
-        torch.npu.synchronize(device)
+        npu().synchronize(device)
         numbers = torch.ones(8).to(device) + 1
         torch.ops.npu_xent.scale_(numbers, torch.tensor(3.0).to(device))
         return bool(numbers.cpu().eq(6).all())

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 import npu_xent
 
 from .cases import SHORT_NAMES
-from .environment import first_line
+from .environment import first_line, npu
 from .report import Failure, Report, Result, Task
 
 SECTION = "time and memory"
@@ -54,7 +54,7 @@ class Budget:
     """Says beforehand how long a shape will take, by the time that the last one took for an element."""
 
     def __init__(self) -> None:
-        self.seconds_each = 0.0
+        self.seconds_each: float = 0.0
 
     def predicted(self, elements: int, rounds: int) -> float:
         """Seconds; 0 for the first shape."""
@@ -77,17 +77,18 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
             raise
         return Result(skipped="does not fit in memory beside what is there")
     budget.seconds_each = sum(map(statistics.median, seconds.values())) / (rows * classes)
+    ratios = {
+        name: statistics.median(ours / other for ours, other in zip(seconds[OURS], times, strict=True))
+        for name, times in seconds.items()
+    }
     numbers = {
         "seconds": {name: statistics.median(times) for name, times in seconds.items()},
-        "time_of_npu_xent_over": {
-            name: statistics.median(ours / other for ours, other in zip(seconds[OURS], times, strict=True))
-            for name, times in seconds.items()
-        },
+        "time_of_npu_xent_over": ratios,
         "all_seconds": seconds,
         "peak_memory_bytes": memory,
         "missing": missing,
     }
-    slower = numbers["time_of_npu_xent_over"][TORCH]
+    slower = ratios[TORCH]
     what = f"{rows} x {classes} {SHORT_NAMES[dtype]}"
     notes = [f"slower than F.cross_entropy at {what}: {slower:.2f} times its time"] if slower > 1 else []
     absurd = [Failure(f"{slower:.0f} times as slow as F.cross_entropy")] if slower > ABSURD else []
@@ -139,7 +140,7 @@ def in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[
 def synchronize(device: torch.device) -> None:
     """Waits until the device is idle."""
     if device.type == "npu":
-        torch.npu.synchronize(device)
+        npu().synchronize(device)
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -147,11 +148,12 @@ def peak_memory(step: Step, device: torch.device) -> int:
     gc.collect()  # what an exception still holds would be in use before, and not afterwards
     if device.type == "npu":
         synchronize(device)
-        torch.npu.reset_peak_memory_stats(device)
-        before = torch.npu.memory_allocated(device)
+        npu().reset_peak_memory_stats(device)
+        before: int = npu().memory_allocated(device)
         step()
         synchronize(device)
-        return torch.npu.max_memory_allocated(device) - before
+        peak: int = npu().max_memory_allocated(device)
+        return peak - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its start and its end on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()

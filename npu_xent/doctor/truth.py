@@ -128,15 +128,15 @@ def composed(problem: Problem) -> dict[str, Tensor]:
     if reduction != "none":
         z_loss = z_loss.sum() / (kept.sum() if reduction == "mean" else 1)
     loss = loss + z_loss
-    loss.backward(problem.upstream)
-    found = {"loss": loss, "z_loss": z_loss, "lse": lse, "log_prob": logits.log_softmax(dim=1), "gradient": leaf.grad}
+    (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream)
+    found = {"loss": loss, "z_loss": z_loss, "lse": lse, "log_prob": logits.log_softmax(dim=1), "gradient": gradient}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def z_scale(problem: Problem) -> float:
     """The scale of the z-loss, by either name."""
     options = problem.case.options
-    return options.get("lse_square_scale", options.get("lse_square_scale_for_zloss", 0.0))
+    return float(options.get("lse_square_scale", options.get("lse_square_scale_for_zloss", 0.0)))
 
 
 def allowed_error(expected: Expected, dtype: torch.dtype, slack: float) -> Tensor:
@@ -172,7 +172,9 @@ def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[
     return worst, Failure(words, name, first, *numbers)
 
 
-def compare_all(seen: Mapping[str, Tensor], expected: Mapping[str, Expected], slack: float) -> tuple[dict, list]:
+def compare_all(
+    seen: Mapping[str, Tensor], expected: Mapping[str, Expected], slack: float
+) -> tuple[dict[str, float], list[Failure]]:
     """`compare` for each output that was seen: the parts by name, and what is wrong."""
     found = {name: compare(name, tensor, expected[name], slack) for name, tensor in seen.items()}
     return {name: part for name, (part, _) in found.items()}, [wrong for _, wrong in found.values() if wrong]

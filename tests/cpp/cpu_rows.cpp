@@ -154,8 +154,8 @@ class Run {
     const Upstream<T> upstream{from_loss.data(), from_z.data(), from_loss.size() > 1, from_z.size() > 1};
     Matrix<T> grad = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 1);
     Matrix<T> swept = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 5);
-    row_grad(kernels_, rows(in_place ? grad : logits), r.totals.data(), upstream, r.lse.data(), r.lse_low.data(), grad.data(),
-             grad.stride(), parallel_);
+    row_grad(kernels_, rows(in_place ? grad : logits), r.totals.data(), upstream, r.lse.data(), r.lse_low.data(),
+             grad.data(), grad.stride(), parallel_);
     stats_of(
         [&](const Stats<T>& out) {
           row_stats_grad(kernels_, rows(in_place ? swept : logits), p_.read_ignored, r.totals.data(), out, swept.data(),

@@ -84,15 +84,16 @@ struct Problem {
 template <typename T>
 Problem make_problem(int64_t rows, int64_t cols, const Case& c, double offset = 0, double confidence = 0) {
   Random random(static_cast<uint32_t>(1000 * rows + cols));
-  Problem p{rows,
-            cols,
-            {c.reduction, kIgnore, c.label_smoothing, c.lse_square_scale, cols, 0, c.logit_scale, c.softcap, c.grad_scale},
-            c.read_ignored,
-            {},
-            {},
-            {},
-            {1},
-            {0}};
+  Problem p{
+      rows,
+      cols,
+      {c.reduction, kIgnore, c.label_smoothing, c.lse_square_scale, cols, 0, c.logit_scale, c.softcap, c.grad_scale},
+      c.read_ignored,
+      {},
+      {},
+      {},
+      {1},
+      {0}};
   for (int64_t n = 0; n < rows; ++n) {
     p.target.push_back(n == 0 ? cols - 1 : random.below(cols));
     for (int64_t i = 0; i < cols; ++i) {
@@ -205,8 +206,10 @@ inline Truth truth_of(const Problem& p) {
       // p - 1 of the target without cancellation.
       const double p_minus_hot = c == y ? -others.value() / sum.value() : prob;
       const double smoothed = e / classes * (totals[2] * prob - weight(c));
-      const double cosh = p.options.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.options.logit_scale / p.options.softcap);
-      const double grad = p.options.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
+      const double cosh =
+          p.options.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.options.logit_scale / p.options.softcap);
+      const double grad =
+          p.options.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
       t.grad.push_back(!kept ? 0 : defined ? grad : NAN);
       // An exponential of x - lse carries the rounding of x and of lse.
       const double hot = c == y, p_terms = std::isinf(x[c]) ? 0 : (1 + std::fabs(x[c]) + std::fabs(lse)) * prob;

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import RESIDENT, SCALE_CHUNK, SHORT, SPLIT, STREAMING, Device
+from kernels import SCALE_CHUNK, Device, RowMode
 from reference import INF, NAN, assert_near, assert_same_bits, make_logits, make_target, make_weight, truth
 from torch import Tensor
 
@@ -43,19 +43,19 @@ MODES: dict[str, tuple[int, int, dict[str, int]]] = {
     "short, wide": (60, 1000, {}),
     "resident": (53, 5000, {}),
     "resident, one chunk": (53, 1025, {}),
-    "resident, many chunks": (50, 36_300, {"mode": RESIDENT, "slots": 76, **MANY}),
+    "resident, many chunks": (50, 36_300, {"mode": RowMode.resident, "slots": 76, **MANY}),
     "streaming": (50, 79_000, {}),
-    "streaming, many chunks": (50, 36_300, {"mode": STREAMING, "slots": 6, **MANY}),
+    "streaming, many chunks": (50, 36_300, {"mode": RowMode.streaming, "slots": 6, **MANY}),
     "split": (5, 9000, {}),
-    "split, long parts": (1, 36_300, {**MANY, "mode": SPLIT, "slots": 6, "parts": 2, "chunks_per_part": 36}),
+    "split, long parts": (1, 36_300, {**MANY, "mode": RowMode.split, "slots": 6, "parts": 2, "chunks_per_part": 36}),
 }
 
 
 def shape_of(mode: str, dtype: torch.dtype) -> tuple[int, int, dict[str, int]]:
     """Rows, columns and forced plan of a mode; one that is made resident by force does not fit in fp32, and streams."""
     rows, cols, forced = MODES[mode]
-    if forced.get("mode") == RESIDENT and dtype == FP32:
-        forced = {**forced, "mode": STREAMING, "slots": 6}
+    if forced.get("mode") == RowMode.resident and dtype == FP32:
+        forced = {**forced, "mode": RowMode.streaming, "slots": 6}
     return rows, cols, forced
 
 
@@ -201,10 +201,9 @@ def test_confident_predictions(mode: str, dtype: torch.dtype, options: dict[str,
 
 def test_modes_are_what_they_are_called() -> None:
     """The shapes above are planned as their names say."""
-    expected = {"short": SHORT, "resident": RESIDENT, "streaming": STREAMING, "split": SPLIT}
     for name, (rows, cols, forced) in MODES.items():
         plan = Device(forced=forced).plan(torch.empty(rows, cols, dtype=torch.bfloat16))
-        assert plan.mode == expected[name.split(",")[0]], name
+        assert plan.mode == RowMode[name.split(",")[0]], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,17 +14,16 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernels import LogitsType, RowMode
 
 from npu_xent import _C
 
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).resolve().parents[2]
-SHORT, RESIDENT, STREAMING, SPLIT = range(4)
-MODES = {"short": SHORT, "resident": RESIDENT, "streaming": STREAMING, "split": SPLIT}
-FP32, FP16, BF16 = range(3)
-DTYPES = {"fp32": FP32, "fp16": FP16, "bf16": BF16}
-ELEMENT_BYTES = (4, 2, 2)
+SHORT, RESIDENT, STREAMING, SPLIT = RowMode.short, RowMode.resident, RowMode.streaming, RowMode.split
+FP32, FP16, BF16 = LogitsType.fp32, LogitsType.fp16, LogitsType.bf16
+ELEMENT_BYTES = {FP32: 4, FP16: 2, BF16: 2}
 MOST = 2**31
 
 # The hardware: the unified buffer less what the toolkit keeps, and the widths of an instruction's fields.
@@ -151,7 +150,7 @@ ROWS = st.one_of(st.integers(1, 2 * MAX_CORES), near((MAX_CORES, MAX_TILE_ROWS),
 COLS = st.one_of(
     st.integers(1, 2 * SHORT_COLS), near((LANES, CHUNK_UNIT, MAX_CHUNK), 200), st.integers(1, 100_000), magnitudes()
 )
-PLANS = st.tuples(ROWS, COLS, st.sampled_from(sorted(DTYPES.values())), st.booleans())
+PLANS = st.tuples(ROWS, COLS, st.sampled_from(LogitsType), st.booleans())
 Shape = tuple[int, int, int, bool]
 Check = Callable[[Shape], None]
 
@@ -159,7 +158,7 @@ Check = Callable[[Shape], None]
 def any_shape(check: Check) -> Check:
     """Check random shapes and those of SHAPES; derandomised, so the same ones on every run."""
     for rows, cols in SHAPES:
-        for dtype in DTYPES.values():
+        for dtype in LogitsType:
             for softcap in (False, True):
                 check = example((rows, cols, dtype, softcap))(check)
     return settings(max_examples=400, deadline=None, derandomize=True, database=None)(given(PLANS)(check))
@@ -205,12 +204,12 @@ def test_instructions_can_count_so_far(shape: Shape) -> None:
 # The choice of a mode
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [dtype.name for dtype in LogitsType])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 def test_mode_of_known_shapes(shape: tuple[int, int], dtype: str) -> None:
     fp32, *half = SHAPES[shape].split()
     expected = half[0] if half and dtype != "fp32" else fp32
-    assert plan_of(*shape, DTYPES[dtype]).mode == MODES[expected]
+    assert plan_of(*shape, LogitsType[dtype]).mode == RowMode[expected]
 
 
 @any_shape

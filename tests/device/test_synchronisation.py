@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels import RESIDENT, STREAMING, Device
+from kernels import Device, RowMode
 
 import cann_sim
 from cann_sim.removal import removed_syncs
@@ -22,8 +22,9 @@ pytestmark = pytest.mark.cpu
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FOUR = {"chunk_cols": 512, "chunks": 4, "chunks_per_part": 4, "parts": 1}
-RESIDENT_PLAN, STREAMING_PLAN = {"mode": RESIDENT, "slots": 9, **FOUR}, {"mode": STREAMING, "slots": 6, **FOUR}
-MANY_CHUNKS = {"mode": STREAMING, "slots": 6, "chunk_cols": 512, "chunks": 35, "chunks_per_part": 35, "parts": 1}
+RESIDENT_PLAN = {"mode": RowMode.resident, "slots": 9, **FOUR}
+STREAMING_PLAN = {"mode": RowMode.streaming, "slots": 6, **FOUR}
+MANY_CHUNKS = {**STREAMING_PLAN, "chunks": 35, "chunks_per_part": 35}
 TILES = {"rows_per_tile": 16}
 ALL = {"weight": True, "label_smoothing": 0.1, "lse_square_scale": 1e-3}
 
@@ -70,8 +71,8 @@ LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, 
 # Where: (file, function, line), and why it is there though no launch needs its ordering.
 PAIRING = "takes a flag that was set for a successor which does not come: flags end in pairs"
 REDUNDANT = {
-    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID0);"): PAIRING,
-    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(EVENT_ID1);"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(LongFlag::OfMax(0));"): PAIRING,
+    ("long_statistics.h", "End", "WaitFlag<HardEvent::S_V>(LongFlag::OfMax(1));"): PAIRING,
     (
         "short_copies.h",
         "CopyTileIn",

@@ -17,12 +17,12 @@ pytestmark = pytest.mark.cpu
 FAST = cann_sim.Config(check=False)
 # Shapes of each row mode, of so many columns that what comes once a row does not count.
 ROWS = {
-    kernels.SHORT: (480, 1000),
-    kernels.RESIDENT: (96, 8080),
-    kernels.STREAMING: (48, 128256),
-    kernels.SPLIT: (8, 151936),
+    kernels.RowMode.short: (480, 1000),
+    kernels.RowMode.resident: (96, 8080),
+    kernels.RowMode.streaming: (48, 128256),
+    kernels.RowMode.split: (8, 151936),
 }
-FITS = (kernels.SHORT, kernels.RESIDENT)
+FITS = (kernels.RowMode.short, kernels.RowMode.resident)
 ONCE = pytest.approx(1, abs=0.03)
 TWICE = pytest.approx(2, abs=0.03)
 NEVER = pytest.approx(0, abs=0.03)

@@ -1,0 +1,117 @@
+"""The options of the public functions, in one table, and what is checked about them.
+
+The signatures repeat names and defaults, for readers and tools; tests/test_options.py compares them with the table.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any, NamedTuple
+
+import torch
+
+CROSS_ENTROPY, LINEAR, CONTRACT = "cross_entropy", "linear_cross_entropy", "npu_cross_entropy_loss"
+
+
+class Option(NamedTuple):
+    """An option of some of the functions. None is a value where it is the default."""
+
+    name: str
+    default: str | float | bool | None
+    kind: type[str] | type[int] | type[float] | type[bool]
+    functions: tuple[str, ...]
+    # Values lie in [low, high], else this is the operator's message. Python needs it only where no operator runs.
+    low: float = -math.inf
+    high: float = math.inf
+    message: str = ""
+
+
+_EVERY, _BOTH = (CROSS_ENTROPY, LINEAR, CONTRACT), (CROSS_ENTROPY, LINEAR)
+OPTIONS = (
+    Option("ignore_index", -100, int, _EVERY),
+    Option("reduction", "mean", str, _EVERY),
+    Option(
+        "label_smoothing",
+        0.0,
+        float,
+        _EVERY,
+        low=0.0,
+        high=1.0,
+        message="npu_xent: label_smoothing must lie in [0, 1], but is {}.",
+    ),
+    Option(
+        "lse_square_scale",
+        0.0,
+        float,
+        _BOTH,
+        low=0.0,
+        high=sys.float_info.max,
+        message="npu_xent: lse_square_scale must be finite and not negative, but is {}.",
+    ),
+    Option("lse_square_scale_for_zloss", 0.0, float, (CONTRACT,)),
+    Option(
+        "softcap",
+        None,
+        float,
+        _BOTH,
+        low=1e-6,
+        high=1e6,
+        message="npu_xent: softcap must lie in [1e-6, 1e6], but is {}; leave it at None for no softcap.",
+    ),
+    Option("chunk_rows", None, int, (LINEAR,)),
+    Option("return_lse", False, bool, _BOTH),
+    Option("return_z_loss", False, bool, _BOTH),
+    Option("return_zloss", False, bool, (CONTRACT,)),
+    Option("consume_logits", False, bool, (CROSS_ENTROPY,)),
+)
+
+
+def options_of(function: str) -> tuple[Option, ...]:
+    """The options of a function, in the table's order."""
+    return tuple(option for option in OPTIONS if function in option.functions)
+
+
+# For each function the options that have a type to check: flags may be whatever is true or false.
+_CHECKED = {
+    function: tuple((option.name, option.kind) for option in options_of(function) if option.kind is not bool)
+    for function in (CROSS_ENTROPY, LINEAR, CONTRACT)
+}
+_OPTIONAL = frozenset(option.name for option in OPTIONS if option.default is None)
+_RANGES = tuple(option for option in OPTIONS if option.message)
+
+
+def check_types(function: str, options: dict[str, Any]) -> None:
+    """Raise TypeError for an option of the wrong type. The operators would say it in C++ terms."""
+    for name, kind in _CHECKED[function]:
+        value = options[name]
+        if type(value) is kind or (value is None and name in _OPTIONAL):
+            continue
+        if kind is str:
+            if not isinstance(value, str):  # the only string is the reduction
+                raise TypeError(
+                    f'npu_xent.{function}: reduction must be "mean", "sum" or "none", but is a {type(value).__name__}'
+                )
+        elif torch.compiler.is_compiling():
+            continue  # a compiler cannot trace the question, and needs no such words
+        elif kind is int and not hasattr(value, "__index__"):
+            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}")
+        elif kind is float and not hasattr(value, "__float__"):
+            raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}")
+
+
+def check_ranges(options: dict[str, Any]) -> None:
+    """Raise ValueError for an option out of its range, as the operators do."""
+    for option in _RANGES:
+        value = options[option.name]
+        if value is not None and not option.low <= value <= option.high:
+            raise ValueError(option.message.format(value))
+
+
+def refuse_deprecated(function: str, size_average: bool | None, reduce: bool | None) -> None:
+    """Raise TypeError for the arguments that torch has deprecated, unless they are None."""
+    for name, value in (("size_average", size_average), ("reduce", reduce)):
+        if value is not None:
+            raise TypeError(
+                f'npu_xent.{function}: unexpected argument {name!r}; say it with reduction="mean", "sum" or "none"'
+            )

@@ -1,0 +1,138 @@
+"""The table of options is what signatures, overloads and operators say."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from option_values import OPTION_VALUES
+from reference import make_logits, make_target
+from torch.nn import functional as F
+
+import npu_xent
+from npu_xent._options import CONTRACT, CROSS_ENTROPY, LINEAR, OPTIONS, Option, options_of
+
+PACKAGE = Path(npu_xent.__file__).parent
+FUNCTIONS = {name: getattr(npu_xent, name) for name in (CROSS_ENTROPY, LINEAR, CONTRACT)}
+# Parameters that are no options: tensors, what torch has deprecated, and what makes the contract strict.
+OTHERS = {"input", "target", "weight", "linear_weight", "linear_bias", "size_average", "reduce", "strict"}
+
+
+@pytest.mark.parametrize(
+    "function, name",
+    [*((function, name) for name, function in FUNCTIONS.items()), (npu_xent.CrossEntropyLoss, CROSS_ENTROPY)],
+)
+def test_signatures_have_the_options_of_the_table(function: Callable[..., Any], name: str) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    signature = {p.name: (p.default, type(p.default)) for p in parameters if p.name not in OTHERS}
+    assert signature == {option.name: (option.default, type(option.default)) for option in options_of(name)}
+
+
+def test_the_table_has_no_other_functions() -> None:
+    assert {function for option in OPTIONS for function in option.functions} == set(FUNCTIONS)
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "ours, torchs, count",
+    [(npu_xent.cross_entropy, F.cross_entropy, 8), (npu_xent.CrossEntropyLoss, torch.nn.CrossEntropyLoss, 6)],
+    ids=["function", "module"],
+)
+def test_torchs_arguments_come_first_in_torchs_order(
+    ours: Callable[..., Any], torchs: Callable[..., Any], count: int
+) -> None:
+    parameters = list(inspect.signature(ours).parameters.values())
+    expected = list(inspect.signature(torchs).parameters.values())
+    assert len(expected) == count
+    assert [(p.name, p.kind, p.default) for p in parameters[:count]] == [(p.name, p.kind, p.default) for p in expected]
+    assert {p.kind for p in parameters[count:]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(
+    "operator, function", [(CROSS_ENTROPY, CROSS_ENTROPY), ("cross_entropy_", CROSS_ENTROPY), (LINEAR, LINEAR)]
+)
+def test_operators_have_the_same_defaults(operator: str, function: str) -> None:
+    schema = getattr(torch.ops.npu_xent, operator).default._schema
+    arguments = {argument.name: argument for argument in schema.arguments}
+    for option in options_of(function):
+        if option.kind is not bool:  # what is returned, and into which memory, is said to the operators otherwise
+            default = arguments[option.name].default_value
+            assert (default, type(default)) == (option.default, type(option.default)), option.name
+            kind = str(arguments[option.name].type).removeprefix("Optional[").removesuffix("]")
+            assert kind == option.kind.__name__, option.name
+
+
+@pytest.mark.parametrize("file, name", [("functional.py", CROSS_ENTROPY), ("_linear.py", LINEAR)])
+def test_overloads_differ_in_the_flags_alone(file: str, name: str) -> None:
+    """What a type checker sees is what is called, except for the two flags."""
+
+    def parameters(node: ast.FunctionDef) -> list[tuple[str, str, str]]:
+        """Kind, name and annotation of each, in order; a flag without its annotation."""
+        arguments, flags = node.args, ("return_lse", "return_z_loss")
+        kinds = (("positional", arguments.args), ("keyword", arguments.kwonlyargs))
+        assert [*arguments.posonlyargs, arguments.vararg, arguments.kwarg] == [None, None]
+        return [
+            (kind, a.arg, "" if a.arg in flags or a.annotation is None else ast.unparse(a.annotation))
+            for kind, group in kinds
+            for a in group
+        ]
+
+    definitions = [
+        node
+        for node in ast.parse((PACKAGE / file).read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]
+    *overloads, implementation = map(parameters, definitions)
+    assert len(overloads) == 4
+    assert all(overload == implementation for overload in overloads)
+
+
+def outside(option: Option) -> list[float]:
+    """Values next to the range of an option, and NaN."""
+    return [math.nextafter(option.low, -math.inf), math.nextafter(option.high, math.inf), math.nan]
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.message], ids=lambda option: option.name)
+def test_ranges_are_those_of_the_operators(option: Option, device: torch.device) -> None:
+    """The torch operations that serve class probabilities check them by the table, in the operators' words."""
+    logits, classes = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
+    before, after = option.message.split("{}")
+    for target in (classes, F.one_hot(classes, 5).float()):
+        for value in (option.low, option.high):
+            npu_xent.cross_entropy(logits, target, **{option.name: value})
+        for value in outside(option):
+            with pytest.raises(ValueError) as caught:
+                npu_xent.cross_entropy(logits, target, **{option.name: value})
+            assert str(caught.value).startswith(before)
+            assert str(caught.value).endswith(after)
+
+
+def test_positional_arguments_are_torchs(device: torch.device) -> None:
+    logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
+    weight = torch.rand(5, generator=torch.Generator().manual_seed(0)).to(device)
+    arguments = (weight, None, 2, None, "sum", 0.1)
+    expected = F.cross_entropy(logits, target, *arguments)
+    torch.testing.assert_close(npu_xent.cross_entropy(logits, target, *arguments), expected)
+    torch.testing.assert_close(npu_xent.CrossEntropyLoss(*arguments)(logits, target), expected)
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS.values(), npu_xent.CrossEntropyLoss])
+def test_a_misspelt_option_is_a_type_error(function: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'label_smothing'"):
+        function(label_smothing=0.1)
+
+
+def test_the_covering_arrays_know_every_option() -> None:
+    """Except for those of one function each, whose tests have values of their own."""
+    own = {"lse_square_scale_for_zloss", "return_zloss", "chunk_rows", "consume_logits"}
+    assert {option.name for option in OPTIONS} - own <= set(OPTION_VALUES)
+    for option in OPTIONS:
+        if option.name in OPTION_VALUES:
+            assert option.default in OPTION_VALUES[option.name], option.name
+            assert len(OPTION_VALUES[option.name]) > 1
