@@ -16,8 +16,8 @@ class CrossEntropyLoss(nn.Module):
     Args:
         weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
             state_dict.
-        size_average, ignore_index, reduce, reduction, label_smoothing, lse_square_scale, softcap, return_lse,
-            return_z_loss, consume_logits: as `cross_entropy` takes them.
+        size_average, ignore_index, reduce, reduction, label_smoothing: as for `cross_entropy`.
+        lse_square_scale, softcap, return_lse, return_z_loss, consume_logits: as for `cross_entropy`.
 
     Called as module(input, target), it returns and raises what `cross_entropy` does. To type checkers the result of a
     call is Any, as that of every module of torch. With return_lse or return_z_loss, annotate it::
