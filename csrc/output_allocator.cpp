@@ -36,7 +36,7 @@ at::Tensor empty_output(int64_t rows, int64_t columns, const at::TensorOptions& 
   if (!options.device().is_cpu()) {
     return at::empty({rows, columns}, options);
   }
-  static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive what is destroyed at exit
+  static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive static objects
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   return at::detail::empty_generic({rows, columns}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    std::nullopt);

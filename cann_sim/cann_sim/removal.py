@@ -41,7 +41,7 @@ class Removal:
         if self.error is not None:
             return str(self.error)
         if self.partners:
-            return f"redundant beside site {', '.join(map(str, self.partners))}"
+            return f"redundant with site {', '.join(map(str, self.partners))}"
         return "redundant: nothing in this launch depends on it"
 
     def __str__(self) -> str:

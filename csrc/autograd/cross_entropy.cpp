@@ -94,10 +94,10 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
   static Tensor scaled_grad(AutogradContext* ctx, const Tensor& upstream) {
     const auto found = ctx->saved_data.find("grad");
     TORCH_CHECK(found != ctx->saved_data.end(),
-                inplace ? "npu_xent: with consume_logits the gradient has been handed over by the first backward; a "
-                          "second one needs consume_logits=False."
+                inplace ? "npu_xent: with consume_logits the first backward has released the gradient; a second one "
+                          "needs consume_logits=False."
                         : "npu_xent: trying to backward through cross_entropy a second time, after its gradient has "
-                          "been handed over; pass retain_graph=True to the first backward.");
+                          "been released; pass retain_graph=True to the first backward.");
     Tensor grad = found->second.toTensor();
     TORCH_CHECK(
         !inplace || grad._version() == ctx->saved_data["version"].toInt(),

@@ -84,7 +84,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     auto& saved = ctx->saved_data;
     TORCH_CHECK(saved.count("handed_over") == 0,
                 "npu_xent: trying to backward through linear_cross_entropy a second time, after its gradients have "
-                "been handed over; pass retain_graph=True to the first backward.");
+                "been released; pass retain_graph=True to the first backward.");
     // keep_graph: a second backward may come, so this one gets copies.
     const bool copy = torch::autograd::get_current_graph_task_keep_graph();
     const auto node = torch::autograd::get_current_node();
