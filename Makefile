@@ -1,24 +1,24 @@
 # From a bare Linux machine with Python 3.10 or newer, g++ and make:
 #
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
-#   make test     runs the tests: on the CPU, on a simulated NPU, and those of cann_sim
-#                 (TEST_ARGS="-k contract": some, on the CPU alone; with DEVICE=npu on the simulated NPU alone)
+#   make test     runs the tests on the CPU and on a simulated NPU, and cann_sim's tests
+#                 (TEST_ARGS="-k contract": selected tests, on the CPU only, or with DEVICE=npu on the simulated NPU)
 #   make test-aarch64
-#                 runs tests of the CPU loops, the planner and the device kernels for Arm, on another machine under qemu
-#   make bench    measures speed and memory on this CPU beside PyTorch's losses and others, appends every figure to
-#                 benchmarks/results.csv and draws docs/bench_*.png: twenty minutes or more; QUICK=1: two or three
+#                 cross-compiles tests of the CPU loops, the planner and the device kernels, and runs them under qemu
+#   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
+#                 benchmarks/results.csv and draws docs/bench_*.png: 20 minutes or more; QUICK=1: two or three
 #                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
-#   make wheel    builds what is released into dist: an sdist, a wheel for CPUs, one with the part for NPUs as well, and
+#   make wheel    builds the release files into dist: an sdist, a wheel for CPUs, a wheel with the part for NPUs, and
 #                 cann_sim's sdist and wheel
-#   make smoke    installs these wheels where there is no compiler, and tries them
+#   make smoke    installs these wheels in environments without a compiler, and tests them
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
-#   make check    formatting and lint, as CI runs them        make format    applies them
-#   make clean    removes what the above made
+#   make check    checks formatting and lint, as CI does      make format    fixes them
+#   make clean    removes all generated files
 #
-# Each sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the interpreter;
-# TORCH the torch to build against, and with it the torch_npu to test with. pip's own variables (PIP_INDEX_URL, ...)
-# apply: where the index offers only CUDA builds of torch, point it at one with CPU builds, which are much smaller.
+# Each target sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the
+# interpreter; TORCH the torch to build against, and with it the torch_npu to test with. pip's own variables
+# (PIP_INDEX_URL, ...) apply. If the index has only CUDA builds of torch, use one with the much smaller CPU builds.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -28,7 +28,7 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 
 # The release of torch_npu that goes with this torch.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
-# The stamp carries the version asked for, so that another TORCH is installed and built against; there is one at a time.
+# The stamp's name contains the version, so that another TORCH is installed and built against. Only one stamp exists.
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 DEVICE := cpu
 
@@ -42,13 +42,13 @@ CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name 
 .DELETE_ON_ERROR:
 .PHONY: help train test test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
 
-# Recipes of stamps install into one environment, so they run one at a time, also under -j and in two makes at once: the
-# second make waits for the lock, and then finds the stamps $(1) up to date.
+# Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
+# the second make waits for the lock, and then finds the stamps $(1) up to date.
 .NOTPARALLEL:
 set_up = mkdir -p build; { flock --nonblock 9 || { echo "== Waiting for another make in this folder"; flock 9; }; \
   $(MAKE) --no-print-directory $(1) 9>&-; } 9>build/.lock
 
-# A stamp has the time at which its recipe began: a file that is edited during a build is newer than the stamp.
+# A stamp gets the time its recipe began, so that a file edited during a build is newer than the stamp.
 begin = touch $@.began
 end = mv $@.began $@
 
@@ -69,8 +69,8 @@ else
 	@$(PY) tests/run_suites.py
 endif
 
-# Builds tests/cpp in folder $(1) with the options $(2), and runs it. The first run here writes what the planner
-# answers, and the one for Arm compares.
+# Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
+# run compares with them.
 JOBS = $${MAX_JOBS:-$$(nproc)}
 cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
   $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
@@ -108,14 +108,14 @@ ifneq ($(shell uname -m),aarch64)
 	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/cpp/toolchain.cmake))
 endif
 
-# What is compiled for a comparison is compiled by g++, as the extension is.
+# torch.compile uses g++ too, as the extension does.
 bench:
 	+@$(call set_up,$(VENV)/.bench $(VENV)/.build)
 	@echo "== Measuring: $(PY) benchmarks/run.py $(BENCH_FLAGS)"
 	@$(PY) benchmarks/run.py $(BENCH_FLAGS)
 BENCH_FLAGS = $(strip $(if $(filter-out 0,$(QUICK)),--quick) $(BENCH_ARGS))
 
-# Warnings are errors: a link that leads nowhere, a docstring that does not parse.
+# Warnings, such as a broken link or a docstring that does not parse, are errors.
 docs:
 	+@$(call set_up,$(VENV)/.docs $(VENV)/.build)
 	@echo "== Building the documentation"
@@ -123,8 +123,8 @@ docs:
 	@$(PY) -m sphinx -W --keep-going -q -b html -d build/doctrees -c docs . build/docs
 	@echo "Wrote build/docs/index.html"
 
-# The part for NPUs is built by CANN where its set_env.sh was sourced, else by cann_sim: then the wheel's version says
-# "simulated". The local version is there to tell wheels apart, so the sdists have none. Objects in build/ are used again.
+# CANN builds the part for NPUs if its set_env.sh was sourced, else cann_sim: then the wheel's version says "simulated".
+# Only wheels have a local version, which tells them apart. Objects in build/ are reused.
 make_dist = $(PY) -m build --no-isolation --outdir dist $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
 wheel:
 	+@$(call set_up,$(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu)
@@ -193,7 +193,7 @@ $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@rm -f $(VENV)/.npu
 	@$(end)
 
-# The part for NPUs, built by cann_sim's toolkit. It comes with the rest: building the rest alone would take it away.
+# The part for NPUs, built by cann_sim's toolkit, together with the rest: building the rest alone would remove it.
 $(VENV)/.npu: $(VENV)/.cann_sim $(VENV)/.torch_npu $(SOURCES) $(KERNEL_SOURCES)
 	@echo "== Building the extension with the part for NPUs (three to four minutes the first time)"
 	@$(begin)
@@ -202,8 +202,8 @@ $(VENV)/.npu: $(VENV)/.cann_sim $(VENV)/.torch_npu $(SOURCES) $(KERNEL_SOURCES)
 	@touch -r $@.began $(VENV)/.build
 	@$(end)
 
-# --no-deps: its own requirement of torch would bring another build of it. Without CANN, torch_npu makes `import torch`
-# raise unless a variable is set: every Python of this environment sets it, so that plain use needs no preparation.
+# --no-deps: its requirement would install another build of torch. Without CANN, torch_npu makes `import torch` raise
+# unless a variable is set; a .pth file sets it in every Python of this environment.
 $(VENV)/.torch_npu: $(TORCH_STAMP)
 	@echo "== Installing $(TORCH_NPU)"
 	@echo 'import os; os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")' \
@@ -214,7 +214,7 @@ $(VENV)/.torch_npu: $(TORCH_STAMP)
 $(VENV)/.cann_sim: $(TORCH_STAMP) $(SIM_SOURCES)
 	@echo "== Building cann_sim"
 	@$(begin)
-	@# compat: an entry in sys.path, which the folder of the same name in the current directory does not shadow.
+	@# compat: adds a sys.path entry, which the folder cann_sim in the current directory does not shadow.
 	@$(PIP) install --no-build-isolation --no-deps --config-settings editable_mode=compat --editable ./cann_sim
 	@$(end)
 
@@ -223,15 +223,15 @@ $(VENV)/.train: $(TORCH_STAMP)
 	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
 	@touch $@
 
-# --no-deps: the originals that npu_xent.compat is compared with, without the transformers, diffusers and torch that they
-# require. docstring_parser and einops are what unit_scaling imports.
+# --no-deps: the libraries that npu_xent.compat is tested against, without the transformers, diffusers and torch that
+# they require. unit_scaling imports docstring_parser and einops.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
 	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2
 	@touch $@
 
-# --no-deps: the part of cut-cross-entropy that runs on a CPU does without its triton, which is hundreds of megabytes.
+# --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.
 $(VENV)/.bench: $(TORCH_STAMP)
 	@echo "== Installing what the benchmarks need"
 	@$(PIP) install matplotlib && $(PIP) install --no-deps cut-cross-entropy

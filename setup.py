@@ -2,11 +2,12 @@
 
 Needs torch, cmake and ninja in the building environment: `pip install --no-build-isolation .`
 
-The part for NPUs is built as well where torch_npu is installed and ASCEND_HOME_PATH is set (by the toolkit's
-set_env.sh). SOC_VERSION says for which chips, one or several (`SOC_VERSION="ascend910b1;ascend910_9391"`); unset,
-npu-smi is asked. NPU_XENT_BUILD_NPU=0 leaves that part out, NPU_XENT_BUILD_NPU=1 makes its absence an error.
+The part for NPUs is also built if torch_npu is installed and ASCEND_HOME_PATH is set (by the toolkit's set_env.sh).
+SOC_VERSION names the chips, one or several (`SOC_VERSION="ascend910b1;ascend910_9391"`); if unset, npu-smi is asked.
+NPU_XENT_BUILD_NPU=0 leaves that part out; NPU_XENT_BUILD_NPU=1 makes it an error if it cannot be built.
 
-NPU_XENT_LOCAL_VERSION=1 puts what the extension is built against into the version, as `make wheel` does.
+NPU_XENT_LOCAL_VERSION=1 adds the torch and CANN releases that the extension is built against to its version, as
+`make wheel` does.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
 
-# With torch_npu installed and no CANN in sight, `import torch` raises unless this is set.
+# With torch_npu installed but no CANN, `import torch` raises unless this is set.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 ROOT = Path(__file__).resolve().parent
@@ -39,7 +40,7 @@ PACKAGE = "npu_xent"
 
 
 def load_module(name: str) -> ModuleType:
-    """A module of npu_xent, without the package around it, which is not built yet."""
+    """A module of npu_xent, loaded without importing the package, which is not built yet."""
     spec = importlib.util.spec_from_file_location(f"{PACKAGE}{name}", ROOT / PACKAGE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,7 +48,7 @@ def load_module(name: str) -> ModuleType:
 
 
 def find_tool(name: str) -> str:
-    """The path of a build tool: the one of this Python environment, else the one on PATH."""
+    """The path of a build tool, from this Python environment or else from PATH."""
     beside_python = Path(sys.executable).parent / name
     found = str(beside_python) if beside_python.exists() else shutil.which(name)
     if found is None:
@@ -56,7 +57,7 @@ def find_tool(name: str) -> str:
 
 
 def check_compiler() -> None:
-    """Say what is missing before CMake does, which names neither the packages nor the way out."""
+    """Report missing build dependencies before CMake does; its messages do not name the packages to install."""
     if not os.environ.get("CXX") and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         raise SystemExit(
             f"a C++ compiler is needed to build {PACKAGE} and was not found: apt-get install g++ (Debian and Ubuntu), "
@@ -72,7 +73,7 @@ def check_compiler() -> None:
 
 @contextlib.contextmanager
 def one_build_at_a_time() -> Iterator[None]:
-    """Holds the lock of the build folders, which a second build would otherwise write to at the same time."""
+    """Locks the build folders against concurrent builds."""
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     with (folder / ".cmake.lock").open("w") as lock:
@@ -81,9 +82,9 @@ def one_build_at_a_time() -> Iterator[None]:
 
 
 def hidden_version(name: str) -> str | None:
-    """The version of a package that is installed here, but that pip hides from this build, which it runs in isolation.
+    """The version of an installed package that pip hides from this isolated build, or None.
 
-    pip puts what an isolated build may see into a temporary folder in front of everything else.
+    pip puts the packages of an isolated build into a temporary folder at the front of sys.path.
     """
     if not any("pip-build-env-" in folder for folder in sys.path):
         return None
@@ -92,10 +93,10 @@ def hidden_version(name: str) -> str | None:
 
 
 def torch_requirement() -> str:
-    """What the wheel requires: the torch that it is built against, since it loads with no other release.
+    """The wheel's requirements: the torch release that it is built against, since it loads with no other.
 
-    Any build of that release does: CPU and CUDA builds have the same C++ interface. Where there is no torch it is what
-    the code is written for; so an sdist names the torch that was there when it was made, and says that this may change.
+    Any build of that release will do: CPU and CUDA builds have the same C++ interface. Without torch, the requirement
+    is the range that the code supports. An sdist marks its requirement as dynamic.
     """
     try:
         version = importlib.metadata.version("torch").partition("+")[0]
@@ -112,9 +113,9 @@ def torch_requirement() -> str:
 
 
 def local_version(torch_version: str, npu: NpuPart | None) -> str:
-    """What tells wheels of one version apart: torch2.13.0.cpu, or torch2.13.0.cann8.5.0 with the part for NPUs.
+    """The local version of a wheel: torch2.13.0.cpu, or torch2.13.0.cann8.5.0 with the part for NPUs.
 
-    Letters and digits, separated by dots. The chips are not in it: kernels built for one run on all of the family.
+    Letters and digits, separated by dots. It omits the chips: kernels built for one run on the whole family.
     """
     part = "cpu" if npu is None else f"cann{npu.toolkit_version or ''}"
     return re.sub(r"[^a-z0-9]+", ".", f"torch{torch_version.partition('+')[0]}.{part}".lower())
@@ -127,7 +128,7 @@ def release(version: str) -> str:
 
 @dataclass(frozen=True)
 class NpuPart:
-    """What the part for NPUs is built with."""
+    """The toolchain of the part for NPUs."""
 
     torch_npu: Path
     torch_npu_version: str
@@ -136,12 +137,12 @@ class NpuPart:
 
     @property
     def toolkit_version(self) -> str | None:
-        """As the toolkit's own files tell it."""
+        """The toolkit's version, from its own files."""
         return load_module("_toolkit").version(self.toolkit)
 
 
 def find_npu_part(torch_version: str) -> NpuPart | None:
-    """What there is to build for NPUs; None, and a line that says why, if something is missing."""
+    """The toolchain for NPUs; None, with a printed reason, if something is missing."""
     wanted = os.environ.get("NPU_XENT_BUILD_NPU", "")
     if wanted == "0":
         return None
@@ -185,22 +186,22 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
 
 
 def remove_npu_part(folder: Path) -> None:
-    """What is there of the part for NPUs: a build without it must not ship that of an earlier one."""
+    """Remove an earlier build's part for NPUs, so that a build without it does not ship it."""
     shutil.rmtree(folder / "kernels", ignore_errors=True)
     for library in folder.glob("_npu.*so"):
         library.unlink()
 
 
 class LabelledVersion(egg_info):
-    """egg_info, with local_version() in the version where that is wanted.
+    """egg_info, with local_version() in the version if NPU_XENT_LOCAL_VERSION=1.
 
-    Wheels that lie side by side need names of their own, and can then be asked for by their versions: flash-attn and
-    torchvision do the same (2.8.3+cu12torch2.8, 0.28.0+cpu). A build tag would be in the name of the file alone, and
-    gone once that is installed. It is not done unasked: pip refuses an sdist whose build has another version.
+    Wheels of one release then have different names, and pip can select one by version, as for flash-attn and
+    torchvision (2.8.3+cu12torch2.8, 0.28.0+cpu). A build tag would not be part of the installed version. It is not the
+    default because pip refuses an sdist that builds another version than its own.
     """
 
     def finalize_options(self) -> None:
-        """Tag the version with it."""
+        """Append the local version."""
         if os.environ.get("NPU_XENT_LOCAL_VERSION") == "1":
             torch_version = importlib.metadata.version("torch")
             self.tag_build = "+" + local_version(torch_version, find_npu_part(torch_version))
@@ -208,22 +209,22 @@ class LabelledVersion(egg_info):
 
 
 class FreshBuildPy(build_py):
-    """build_py into an empty folder: setuptools packs all it finds there, also what an earlier build has left."""
+    """build_py into an empty folder: setuptools would also pack the files of an earlier build."""
 
     def run(self) -> None:
-        """Remove what is there, then copy the package."""
+        """Empty the folder, then copy the package."""
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds CMakeLists.txt; libraries land where setuptools expects the extensions."""
+    """Configures and builds CMakeLists.txt; writes the libraries where setuptools expects the extensions."""
 
     npu: NpuPart | None = None
 
     def run(self) -> None:
-        """Build, and copy what was built into the source tree where that is wanted."""
+        """Build, and for in-place builds copy the results into the source tree."""
         with one_build_at_a_time():
             super().run()
 
@@ -241,13 +242,13 @@ class CMakeBuild(build_ext):
         check_compiler()
         self.npu = find_npu_part(torch.__version__)
         output = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).resolve().parent
-        # One build folder for each torch and Python, so that going back and forth stays incremental.
+        # One build folder per torch and Python, so that switching between them stays incremental.
         tag = f"torch{torch.__version__}-{sys.implementation.cache_tag}"
         output.mkdir(parents=True, exist_ok=True)
-        remove_npu_part(output)  # of an earlier build
+        remove_npu_part(output)
         if self.npu is not None:
             self.build_kernels(self.npu, output / "kernels")
-        # Without that part its target is left alone, but not taken away: CMake would delete its objects.
+        # Do not unset TORCH_NPU_DIR in a build without that part: removing the target would delete its objects.
         npu_options = [f"-DTORCH_NPU_DIR={self.npu.torch_npu}"] if self.npu else []
         self.run_cmake(
             ROOT,
@@ -264,12 +265,12 @@ class CMakeBuild(build_ext):
         self.write_record(output / "_build.py", torch.__version__)
 
     def build_kernels(self, npu: NpuPart, output: Path) -> None:
-        """The device kernels, a library for each chip. A project of its own: the toolkit sets up its own compilers."""
+        """Build the device kernels, one library per chip, as a separate project: the toolkit sets up its compilers."""
         for soc in npu.soc_versions:
             version = re.sub(r"[^\w.-]", "-", npu.toolkit_version or "toolkit")
             build = ROOT / "build" / f"kernels-{soc}-{version}"
             definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}")
-            # The toolkit's build reads files that only makefile generators write.
+            # The toolkit's build reads files that only Makefile generators write.
             self.run_cmake(ROOT / "csrc" / "ascendc", build, "-G", "Unix Makefiles", *definitions)
             library = "libnpu_xent_kernels.so"
             built = max(build.rglob(library), key=lambda path: path.stat().st_mtime, default=None)
@@ -286,7 +287,7 @@ class CMakeBuild(build_ext):
         subprocess.run([find_tool("cmake"), "--build", build, "--parallel", jobs, "--target", *targets], check=True)
 
     def write_record(self, path: Path, torch_version: str) -> None:
-        """What was built against what. It is read before a library is loaded, which could fail without a word."""
+        """The record of the versions built against. It is read before loading a library, which may crash."""
         npu = self.npu
         path.write_text(
             '"""Written by the build: this version, and what the extension was compiled against."""\n\n'
@@ -299,7 +300,7 @@ class CMakeBuild(build_ext):
         )
 
     def copy_extensions_to_source(self) -> None:
-        """In place and editable builds: the record and the kernels go where the libraries go."""
+        """For in-place and editable builds: copy the record and the kernels next to the libraries."""
         built, source = Path(self.build_lib) / PACKAGE, ROOT / PACKAGE
         remove_npu_part(source)
         super().copy_extensions_to_source()

@@ -1,4 +1,4 @@
-"""What an installed npu_xent must do, on a machine that never saw its sources. Run by .ci/smoke_test."""
+"""Tests of an installed npu_xent without its sources. Run by .ci/smoke_test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 COMPILERS = ("cc", "gcc", "c++", "g++", "clang", "clang++")
 ROWS, CLASSES = 37, 1003
 
-# A stand-in for another release of torch: the one that is there, under another version.
+# Simulates another release of torch by changing the version of the installed one.
 WITH_ANOTHER_TORCH = "import torch; torch.__version__ = '2.12.0+cpu'; import npu_xent"
 
 
@@ -26,7 +26,7 @@ def expect(true: bool, text: str) -> None:
 
 
 def check_installation(version: str, site: Path | None) -> None:
-    """Versions, files and requirements are those of the wheel, which nothing shadows."""
+    """Check that the imported versions, files and requirements are the wheel's."""
     import npu_xent
 
     expect("torch_npu" not in sys.modules or site is not None, "import npu_xent has imported torch_npu")
@@ -50,14 +50,14 @@ def check_installation(version: str, site: Path | None) -> None:
 
 
 def check_another_torch() -> None:
-    """Importing it beside another torch says so, instead of crashing."""
+    """Importing it with another torch raises a clear error instead of crashing."""
     run = subprocess.run([sys.executable, "-I", "-c", WITH_ANOTHER_TORCH], capture_output=True, text=True)
     said = "but torch 2.12.0+cpu is installed. Rebuild it"
-    expect(run.returncode == 1 and said in run.stderr, f"beside another torch: {run.returncode}, {run.stderr}")
+    expect(run.returncode == 1 and said in run.stderr, f"with another torch: {run.returncode}, {run.stderr}")
 
 
 def check_losses(device: str) -> None:
-    """Loss and gradient are those of torch.nn.functional.cross_entropy in float32 on the CPU."""
+    """Loss and gradient match torch.nn.functional.cross_entropy in float32 on the CPU."""
     import npu_xent
 
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def check_losses(device: str) -> None:
             ours = npu_xent.cross_entropy(logits, target.to(device), **moved)
             ours.backward()
             torch.testing.assert_close(ours.cpu().float(), loss.detach(), rtol=tolerance, atol=0.0)
-            # A gradient is at most the weight of its row, and rounded once.
+            # A gradient is at most the weight of its row, and is rounded once.
             scale = expected.grad.abs().max().item()
             torch.testing.assert_close(logits.grad.cpu().float(), expected.grad, rtol=tolerance, atol=scale * 1e-5)
 
@@ -92,7 +92,7 @@ def check_losses(device: str) -> None:
 
 
 def check_compiled() -> None:
-    """torch.compile takes it in one graph. Its default backend would want a compiler."""
+    """torch.compile traces it into one graph. Uses aot_eager, since the default backend needs a compiler."""
     import npu_xent
 
     logits, target = torch.randn(ROWS, CLASSES, requires_grad=True), torch.randint(CLASSES, (ROWS,))
@@ -103,11 +103,11 @@ def check_compiled() -> None:
 
 
 def main() -> None:
-    """Check everything for the device."""
+    """Run all checks for the device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--version", required=True, help="the one in the wheel's file name")
     parser.add_argument("--device", default="cpu", choices=("cpu", "npu"))
-    parser.add_argument("--site", type=Path, help="the folder that npu_xent is in, unless it is this environment's")
+    parser.add_argument("--site", type=Path, help="the folder of npu_xent, if it is not in this environment")
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         found = [name for name in COMPILERS if shutil.which(name)]
@@ -121,7 +121,7 @@ def main() -> None:
         check_installation(arguments.version, arguments.site)
         import npu_xent
 
-        npu_xent.load_npu()  # or raises: without its kernels npu tensors would be served by others
+        npu_xent.load_npu()  # raises if the kernels cannot be loaded, instead of using the composite
     check_losses(arguments.device)
     print(f"npu_xent {arguments.version} works on {arguments.device} with torch {torch.__version__}")
 

@@ -1,7 +1,7 @@
-"""Errors of the loss and its gradient against float64, beside PyTorch's own on the same device.
+"""Errors of the loss and its gradient against float64, compared with PyTorch's errors on the same device.
 
-Each row of the table is one kind of logits in one dtype; both sides get the same rounded logits, and the truth is
-computed from those, so that all of an error is the operator's own. Prints a table in Markdown; needs torch alone.
+Each row of the table is one kind of logits in one dtype. Both implementations and the float64 reference get the same
+rounded logits, so input rounding does not count as an error. Prints a Markdown table; needs only torch.
 
     python benchmarks/accuracy.py [--device npu [--vendor]] [--rows N] [--classes C]
 """
@@ -36,7 +36,7 @@ KINDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each row: an upstream gradient of 1, so that nothing but the operator rounds."""
+    """The loss and gradient of each row; an upstream gradient of 1 adds no rounding."""
     logits = logits.detach().clone().requires_grad_()
     out = loss(logits, target, reduction="none")
     out.backward(torch.ones_like(out))
@@ -44,7 +44,8 @@ def loss_and_gradient(loss: Loss, logits: Tensor, target: Tensor) -> tuple[Tenso
 
 
 def errors(loss: Loss, logits: Tensor, target: Tensor) -> tuple[float, float, float]:
-    """Of the loss, absolute; of the gradient, over its row's largest entry; of the target's entry, over itself."""
+    """Largest errors: of the loss, absolute; of the gradient, relative to its row's largest entry; of the gradient at
+    the target, relative to itself."""
     exact_loss, exact = loss_and_gradient(F.cross_entropy, logits.cpu().double(), target.cpu())
     got_loss, got = loss_and_gradient(loss, logits, target)
     off = (got - exact).abs()
@@ -55,7 +56,7 @@ def errors(loss: Loss, logits: Tensor, target: Tensor) -> tuple[float, float, fl
 
 
 def vendors(logits: Tensor, target: Tensor, reduction: str) -> Tensor:
-    """The loss of torch_npu's own operator."""
+    """The loss by torch_npu's operator."""
     import torch_npu
 
     return torch_npu.npu_cross_entropy_loss(logits, target, reduction=reduction)[0]

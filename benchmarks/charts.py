@@ -2,7 +2,7 @@
 
     python benchmarks/charts.py [--csv FILE] [--run DATE] [--out docs] [--table]
 
-Of the last full run, or of the last run if none is full; --run picks another, by its date.
+Uses the last full run, or the last run if none is full; --run picks another by its date.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ MIB = 2**20
 
 
 class Results:
-    """The figures of one run, by what they are of."""
+    """The figures of one run, by benchmark, case, method and name."""
 
     def __init__(self, run: Run, figures: list[Figure]) -> None:
         self.run, self.figures = run, figures
@@ -116,7 +116,7 @@ def load(path: Path, date: str | None = None) -> Results:
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar, in the colour of its method."""
+    """One bar."""
 
     label: str
     value: float
@@ -125,7 +125,7 @@ class Bar:
 
 
 def titled(page: Page, title: str, conditions: str) -> None:
-    """A title that says what is seen, and the conditions in small print."""
+    """Adds a title, and the conditions in small print."""
     height = page.get_figheight()
     page.text(0.012, 1 - 0.16 / height, title, fontsize=13.5, fontweight="bold", va="top")
     page.text(0.012, 1 - 0.47 / height, conditions, fontsize=8, color=FAINT, va="top", linespacing=1.4)
@@ -159,14 +159,14 @@ def bars(axes: Axes, rows: list[Bar], heading: str, largest: float) -> None:
 
 
 def dashed(axes: Axes, value: float, label: str, offset: tuple[float, float], end: int, side: str) -> None:
-    """A line to compare bars with, and its name at its lower (0) or upper (1) end."""
+    """Draws a dashed reference line, with its name at its lower (0) or upper (1) end."""
     axes.axvline(value, color=INK, linewidth=0.8, linestyle=(0, (3, 2)))
     place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": side}
     axes.annotate(label, (value, end), offset, fontsize=8, color=FAINT, annotation_clip=False, **place)
 
 
 def save(page: Page, path: Path) -> Path:
-    """A PNG without the version of matplotlib in it, so that it changes with its figures alone."""
+    """Saves a PNG without matplotlib's version in it, so that the file changes only with its figures."""
     page.savefig(path, dpi=DPI, metadata={"Software": None})
     pyplot.close(page)
     return path
@@ -214,7 +214,7 @@ def speed(results: Results, path: Path) -> Path:
 
 
 def speed_text(time: float, eager: float) -> str:
-    """Milliseconds, and times faster than eager."""
+    """The time in milliseconds, and the speedup over eager."""
     if math.isnan(time):
         return ""
     faster = "" if time == eager else f"  ({eager / time:.1f}x faster)"
@@ -222,12 +222,12 @@ def speed_text(time: float, eager: float) -> str:
 
 
 def max_of(rows: list[Bar]) -> float:
-    """Of what was measured."""
+    """The largest measured value."""
     return max((row.value for row in rows if not math.isnan(row.value)), default=1.0)
 
 
 def rounds(results: Results, benchmark: str) -> int:
-    """Of a benchmark's times."""
+    """The number of rounds of a benchmark."""
     return max((figure.n_runs for figure in results.of(benchmark)), default=0)
 
 
@@ -249,7 +249,7 @@ LINEAR_METHODS = (
 
 
 def memory(results: Results, path: Path) -> Path:
-    """Peak memory beyond the inputs: of the losses that take logits, and with a linear layer."""
+    """Peak memory beyond the inputs, of the losses that take logits and of those with a linear layer."""
     case = largest(results, MEMORY)
     linear_name = LARGE_LINEAR_MEMORY if results.of(LARGE_LINEAR_MEMORY) else LINEAR_MEMORY
     linear_case = largest(results, linear_name)
@@ -266,7 +266,7 @@ def memory(results: Results, path: Path) -> Path:
         bars(axes, rows, "", max_of(rows))
         marks = references(benchmark, of)
         for value, label in marks:
-            side = "left" if value == max(marks)[0] else "right"  # away from one another
+            side = "left" if value == max(marks)[0] else "right"  # so that labels do not overlap
             dashed(axes, value, label, (3 if side == "left" else -3, 2), 1, side)
         edge = 0.012 if axes is left else 0.525
         page.text(edge, 1 - 0.95 / height, heading.format(*sizes(of[0]), of[1]), fontsize=10.5, va="top")
@@ -277,7 +277,7 @@ def memory(results: Results, path: Path) -> Path:
 
 
 def references(benchmark: str, case: tuple[str, str, int]) -> list[tuple[float, str]]:
-    """What a peak is compared with by eye."""
+    """The reference lines for a peak: size and name."""
     rows, *features, classes = (int(size) for size in case[0].split(" x "))
     size = {"float32": 4, "bfloat16": 2}[case[1]]
     logits = rows * classes * size
@@ -294,12 +294,12 @@ def largest(results: Results, benchmark: str) -> tuple[str, str, int]:
 
 
 def sizes(shape: str) -> list[int]:
-    """4096 x 8080 as numbers."""
+    """The sizes in "4096 x 8080"."""
     return [int(size) for size in shape.split(" x ")]
 
 
 def bytes_text(value: float) -> str:
-    """MiB, or GiB where there are many."""
+    """Bytes as MiB or GiB."""
     if math.isnan(value):
         return ""
     if value >= 1024 * MIB:
@@ -316,7 +316,7 @@ SCALING_METHODS = (
 
 
 def scaling(results: Results, path: Path) -> Path:
-    """Time for an element against the number of classes, rows and threads."""
+    """Time per element against the number of classes, rows and threads."""
     height = 3.7
     page, grid = pyplot.subplots(1, 3, figsize=(WIDTH, height), sharey=True, width_ratios=(1, 1, 0.8))
     panels: list[tuple[str, str, Callable[[tuple[str, str, int]], int]]] = [
@@ -363,7 +363,7 @@ def scaling(results: Results, path: Path) -> Path:
 
 
 def held(benchmark: str, cases: list[tuple[str, str, int]]) -> str:
-    """What does not change in a panel."""
+    """The fixed sizes of a panel."""
     rows, classes = sizes(cases[0][0])
     return {
         SCALING_C: f"N = {rows:,}",
@@ -378,7 +378,7 @@ def count_text(count: int) -> str:
 
 
 def label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> None:
-    """Each line's name at its right end, moved apart where they are close."""
+    """Puts each line's name at its right end, without overlaps."""
     ends = sorted(ends, key=lambda end: end[0][1])
     bottom, top = axes.get_ylim()
     apart = (top / bottom) ** 0.075
@@ -405,7 +405,7 @@ NEEDED = {"bench_speed.png": CROSS_ENTROPY, "bench_memory.png": MEMORY, "bench_s
 
 
 def draw_all(path: Path = RESULTS, out: Path = ROOT / "docs", date: str | None = None) -> list[Path]:
-    """Those that the run has figures for."""
+    """Draws the charts that the run has figures for."""
     results = load(path, date)
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
@@ -463,7 +463,7 @@ TIMES = (
 
 
 def main() -> None:
-    """Draws or prints."""
+    """Draws the charts or prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS)
     parser.add_argument("--run", help="the date of a run, as in the CSV")

@@ -1,4 +1,4 @@
-"""Speed and memory of npu_xent on this CPU, beside PyTorch's losses and others. `make bench` installs what it needs.
+"""Speed and memory of npu_xent on this CPU, compared with PyTorch's losses and others. `make bench` installs its needs.
 
 Appends every figure to a CSV with the machine, versions and commit, prints each target with its figure, and draws the
 charts of the README from the CSV.
@@ -26,9 +26,11 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", dest="mode", action="store_const", const="quick", default="full", help="minutes")
-    parser.add_argument("--tiny", dest="mode", action="store_const", const="tiny", help="seconds; for tests alone")
+    parser.add_argument("--tiny", dest="mode", action="store_const", const="tiny", help="takes seconds; for tests")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the benchmarks")
-    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="2, if there are as many")
+    parser.add_argument(
+        "--threads", type=int, default=min(2, torch.get_num_threads()), help="default: 2, or 1 on one core"
+    )
     parser.add_argument("--csv", type=Path, default=RESULTS, help="where figures are appended")
     parser.add_argument("--no-charts", action="store_true", help="draw nothing into docs")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -47,7 +49,7 @@ def main() -> None:
     start, figures = time.perf_counter(), []
     for name in options.only:
         found = list(PARTS[name](plan, options.threads))
-        append(options.csv, run, found)  # as they come: a run that is interrupted leaves what it has
+        append(options.csv, run, found)  # after each part, so that an interrupted run keeps its figures
         figures += found
         print(f"-- {name}: done after {time.perf_counter() - start:.0f} s", flush=True)
     report(figures)

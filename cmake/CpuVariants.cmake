@@ -1,7 +1,7 @@
-# The vectorised CPU loops, once for each instruction set that the compiler knows. Which one runs is chosen at run time.
+# The vectorised CPU loops, built for each instruction set that the compiler supports; one is picked at run time.
 include(CheckCXXCompilerFlag)
 
-# Sets NPU_XENT_VARIANTS to names of at::vec, and NPU_XENT_FLAGS_<name> to what compiles them.
+# Sets NPU_XENT_VARIANTS to at::vec's names, and NPU_XENT_FLAGS_<name> to their compiler flags.
 set(NPU_XENT_VARIANTS DEFAULT)
 set(NPU_XENT_FLAGS_DEFAULT "")
 macro(npu_xent_variant name flags)
@@ -14,14 +14,14 @@ macro(npu_xent_variant name flags)
 endmacro()
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   npu_xent_variant(AVX2 "-mavx2;-mfma;-mf16c")
-  # GCC sees uninitialised variables inside its own AVX512 intrinsics (GCC bug 105593).
+  # GCC warns about uninitialised variables inside its own AVX512 intrinsics (GCC bug 105593).
   npu_xent_variant(AVX512 "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;-Wno-uninitialized;-Wno-maybe-uninitialized")
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   npu_xent_variant(SVE256 "-march=armv8-a+sve+bf16;-msve-vector-bits=256;-DHAVE_SVE_CPU_DEFINITION;-DHAVE_ARM_BF16_CPU_DEFINITION")
 endif()
 message(STATUS "CPU variants: ${NPU_XENT_VARIANTS}")
 
-# An interface library `name` that brings the objects of every variant and the table of them.
+# Adds an interface library `name` with the objects of every variant and their table.
 function(npu_xent_add_cpu_variants name)
   set(kernels "${CMAKE_CURRENT_FUNCTION_LIST_DIR}/../csrc/cpu/kernels")
   add_library(${name} INTERFACE)
@@ -33,7 +33,7 @@ function(npu_xent_add_cpu_variants name)
     target_link_libraries(${target} PRIVATE npu_xent_options)
     target_compile_features(${target} PRIVATE cxx_std_17)
     target_compile_definitions(${target} PRIVATE CPU_CAPABILITY=${variant} CPU_CAPABILITY_${variant})
-    # A product and a sum are one rounding only where fmadd says so.
+    # Only explicit fmadd calls may be fused.
     target_compile_options(${target} PRIVATE -ffp-contract=off ${NPU_XENT_FLAGS_${variant}})
     target_link_libraries(${name} INTERFACE ${target} $<TARGET_OBJECTS:${target}>)
   endforeach()

@@ -1,5 +1,5 @@
-// What the operators demand of their arguments: checked before any work and before any memory is allocated, in the same
-// words on every device. ValueError for shapes and ranges, TypeError for dtypes.
+// Argument checks of the operators, made before any work or allocation, with the same messages on every device.
+// ValueError for shapes and ranges, TypeError for dtypes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@
 #include "ops.h"
 #include "row_math.h"
 
-// A ValueError about a size that may be symbolic.
+// Raises ValueError unless cond, which may be symbolic, holds.
 #define CHECK_SYM_VALUE(cond, ...) TORCH_CHECK_VALUE((cond).expect_true(__FILE__, __LINE__), __VA_ARGS__)
 
 namespace npu_xent {
@@ -22,10 +22,10 @@ inline void check_loss_dtype(at::ScalarType dtype) {
                    ".");
 }
 
-// `columns` classes from class_start on lie within num_classes, which is returned.
+// Checks that `columns` classes from class_start on lie within num_classes, and returns num_classes.
 inline c10::SymInt check_shard(const Options& o, const c10::SymInt& columns) {
   CHECK_SYM_VALUE(o.class_start.sym_ge(0), "npu_xent: class_start must not be negative, but is ", o.class_start, ".");
-  // By subtraction: the sum of two large numbers would wrap round.
+  // Subtract: adding two large numbers could overflow.
   const auto all = o.num_classes.value_or(c10::SymInt(std::numeric_limits<int64_t>::max()));
   CHECK_SYM_VALUE(columns.sym_le(all).sym_and(o.class_start.sym_le(all - columns)), "npu_xent: the ", columns,
                   " classes of the shard, from class_start ", o.class_start,
@@ -33,7 +33,7 @@ inline c10::SymInt check_shard(const Options& o, const c10::SymInt& columns) {
   return o.num_classes ? *o.num_classes : o.class_start + columns;
 }
 
-// For operators that need the statistics of whole rows: the columns are all classes.
+// For operators that need whole rows: the columns must be all classes.
 inline void check_whole_rows(const Options& o, const c10::SymInt& columns, const char* name) {
   CHECK_SYM_VALUE(o.class_start.sym_eq(0).sym_and(o.num_classes.value_or(columns).sym_eq(columns)), "npu_xent: ", name,
                   " needs whole rows, but the logits are a shard of the classes (class_start ", o.class_start,
@@ -73,13 +73,13 @@ inline void check_npu_dtype(const Tensor& tensor, const char* name) {
                    ".float(), or compute on the CPU.");
 }
 
-// Row n's target is neither a class nor ignore_index. IndexError, as F.cross_entropy raises on the CPU.
+// For a target that is neither a class nor ignore_index. Raises IndexError, as F.cross_entropy does on the CPU.
 [[noreturn]] inline void raise_bad_target(const RowOptions& o, const int64_t* target, int64_t n) {
   TORCH_CHECK_INDEX(false, "npu_xent: target[", n, "] is ", target[n], ", which is neither a class in [0, ",
                     o.num_classes, ") nor ignore_index (", o.ignore_index, ").");
 }
 
-// `target` has its values in the host's memory, one after another.
+// `target` must be contiguous in host memory.
 inline void check_target_range(const RowOptions& o, const Tensor& target) {
   const auto* y = target.const_data_ptr<int64_t>();
   const int64_t n = first_bad_target(o, y, target.numel());
@@ -88,7 +88,7 @@ inline void check_target_range(const RowOptions& o, const Tensor& target) {
   }
 }
 
-// The arguments that every sweep has.
+// Arguments common to all sweeps.
 inline void check_rows(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
   check_options(o);
   TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
@@ -107,7 +107,7 @@ inline void check_rows(const Options& o, const Tensor& logits, const Tensor& tar
                   " rows of the logits, but has ", target.sym_size(0), ".");
 }
 
-// One value a row, in the statistics dtype; `name` for the message.
+// One value per row, in the statistics dtype; `name` is for the message.
 inline void check_stats(const Tensor& stats, const char* name, const c10::SymInt& n, at::ScalarType dtype,
                         c10::Device device) {
   TORCH_CHECK_VALUE(stats.dim() == 1 && stats.device() == device, "npu_xent: ", name, " must have shape [N] and be on ",
@@ -141,7 +141,7 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
                   " must have one value for each loss, but has ", grad->sym_numel(), ".");
 }
 
-// The statistics and upstream gradients of which a gradient is made, for n rows of logits of this dtype.
+// The statistics and upstream gradients that the gradient of n rows of logits of this dtype is computed from.
 inline void check_for_gradient(const Options& o, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                                const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss, const c10::SymInt& n,
                                at::ScalarType logits, c10::Device device) {
@@ -172,7 +172,7 @@ inline void check_row_stats_grad(const Options& o, const Tensor& logits, const T
                     "\"sum\"; call row_stats and row_grad instead.");
 }
 
-// The arguments of the linear_* operators; the rows are checked as those of logits are.
+// The arguments of the linear_* operators.
 inline void check_linear_rows(const Options& o, const LinearRows& rows) {
   const auto& [input, linear_weight, linear_bias, target, weight, chunk_rows] = rows;
   check_options(o);
@@ -230,7 +230,7 @@ inline void check_linear_row_stats_grad(const Options& o, const LinearRows& rows
                     "\"mean\" or \"sum\"; call linear_row_stats and linear_row_grad instead.");
 }
 
-// Memory that is to be overwritten: every element has a place of its own, and they follow one another.
+// Logits that will be overwritten must be contiguous.
 inline void check_dense(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.is_contiguous(),
                     "npu_xent: logits that are overwritten with their gradient must be contiguous, but have shape ",

@@ -1,6 +1,5 @@
-// The primitives out of aten operations, for every device that has no kernels of its own. Same formulas (row_math.h),
-// same results up to rounding; nothing waits for the device, so a target out of range cannot raise: it makes its row
-// NaN.
+// The primitives composed of aten operations, for devices without kernels. Same formulas (row_math.h), same results up
+// to rounding. Nothing synchronizes with the device, so an out-of-range target cannot raise: its row becomes NaN.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
@@ -18,12 +17,12 @@ namespace {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-// What each target is, as masks [N].
+// The targets [N], classified.
 struct Targets {
   Tensor kept;      // a class of some shard
   Tensor bad;       // neither a class nor ignore_index
-  Tensor in_shard;  // one of these columns,
-  Tensor column;    // this one (0 if not)
+  Tensor in_shard;  // a class of this shard
+  Tensor column;    // its column, 0 if not in this shard
   Tensor safe;      // the target, 0 where it is not a class
 
   Targets(const RowOptions& o, const Tensor& target, int64_t n_cols) {
@@ -38,7 +37,7 @@ struct Targets {
   }
 };
 
-// What the softmax sees of the logits, in the statistics dtype.
+// The argument of the softmax: scaled and softcapped logits in the statistics dtype.
 Tensor mapped(const Options& o, const Tensor& logits) {
   const auto x = logits.to(stats_dtype(logits.scalar_type()));
   const auto scaled = o.logit_scale == 1 ? x : x * o.logit_scale;
@@ -51,12 +50,12 @@ Tensor target_weight(const OptionalTensor& weight, const Targets& targets, at::S
                 : at::full({1}, 1.0, targets.kept.options().dtype(dtype));
 }
 
-// The gradient where the logits are, if it is to be there.
+// The gradient, copied over the logits if over_logits.
 template <bool over_logits>
 GradOf<over_logits> placed(const Tensor& logits, const Tensor& grad) {
   if constexpr (over_logits) {
     logits.copy_(grad);
-    logits.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
+    logits.unsafeGetTensorImpl()->bump_version();  // autograd runs this below the key that would
   } else {
     return grad;
   }
@@ -73,7 +72,7 @@ RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tenso
       target.eq(row.ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob), targets.kept.options()));
   const auto true_lse = x.logsumexp(1);
   const auto lse = true_lse.masked_fill(unread, 0);
-  // sum exp(x - lse) would be 1, but for the rounding of lse.
+  // Without the rounding of lse, sum exp(x - lse) would be 1.
   const auto undefined = true_lse.isfinite().logical_not();
   const auto low = (x - true_lse.unsqueeze(1)).exp().sum(1).log().masked_fill(undefined, 0);
   const auto picked = x.gather(1, targets.column.unsqueeze(1))
@@ -137,7 +136,7 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
     const auto share = s.unsqueeze(1);
     grad = grad - (weight ? share * weight->to(dtype).narrow(0, row.class_start, n_cols) : share);
   }
-  // The target's own column, without the cancellation of a p - b for a confident prediction.
+  // The target's column, avoiding the cancellation of a p - b for confident predictions.
   const auto column = targets.column.unsqueeze(1);
   const auto from_lse = x.gather(1, column).squeeze(1) - lse - low;
   const auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
@@ -208,7 +207,7 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
   }
   if (o.reduction == Reduction::mean) {
     const auto total = denominators.select(0, kKeptWeight);
-    loss = (loss / total).masked_fill(total.eq(0), kNaN);  // with smoothing, the sum need not be 0
+    loss = (loss / total).masked_fill(total.eq(0), kNaN);  // with smoothing the numerator may not be 0
     z_loss = z_loss / denominators.select(0, kKeptRows);
   }
   const auto no_totals = not_wanted(target.options().dtype(dtype));
@@ -220,10 +219,10 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
 
 void scale_composite(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
-  // One multiplication in the statistics dtype, whatever self's.
+  // Multiply in the statistics dtype, whatever the dtype of self.
   const auto dtype = stats_dtype(self.scalar_type());
   self.copy_(self.to(dtype) * factor.to(dtype).reshape({}));
-  self.unsafeGetTensorImpl()->bump_version();  // autograd calls this below the key that would
+  self.unsafeGetTensorImpl()->bump_version();  // autograd runs this below the key that would
 }
 
 }  // namespace

@@ -1,9 +1,8 @@
-// The primitives of logits that are a product, chunk by chunk: the logits of one chunk at a time, all chunks in the
-// same memory.
+// The linear_* primitives: the logits are computed chunk by chunk, all chunks in the same buffer.
 //
-// The products are aten's, the sweeps over the logits are the primitives' own; so this is one implementation for every
-// device. On the CPU, where reading the target is free, ignored rows are left out before the products: a chunk then
-// gathers the rows that are kept. Elsewhere reading it would mean waiting, and the sweeps pass over such rows.
+// The GEMMs are aten's and the sweeps over the logits are the other primitives, so one implementation serves every
+// device. On the CPU ignored rows are dropped before the GEMMs: a chunk gathers the kept rows. On other devices reading
+// the target would synchronize, so ignored rows go through the GEMMs and the sweeps skip them.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -21,9 +20,8 @@
 namespace npu_xent::composite {
 namespace {
 
-// Rows in a chunk, unless the caller says: those whose logits have 4 % of the memory of all logits in fp32, but so many
-// that the products are near their best speed and that adding to the gradient of linear_weight, which every chunk does,
-// costs little beside them; and so few that more would bring nothing. Memory of 32 MiB is not worth saving.
+// Default chunk_rows: 4 % of the memory of all logits in fp32, clamped to [128 or 256, 512] rows (enough for GEMM
+// efficiency and to amortize the update of the gradient of linear_weight); at least 32 MiB.
 int64_t default_chunk_rows(int64_t n_rows, int64_t n_cols, int64_t element_size) {
   constexpr int64_t kMany = 512, kStep = 32, kBytes = int64_t{32} << 20;
   const int64_t few = element_size == 2 ? 256 : 128;
@@ -34,10 +32,10 @@ int64_t default_chunk_rows(int64_t n_rows, int64_t n_cols, int64_t element_size)
 struct Chunk {
   Tensor input;   // [n, H]
   Tensor target;  // [n]
-  Tensor places;  // [n], where these rows are among all; undefined if they follow one another, from `begin` on
+  Tensor places;  // [n], indices of these rows among all; undefined if they are [begin, begin + size)
   int64_t begin, size;
 
-  // These rows of a tensor that has all.
+  // The rows of this chunk of a tensor with all rows.
   Tensor of(const Tensor& all) const { return places.defined() ? all.index_select(0, places) : slice(all); }
   OptionalTensor of(const OptionalTensor& all) const { return all ? OptionalTensor(of(*all)) : std::nullopt; }
   void put(const Tensor& all, const Tensor& part) const {
@@ -52,7 +50,7 @@ struct Chunk {
 
 class LinearSweep {
  public:
-  // With `read_ignored`, ignored rows have logits too.
+  // With `read_ignored`, chunks include ignored rows.
   LinearSweep(const Options& o, const LinearRows& rows, bool read_ignored) : rows_(rows) {
     const auto row = row_options(o, n_classes());
     ignore_index_ = row.ignore_index;
@@ -81,12 +79,12 @@ class LinearSweep {
   int64_t n_rows() const { return rows_.input.size(0); }
   int64_t n_classes() const { return rows_.linear_weight.size(0); }
   bool one_chunk() const { return n_kept_ <= chunk_rows_; }
-  // Whether a chunk may have ignored rows in it.
+  // Whether chunks may contain ignored rows.
   bool may_have_ignored() const { return may_have_ignored_; }
   // Whether some rows are in no chunk.
   bool has_gaps() const { return kept_.defined(); }
 
-  // f(chunk, its logits, which f may overwrite).
+  // Calls f(chunk, its logits); f may overwrite the logits.
   template <typename F>
   void for_each_chunk(const F& f) const {
     const auto buffer = at::empty({std::min(chunk_rows_, n_kept_), n_classes()}, rows_.input.options());
@@ -108,7 +106,7 @@ class LinearSweep {
     }
   }
 
-  // [N], or [0] if not wanted; zeros where no chunk will write.
+  // [N], or [0] if not wanted; zeros for rows in no chunk.
   Tensor new_values(bool wanted = true) const {
     const auto options = rows_.input.options().dtype(stats_dtype(rows_.input.scalar_type()));
     return has_gaps() ? at::zeros({wanted ? n_rows() : 0}, options) : at::empty({wanted ? n_rows() : 0}, options);
@@ -116,12 +114,12 @@ class LinearSweep {
 
  private:
   LinearRows rows_;
-  Tensor kept_;  // the rows that are in chunks, if not all are
+  Tensor kept_;  // indices of the rows in chunks; undefined if all are
   int64_t ignore_index_, n_kept_, chunk_rows_;
   bool may_have_ignored_;
 };
 
-// One value a row, of all rows.
+// One value per row, for all rows.
 struct LinearStats {
   Tensor lse, lse_low, picked, wsum;
 
@@ -149,7 +147,7 @@ struct LinearStats {
   }
 };
 
-// sum += part in blocks of rows, since torch makes a copy of a 16-bit part in fp32 first.
+// sum += part, in blocks of rows because torch first copies a 16-bit part to fp32.
 void add_in_blocks(const Tensor& sum, const Tensor& part) {
   constexpr int64_t kElements = int64_t{1} << 19;
   const int64_t n_rows = sum.size(0), block = std::max<int64_t>(kElements / std::max<int64_t>(sum.size(1), 1), 1);
@@ -159,8 +157,8 @@ void add_in_blocks(const Tensor& sum, const Tensor& part) {
   }
 }
 
-// The gradients of input, linear_weight and linear_bias, out of those of the logits of chunks. Those that are not
-// wanted have shape [0].
+// Accumulates the gradients of input, linear_weight and linear_bias from the gradients of the chunks' logits. Gradients
+// that are not wanted have shape [0].
 class LinearGrads {
  public:
   LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted);
@@ -174,7 +172,7 @@ class LinearGrads {
   std::array<bool, 3> wanted_;
   bool first_ = true;
   Tensor input_, linear_weight_;
-  Tensor linear_weight_sum_;  // in fp32, of 16 bits and several chunks
+  Tensor linear_weight_sum_;  // fp32; only for 16-bit dtypes and several chunks
   Tensor linear_bias_sum_;    // in fp32 or fp64
 };
 
@@ -197,7 +195,7 @@ void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
   if (wanted_[0]) {
     if (chunk.places.defined()) {
       auto part = at::empty({chunk.size, input_.size(1)}, input_.options());
-      at::mm_out(part, grad_logits, sweep_.rows().linear_weight);  // autocast leaves it alone, as it does the others
+      at::mm_out(part, grad_logits, sweep_.rows().linear_weight);  // an out= call, which autocast does not cast
       chunk.put(input_, part);
     } else {
       auto part = chunk.slice(input_);
@@ -216,7 +214,7 @@ void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
 void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits) {
   auto input = chunk.input;
   if (sweep_.may_have_ignored()) {
-    // Their logits have the gradient 0; 0 times a NaN would still be one.
+    // The gradient of ignored rows is 0, but 0 times a NaN input would be NaN.
     input = input.masked_fill(chunk.target.eq(sweep_.ignore_index()).unsqueeze(1), 0);
   }
   if (first_ || linear_weight_sum_.defined()) {
@@ -227,7 +225,7 @@ void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_lo
   if (!linear_weight_sum_.defined()) {
     return;
   }
-  // linear_weight_ has the part of this chunk, and the result in the end.
+  // linear_weight_ holds this chunk's part; results() writes the sum to it.
   if (first_) {
     linear_weight_sum_.copy_(linear_weight_);
   } else {

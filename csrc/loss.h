@@ -1,4 +1,4 @@
-// The loss without a gradient, made of the primitives: what autograd and inference share.
+// The loss composed of the primitives, without a gradient; used by autograd and inference.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -8,13 +8,13 @@
 
 namespace npu_xent {
 
-// What a loss is to return, beyond the options of the formulas.
+// The requested outputs of a loss.
 struct Wanted {
   at::ScalarType loss_dtype;
   bool lse = false, log_prob = false, differentiable_z_loss = false;
 };
 
-// The options with the number of classes, which reduce_rows asks for.
+// The options with num_classes set, which reduce_rows requires.
 inline Options of_classes(Options o, c10::SymInt num_classes) {
   o.num_classes = std::move(num_classes);
   return o;
@@ -26,7 +26,7 @@ inline void check_loss_options(const OptionalTensor& weight, const Wanted& wante
               "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach().");
 }
 
-// Everything that can be wrong, checked before the first sweep.
+// All checks, made before the first sweep.
 inline void check_loss(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                        const Wanted& wanted) {
   check_rows(o, logits, target, weight);
@@ -58,7 +58,7 @@ struct LossAndStats {
   Tensor loss, z_loss, lse, lse_low, log_prob, totals;
 };
 
-// Two launches of size N around one sweep that reads.
+// Two launches of size N and one reading sweep.
 inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits, const Tensor& target,
                                     const OptionalTensor& weight, const Wanted& wanted) {
   const auto o = of_classes(options, logits.sym_size(1));

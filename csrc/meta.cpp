@@ -1,5 +1,4 @@
-// Shapes and dtypes of the outputs without values, for compilers and fake tensors, as in eager execution; sizes may be
-// symbolic.
+// Meta kernels: shapes and dtypes of the outputs, as in eager execution; sizes may be symbolic.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 

@@ -1,13 +1,13 @@
-// The schemas of the operators, and nothing else defines one. options.h has the options that all but scale_ take.
+// The schemas of all operators. options.h has the options that all but scale_ take.
 //
-// Shapes: logits [N, C] (one copy if not dense along C); target [N] int64; weight [num_classes], fp32 or the logits'
-// dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics dtype: fp32, fp64 for fp64 logits. lse_low is
-// what rounding took from lse. An output that was not asked for has shape [0]. loss_dtype is that of the loss and
-// z_loss: the logits' dtype unless given (under autocast fp32).
+// Shapes: logits [N, C] (copied if not dense along C); target [N] int64; weight [num_classes], fp32 or the logits'
+// dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics dtype: fp32, or fp64 for fp64 logits. lse_low
+// is the rounding error of lse. An output that was not requested has shape [0]. loss_dtype is the dtype of loss and
+// z_loss; default: the logits' dtype, fp32 under autocast.
 //
-// linear_*: the logits are input [N, H] times linear_weight [C, H], plus linear_bias [C], all of one dtype; they exist
-// in chunks of `chunk_rows` rows (a number is picked unless given), one after another in the same memory. Gradients of
-// a 16-bit linear_weight and linear_bias are added up in fp32 and rounded once.
+// linear_*: the logits are input [N, H] times linear_weight [C, H], plus linear_bias [C], all of one dtype. They are
+// computed in chunks of `chunk_rows` rows, all in the same buffer. Gradients of a 16-bit linear_weight and linear_bias
+// are accumulated in fp32 and rounded once.
 #include "ops.h"
 
 #include <torch/library.h>
@@ -21,41 +21,41 @@ TORCH_LIBRARY(npu_xent, m) {
     m.def((name + "(" + arguments + ", " + kOptionsSchema + ") -> " + returns).c_str(), {at::Tag::pt2_compliant_tag});
   };
 
-  // One sweep that reads: row -> lse, lse_low, picked, wsum, and log_prob [N, C] in the logits' dtype.
+  // One reading sweep: statistics per row, and log_prob [N, C] in the logits' dtype.
   def("row_stats",
       "Tensor logits, Tensor target, Tensor? weight=None, *, bool need_wsum=False, bool need_log_prob=False, "
       "bool read_ignored=False",
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)");
 
-  // One sweep that reads and writes: the gradient of the logits, from the gradients of loss and z_loss ([N] for "none",
-  // else []; None stands for zeros). row_grad_ leaves it in the logits.
+  // One sweep that reads and writes: the gradient of the logits from the gradients of loss and z_loss ([N] for "none",
+  // else []; None means zeros). row_grad_ writes it over the logits.
   const std::string row_grad =
       " logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, "
       "Tensor? grad_z_loss=None, *";
   def("row_grad", "Tensor" + row_grad, "Tensor");
   def("row_grad_", "Tensor(a!)" + row_grad, "()");
 
-  // Both in one sweep, for reductions "mean" and "sum" and whole rows, as if the gradient of the loss were 1.
+  // Both in one sweep, for reductions "mean" and "sum" and whole rows, with a gradient of the loss of 1.
   const std::string row_stats_grad =
       " logits, Tensor target, Tensor? weight, Tensor totals, *, bool read_ignored=False";
   def("row_stats_grad", "Tensor" + row_stats_grad,
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor grad)");
   def("row_stats_grad_", "Tensor(a!)" + row_stats_grad, "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)");
 
-  // What is of size N; it needs num_classes. Without statistics: totals = (sum of the kept rows' weights, number of
-  // kept rows, sum of the class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss,
-  // and z_loss if lse_square_scale is not 0; [N] for "none", else [].
+  // Reductions of size N; num_classes is required. Without lse: totals = (sum of the kept rows' weights, number of kept
+  // rows, sum of the class weights). With lse (and lse_low), picked, wsum (for label smoothing) and totals: loss, and
+  // z_loss if lse_square_scale is not 0; [N] for "none", else [].
   def("reduce_rows",
       "Tensor target, Tensor? weight, Tensor? lse=None, Tensor? lse_low=None, Tensor? picked=None, Tensor? wsum=None, "
       "Tensor? totals=None, *, ScalarType loss_dtype",
       "(Tensor loss, Tensor z_loss, Tensor totals)");
 
-  // self *= factor (one value); the kernels return without touching self when factor is 1 (the composite cannot know).
+  // self *= factor (one value). The kernels return at once when factor is 1; the composite always multiplies.
   m.def("scale_(Tensor(a!) self, Tensor factor) -> ()", {at::Tag::pt2_compliant_tag});
 
-  // The loss of whole rows, made of the above; differentiable in the logits through `loss`, and through `z_loss` if
-  // `differentiable_z_loss`. cross_entropy_ needs no memory of size N x C: the logits are overwritten with their
-  // gradient, during the forward, or for fp16 and reduction "none" during the backward.
+  // The loss of whole rows, composed of the above; differentiable in the logits through `loss`, and through `z_loss` if
+  // `differentiable_z_loss`. cross_entropy_ allocates nothing of size N x C: it overwrites the logits with their
+  // gradient, in the forward, or for fp16 and reduction "none" in the backward.
   const std::string cross_entropy =
       " logits, Tensor target, Tensor? weight=None, *, ScalarType? loss_dtype=None, bool need_lse=False, "
       "bool need_log_prob=False, bool differentiable_z_loss=False";
@@ -77,7 +77,7 @@ TORCH_LIBRARY(npu_xent, m) {
       linear + ", Tensor totals, *, int? chunk_rows=None, bool read_ignored=False, bool[3] output_mask",
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, " + linear_grads);
 
-  // The loss, made of those and of reduce_rows; differentiable in input, linear_weight and linear_bias through `loss`.
+  // The loss, composed of these and reduce_rows; differentiable in input, linear_weight and linear_bias through `loss`.
   def("linear_cross_entropy",
       linear + "=None, *, int? chunk_rows=None, ScalarType? loss_dtype=None, bool need_lse=False",
       "(Tensor loss, Tensor z_loss, Tensor lse)");

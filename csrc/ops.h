@@ -1,6 +1,6 @@
-// Typed calls of the operators. Every implementation calls the others through these, so that each call is dispatched:
-// to the device of its tensors, and to tracing, fake tensors and functionalisation when they are on. The schemas, with
-// the meaning of each argument, are in ops.cpp.
+// Typed calls of the operators. Implementations call each other through these, so that every call is dispatched to the
+// device of its tensors, and to tracing, fake tensors and functionalization if active. ops.cpp has the schemas and the
+// meaning of each argument.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,10 +22,10 @@ using Reduced = std::tuple<Tensor, Tensor, Tensor>;                       // los
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;                  // loss, z_loss, lse, log_prob
 using LinearLoss = std::tuple<Tensor, Tensor, Tensor>;                    // loss, z_loss, lse
 using LinearGrad = std::tuple<Tensor, Tensor, Tensor>;  // grad_input, grad_linear_weight, grad_linear_bias
-// Both of these two, one after the other.
+// StatsOutputs, then LinearGrad.
 using LinearStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// What the two variants of an operator return: with `over_logits`, the gradient is in the logits.
+// The return type of an operator's two variants: with `over_logits` the gradient is written over the logits.
 template <bool over_logits>
 using GradOf = std::conditional_t<over_logits, void, Tensor>;
 template <bool over_logits>
@@ -57,7 +57,7 @@ Loss cross_entropy(const Options& o, const Tensor& logits, const Tensor& target,
                    std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
                    bool differentiable_z_loss);
 
-// What the linear_* operators begin with: rows whose logits are input times linear_weight, plus linear_bias.
+// The first arguments of the linear_* operators: the logits are input times linear_weight, plus linear_bias.
 struct LinearRows {
   Tensor input, linear_weight;
   OptionalTensor linear_bias;
@@ -87,12 +87,12 @@ LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Ten
                                 std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
                                 bool need_lse);
 
-// fp32, or fp64 for fp64.
+// fp32, or fp64 for fp64 logits.
 inline at::ScalarType stats_dtype(at::ScalarType dtype) {
   return dtype == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// An output that was not asked for.
+// An output that was not requested.
 inline Tensor not_wanted(const at::TensorOptions& options) {
   return at::empty({0}, options);
 }

@@ -1,19 +1,18 @@
-// The options of the loss. This file alone lists them: members with their defaults, names, schema and ranges. Kernels
-// of every dispatch key take `const Options&` first; `flat` and `call` translate that to and from the flat argument
-// list that the dispatcher wants, where the options come last.
+// The options of the loss, defined only here: members with defaults, names, schema and ranges. Kernels take
+// `const Options&` as their first argument; `flat` and `call` convert to and from the dispatcher's flat argument list,
+// where the options come last.
 //
 //   reduction         "none": [N]; "mean" divides by the weight of the kept rows; "sum"
-//   ignore_index      rows with this target take no part; their logits are read only if `read_ignored`
-//   label_smoothing   e: the share of the target that all classes get alike
+//   ignore_index      rows with this target are ignored; their logits are read only if `read_ignored`
+//   label_smoothing   e: the probability mass spread evenly over all classes
 //   lse_square_scale  zs: the z-loss zs lse^2 is added to the loss
-//   logit_scale       t: the softmax is that of t x
-//   softcap           c > 0: the softmax is that of c tanh(t x / c)
-//   grad_scale        u: the outermost factor of the gradient, t unless given
-//   class_start       the class of column 0, and num_classes the classes of all shards together, when the logits are
-//   one
-//                     shard of the classes; a target of another shard has no picked logit (0) and no [c = y] term here.
+//   logit_scale       t: softmax(t x)
+//   softcap           c > 0: softmax(c tanh(t x / c))
+//   grad_scale        u: the outermost factor of the gradient; default: t
+//   class_start       for logits that are one shard of the classes: the class of column 0; num_classes counts the
+//                     classes of all shards. A target of another shard has picked = 0 and no [c = y] term here.
 //                     Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
-//                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be left out
+//                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be omitted
 //
 // row_math.h has the formulas.
 #pragma once
@@ -75,14 +74,14 @@ inline constexpr char kOptionsSchema[] =
     "float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt class_start=0, "
     "SymInt? num_classes=None";
 
-// The ranges of those that are numbers; checks.h has what depends on tensors.
+// Checks the ranges of the numbers; checks.h has the checks that depend on tensors.
 inline void check_options(const Options& o) {
   TORCH_CHECK_VALUE(o.label_smoothing >= 0 && o.label_smoothing <= 1,
                     "npu_xent: label_smoothing must lie in [0, 1], but is ", o.label_smoothing, ".");
   TORCH_CHECK_VALUE(o.lse_square_scale >= 0 && std::isfinite(o.lse_square_scale),
                     "npu_xent: lse_square_scale must be finite and not negative, but is ", o.lse_square_scale, ".");
   TORCH_CHECK_VALUE(std::isfinite(o.logit_scale), "npu_xent: logit_scale must be finite, but is ", o.logit_scale, ".");
-  // The range keeps the softcap and its quotient with a logit scale of everyday size within float32.
+  // This range keeps softcap, and logit_scale / softcap for usual logit scales, within float32.
   TORCH_CHECK_VALUE(!o.softcap || (*o.softcap >= 1e-6 && *o.softcap <= 1e6),
                     "npu_xent: softcap must lie in [1e-6, 1e6], but is ", o.softcap.value_or(0),
                     "; leave it at None for no softcap.");
@@ -90,7 +89,7 @@ inline void check_options(const Options& o) {
                     o.grad_scale.value_or(1), ".");
 }
 
-// As kernels take them, which know sizes: n_cols is the number of columns of this shard.
+// The options as plain numbers, for kernels; n_cols is the number of columns of this shard.
 inline RowOptions row_options(const Options& o, int64_t n_cols) {
   const auto number = [](const c10::SymInt& value) { return value.guard_int(__FILE__, __LINE__); };
   RowOptions row;
@@ -106,7 +105,7 @@ inline RowOptions row_options(const Options& o, int64_t n_cols) {
   return row;
 }
 
-// A member as the dispatcher has it: itself, but for the reduction, which is a name there.
+// A member as the dispatcher passes it: unchanged, except that the reduction is a string.
 template <typename T>
 const T& to_flat(const T& member) {
   return member;
@@ -150,7 +149,7 @@ struct Adaptor<f, R (*)(const Options&, Arguments...), std::tuple<Flat...>> {
   }
 };
 
-// f as the dispatcher wants a kernel.
+// f with the flat signature that the dispatcher requires.
 template <auto f>
 constexpr auto* flat = &Adaptor<f, decltype(f), FlatOptions>::flat;
 

@@ -15,14 +15,14 @@ void release(void* memory) {
   give_memory_back(memory);
 }
 
-// An allocator, so that storages can be resized as others can. Falls back to torch's for small sizes, and where there
-// is no memory.
+// An allocator, so that its storages can be resized. Falls back to torch's for small sizes, and when mapping memory
+// fails.
 class OutputAllocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     void* memory = bytes < kLargeOutput ? nullptr : take_memory(bytes);
     if (memory == nullptr) {
-      return c10::GetCPUAllocator()->allocate(bytes);  // which reports out-of-memory
+      return c10::GetCPUAllocator()->allocate(bytes);  // reports out-of-memory
     }
     c10::profiledCPUMemoryReporter().New(memory, bytes);
     return {memory, memory, release, c10::Device(c10::DeviceType::CPU)};
@@ -36,7 +36,7 @@ at::Tensor empty_output(int64_t rows, int64_t columns, const at::TensorOptions& 
   if (!options.device().is_cpu()) {
     return at::empty({rows, columns}, options);
   }
-  static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive what is destroyed at exit
+  static auto& allocator = *new OutputAllocator;  // never destroyed: storages may outlive static objects
   const auto dtype = c10::typeMetaToScalarType(options.dtype());
   return at::detail::empty_generic({rows, columns}, &allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype,
                                    std::nullopt);

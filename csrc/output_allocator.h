@@ -5,7 +5,7 @@
 
 namespace npu_xent {
 
-// As at::empty({rows, columns}, options), with the memory of output_memory.h for large tensors on the CPU.
+// at::empty({rows, columns}, options), but large CPU tensors use the memory of output_memory.h.
 at::Tensor empty_output(int64_t rows, int64_t columns, const at::TensorOptions& options);
 
 }  // namespace npu_xent

@@ -15,9 +15,9 @@
 namespace npu_xent {
 namespace {
 
-// Sizes are multiples of it, and addresses too. (Where huge pages are larger, they are not used.)
+// Sizes and addresses are multiples of it. (Systems with larger huge pages do not use them here.)
 constexpr size_t kHugePage = size_t{2} << 20;
-// As many are alive at a time in a training step: a gradient, and log_prob.
+// A training step has at most two large outputs alive: a gradient and log_prob.
 constexpr size_t kKept = 2;
 
 bool is_on(const char* value) {
@@ -43,13 +43,13 @@ void* map(size_t bytes) {
   munmap(begin + before + bytes, kHugePage - before);
 #ifdef MADV_HUGEPAGE
   if (huge_pages) {
-    madvise(begin + before, bytes, MADV_HUGEPAGE);  // a refusal costs nothing but speed
+    madvise(begin + before, bytes, MADV_HUGEPAGE);  // failure only costs speed
   }
 #endif
   return begin + before;
 }
 
-// Whether the system may take the block's memory while it lies here.
+// Lets the system reclaim the block's memory while it is cached; false if the block must be unmapped instead.
 bool offer(const Block& block) {
 #ifdef MADV_FREE
   static const bool keep = is_on(std::getenv("NPU_XENT_KEEP_MEMORY"));
@@ -101,19 +101,19 @@ class Pool {
       if (kept_.size() <= kKept) {
         return;
       }
-      block = kept_.front();  // the one that nobody has wanted for the longest time
+      block = kept_.front();  // the least recently freed
       kept_.erase(kept_.begin());
     }
     munmap(block.memory, block.bytes);
   }
 
-  // A child of fork() finds the pool whole and unlocked.
+  // Used around fork(), so that the child has a consistent, unlocked pool.
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
-  // The smallest block that is large enough, but no more than twice as large, so that a larger output will not miss it.
-  // Of equals the last, which is the likeliest to be in a cache.
+  // The smallest block that is large enough but at most twice as large; larger ones are left to larger outputs. Among
+  // equal blocks the most recently freed, which is most likely cached.
   std::vector<Block>::iterator fitting(size_t bytes) {
     auto best = kept_.end();
     for (auto block = kept_.begin(); block != kept_.end(); ++block) {
@@ -137,7 +137,7 @@ class Pool {
   std::unordered_map<void*, size_t> taken_;
 };
 
-// Never destroyed: tensors may outlive whatever is destroyed at exit.
+// Never destroyed: tensors may outlive static objects.
 Pool& pool() {
   static Pool& instance = *[] {
     auto* created = new Pool;

@@ -1,6 +1,5 @@
-// What a loss option means, as three numbers a row. With x the logits of row n, t the logit scale, y its target,
-// k = 1 unless the row is ignored, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss
-// scale:
+// The formulas of the loss. With x the logits of row n, y its target, k = 0 if the row is ignored and 1 otherwise,
+// t the logit scale, w the class weights, W their sum, C classes, e the label smoothing, zs the z-loss scale:
 //
 //   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c (t x_c - lse)
 //   l   = k [ (1-e) w_y (lse - picked) - (e/C) wsum ]        z = k zs lse^2
@@ -9,10 +8,9 @@
 //
 // With a softcap, cap tanh(t x / cap) replaces t x throughout, and u (1 - tanh(t x / cap)^2) replaces u.
 //
-// lse is kept as two numbers, `lse` and `lse_low`, whose sum it is, and wsum is taken from lse: logits far from 0
-// would otherwise take the digits of the loss. G is what reaches the row's l and Z what reaches its z; u is t unless
-// the caller asks for another factor. Plain C++17 without torch, shared by every implementation that is not made of
-// aten operations.
+// lse is stored as the sum of two numbers, `lse` and `lse_low`, and wsum is relative to lse; otherwise logits far from
+// 0 would cost the loss its precision. G and Z are the upstream gradients of the row's l and z; u is t unless
+// grad_scale is given. Plain C++17 without torch, shared by all implementations but the composite.
 #pragma once
 
 #include <cmath>
@@ -23,7 +21,7 @@
 
 namespace npu_xent {
 
-// The derivative of c tanh(x / c) where it has the value `capped`; no softcap is 0.
+// The derivative of c tanh(x / c) where its value is `capped`; softcap 0 means none.
 inline double softcap_slope(double capped, double softcap) {
   return softcap == 0 ? 1 : (1 - capped / softcap) * (1 + capped / softcap);
 }
@@ -43,7 +41,7 @@ struct RowOptions {
   bool is_bad(int64_t target) const { return (target < 0 || target >= num_classes) && target != ignore_index; }
 };
 
-// l and z, not added up: a mean divides them by different numbers.
+// l and z, kept separate because a mean divides them by different numbers.
 struct RowLoss {
   double loss = 0, z_loss = 0;
 
@@ -53,7 +51,7 @@ struct RowLoss {
   }
 };
 
-// The loss of a kept row. A row whose lse is not finite (a NaN, a +inf, or nothing but -inf) has no distribution: NaN.
+// The loss of a kept row; NaN if lse is not finite, that is for rows with a NaN or +inf, or of only -inf.
 inline RowLoss row_loss(const RowOptions& o, double weight, double lse, double lse_low, double picked, double wsum) {
   if (!std::isfinite(lse)) {
     const double nan = std::numeric_limits<double>::quiet_NaN();

@@ -1,11 +1,11 @@
-"""The two examples on the page of torch_npu.npu_cross_entropy_loss, by npu_xent's function, and three refused calls.
+"""The two examples of torch_npu.npu_cross_entropy_loss's page with npu_xent's function, and three calls that raise.
 
     python examples/npu_cross_entropy_loss.py                                   # on the CPU, in seconds
     python examples/npu_cross_entropy_loss.py --device npu                      # or npu:1
     python -m cann_sim examples/npu_cross_entropy_loss.py --device npu          # an NPU simulated on the host
 
 Both examples have 4096 x 8080 logits and run forward and backward, one with reduction "mean", one with reduction "sum"
-and ignore_index=100. With a gradient, "mean" allows no ignore_index: that is the first call to be refused.
+and ignore_index=100. "mean" with a gradient allows no ignore_index: that is the first call that raises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable
 
-# Only --device npu imports torch_npu: where CANN is missing, its autoload would break `import torch`.
+# Only --device npu imports torch_npu: without CANN, autoloading it would break `import torch`.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
@@ -28,12 +28,12 @@ ROWS, CLASSES = 4096, 8080
 
 
 def gradient_error(logits: Tensor, target: Tensor, reduction: str, ignore_index: int) -> tuple[float, float]:
-    """The largest difference of logits.grad from (softmax - onehot) in float64, and the largest entry of that."""
+    """The largest error of logits.grad against (softmax - onehot) in float64, and the largest entry of the latter."""
     error = largest = 0.0
     kept = target != ignore_index
     divisor = int(kept.sum()) if reduction == "mean" else 1
     assert logits.grad is not None
-    for row in range(0, len(target), 512):  # a few rows at a time, for float64 takes twice the memory
+    for row in range(0, len(target), 512):  # in blocks, since float64 takes twice the memory
         rows = slice(row, row + 512)
         truth = logits.detach()[rows].cpu().double().softmax(1)
         truth[range(len(truth)), target[rows].cpu()] -= 1
@@ -44,7 +44,7 @@ def gradient_error(logits: Tensor, target: Tensor, reduction: str, ignore_index:
 
 
 def example(title: str, device: str, reduction: str = "mean", ignore_index: int = -100) -> None:
-    """Forward, backward, and what came out."""
+    """Run forward and backward, and print the results."""
     torch.manual_seed(0)
     logits = torch.randn(ROWS, CLASSES).to(device).requires_grad_()
     target = torch.arange(ROWS, device=device)
@@ -61,7 +61,7 @@ def example(title: str, device: str, reduction: str = "mean", ignore_index: int 
 
 
 def refusals(device: str) -> None:
-    """Calls that break a documented constraint: ConstraintError, which is a ValueError, before any work."""
+    """Calls that violate a documented constraint raise ConstraintError, a ValueError, before any work."""
     logits = torch.randn(4, 10, device=device, requires_grad=True)
     target = torch.arange(4, device=device)
     calls: dict[str, Callable[[], object]] = {
@@ -81,7 +81,7 @@ def refusals(device: str) -> None:
 
 
 def open_npu(device: str) -> str:
-    """Make it the current device. Returns what prevents that, or ""."""
+    """Make `device` the current device. Returns the reason if that fails, else ""."""
     try:
         import torch_npu
 
@@ -96,7 +96,7 @@ def open_npu(device: str) -> str:
 
 
 def main() -> None:
-    """Both examples, then what is refused."""
+    """Run both examples, then the calls that raise."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, npu or npu:1; see above for a simulated one")
     device = parser.parse_args().device

@@ -1,9 +1,9 @@
-"""The cross entropy of padded sequences, step by step: printed, and drawn into a picture.
+"""The cross entropy of padded sequences, step by step, printed and plotted.
 
-A batch of token sequences of unequal length is padded to a rectangle, and its labels are -100 where there is nothing to
-predict. This script takes the loss of such a batch apart: log-probabilities, which rows count, the loss of each token,
-their mean, and the same number from one call. Then it writes the loss of three rows in two ways, with labels as ids and
-with one-hot rows. docs/padded_labels.md explains the steps and shows the picture. The script needs matplotlib.
+Token sequences of unequal length are padded to a rectangular batch, with the label -100 for padding. This script
+computes the loss of such a batch in steps (log-probabilities, rows that count, loss per token, mean) and by one call.
+Then it computes the loss of three rows with labels as ids and with one-hot rows. docs/padded_labels.md explains the
+steps and shows the plot. The script needs matplotlib.
 
     python examples/padded_labels.py --out padded_labels.png
 """
@@ -86,7 +86,7 @@ def ids_and_one_hot() -> None:
 
 
 def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
-    """The log-probabilities as a heat map with the labels marked, and the loss of each row beside it."""
+    """Plot the log-probabilities as a heat map with the labels marked, next to the loss of each row."""
     matplotlib.use("Agg")
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
@@ -108,7 +108,7 @@ def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
 
 
 def draw_log_prob(axes: Axes, log_prob: Tensor, targets: list[int]) -> None:
-    """A row of squares for each token, each with its value; a red frame around the label's."""
+    """Draw a row of squares with values for each token, and a red frame around the label's square."""
     axes.imshow(log_prob, cmap="viridis", aspect="auto")
     for row, values in enumerate(log_prob.tolist()):
         for column, value in enumerate(values):
@@ -121,7 +121,7 @@ def draw_log_prob(axes: Axes, log_prob: Tensor, targets: list[int]) -> None:
 
 
 def draw_losses(axes: Axes, losses: list[float], kept: list[bool]) -> float:
-    """A bar for each row, gray where it does not count, and their mean, which is returned."""
+    """Draw a bar for each row, gray if it does not count, and the mean, which is returned."""
     mean = sum(losses) / sum(kept)  # the losses of the others are 0
     axes.barh(range(len(losses)), losses, color=["tab:red" if keep else "lightgray" for keep in kept])
     for row, (loss, keep) in enumerate(zip(losses, kept, strict=True)):
@@ -132,7 +132,7 @@ def draw_losses(axes: Axes, losses: list[float], kept: list[bool]) -> float:
 
 
 def main() -> None:
-    """Explain, then draw."""
+    """Print the steps, then plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("padded_labels.png"), help="the picture to write")
     arguments = parser.parse_args()

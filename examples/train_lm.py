@@ -1,18 +1,18 @@
 """Train a small GPT to predict the next token, with npu_xent's fused cross entropy as the loss.
 
-A whole training program, not one call: what a loss is worth shows in a run that learns, stops, resumes and
-scales. `--loss torch` is the same run on F.cross_entropy, for comparison. It needs tokenizers and tqdm, draws
-with matplotlib if that is there, downloads nothing, and takes about three minutes on two CPU cores:
+A complete training program, with checkpoints, resuming and data parallelism. `--loss torch` runs it with
+F.cross_entropy for comparison. It needs tokenizers and tqdm, plots if matplotlib is installed, downloads nothing, and
+takes about three minutes on two CPU cores:
 
     python examples/train_lm.py                                   # on the Python standard library's sources
     python examples/train_lm.py --data texts/ --out runs/mine     # on your own text; Ctrl-C saves and stops
-    python examples/train_lm.py --out runs/mine --resume          # goes on to the very same losses
-    python examples/train_lm.py --out runs/mine --resume --steps 600          # and then further
+    python examples/train_lm.py --out runs/mine --resume          # gives the same losses as without the stop
+    python examples/train_lm.py --out runs/mine --resume --steps 600          # extends the run
     torchrun --nproc_per_node 8 examples/train_lm.py --device npu --dtype bf16
-    python -m cann_sim examples/train_lm.py --device npu          # an NPU simulated on the host: slow, and checked
+    python -m cann_sim examples/train_lm.py --device npu          # an NPU simulated on the host: slow, with checks
 
-Here is the course of a run, from the bottom up: main, train_and_report, and Run with the training loop. The folder lm
-beside this file has its parts; the loss is called in Run.loss_of.
+Read this file from the bottom up: main, train_and_report, and Run with the training loop. The loss is called in
+Run.loss_of. The other parts are in the folder lm.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Only --device npu imports torch_npu: where CANN is missing, its autoload would break `import torch`.
+# Only --device npu imports torch_npu: without CANN, autoloading it would break `import torch`.
 os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 
 import torch
@@ -46,14 +46,14 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 class Run:
-    """Model, optimizer and the next step: what a checkpoint holds, and what training moves on."""
+    """The state of a run, which a checkpoint saves: model, optimizer and number of the next step."""
 
     def __init__(self, settings: Settings, corpus: Corpus, device: torch.device, world: World) -> None:
         self.settings, self.corpus, self.device, self.world = settings, corpus, device, world
         self.loss = make_loss(settings.loss)
         torch.manual_seed(settings.seed)
         gpt = GPT(corpus.vocab_size, settings.context, settings.layers, settings.heads, settings.width)
-        self.gpt = gpt.to(device)  # initialised on the CPU, so alike for every device
+        self.gpt = gpt.to(device)  # initialised on the CPU, so identical on every device
         self.optimizer = make_optimizer(self.gpt, settings.lr)
         self.step = 0
 
@@ -76,7 +76,7 @@ class Run:
         return loss.item()
 
     def train(self) -> int:
-        """Takes the steps that are left. Returns the signal that ended them early, or 0."""
+        """Takes the remaining steps. Returns the signal that stopped the run early, or 0."""
         from tqdm import tqdm
 
         settings, world, writes = self.settings, self.world, self.world.rank == 0
@@ -91,7 +91,7 @@ class Run:
             while self.step < settings.steps and not stopped_by:
                 start = time.perf_counter()
                 loss = self.take_step(model)
-                # The ranks' losses, and whether any was told to stop: all must stop after the same step.
+                # Sum the losses, and whether a rank got a signal: all ranks must stop after the same step.
                 told = [float(stop.number == number) for number in (signal.SIGINT, signal.SIGTERM)]
                 loss, interrupted, terminated = world.sum([loss / world.size, *told], self.device)
                 stopped_by = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
@@ -100,9 +100,7 @@ class Run:
                 progress = f"loss {loss:.3f}, {rate:,.0f} tokens/s, peak {peak:,.0f} MB"
                 bar.set_postfix_str(progress, False)
                 bar.update()
-                if (
-                    not on_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES
-                ):  # in a log, a line now and then
+                if not on_terminal and time.monotonic() - said >= SECONDS_BETWEEN_LINES:
                     said = time.monotonic()
                     world.say(f"step {self.step} of {settings.steps}: {progress}")
                 due = self.step % settings.save_every == 0 or self.step == settings.steps
@@ -142,7 +140,7 @@ class Run:
             self.world.say(f"From here on the learning rate is that of a run of {steps} steps")
 
     def report(self) -> None:
-        """The validation loss, beside what knows only the tokens' frequencies and what knows nothing."""
+        """Prints the validation loss with two baselines, the unigram and the uniform distribution."""
         say = self.world.say
         say(f"Validating on {VALIDATION_BATCHES} batches of held-out text ...")
         validation, unigram, uniform = self.validate(), self.corpus.unigram_loss(), math.log(self.corpus.vocab_size)
@@ -167,7 +165,7 @@ class Run:
 
 
 def check_out(settings: Settings, checkpoint: dict[str, Any] | None) -> None:
-    """Raises SettingError if --out cannot be written, or its metrics are not the checkpoint's. Creates nothing."""
+    """Raises SettingError if --out is not writable or its metrics do not match the checkpoint. Creates nothing."""
     unwritable = why_unwritable(settings.out)
     if unwritable:
         raise SettingError(f"--out {settings.out}: {unwritable}; name a folder that can be written")
@@ -176,9 +174,9 @@ def check_out(settings: Settings, checkpoint: dict[str, Any] | None) -> None:
 
 
 def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, world: World) -> int:
-    """Everything after the command line. Returns the exit code."""
+    """Runs the program for the parsed settings. Returns the exit code."""
     device, say = open_device(settings.device, world), world.say
-    make_loss(settings.loss)  # a missing package should show now, not after the tokenising
+    make_loss(settings.loss)  # report a missing package now, not after tokenising
     with importing("training", "pip install tqdm"):
         import tqdm  # noqa: F401
     if world.rank == 0:

@@ -1,7 +1,7 @@
-"""Speed and memory of the losses on a CPU, beside PyTorch's own and others. `make bench`, or benchmarks/run.py.
+"""Speed and memory of the losses on a CPU, compared with PyTorch's and others. `make bench`, or benchmarks/run.py.
 
-cases    what is run: shapes, dtypes, rounds          memory   peak memory of a call, and what it should be
-methods  the calls that are compared                  targets  what the figures should be
-measure  times, in turns                              records  the CSV of all figures
-parts    the benchmarks, which put these together     child    processes of their own, for an environment of their own
+cases    shapes, dtypes, rounds                       memory   measured and predicted peak memory of a call
+methods  the calls that are compared                  targets  limits for the figures
+measure  interleaved timing                           records  the CSV of all figures
+parts    the benchmarks                               child    measuring in a subprocess with its own environment
 """

@@ -1,4 +1,4 @@
-"""What is run: shapes, dtypes and the number of rounds, of the full run, of QUICK=1 and of the tests."""
+"""Shapes, dtypes and number of rounds of the full run, of QUICK=1 and of the tests."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Plan:
     """One run."""
 
     mode: str
-    rounds: int  # in each of which every method has its turn
-    seconds: float  # that a turn takes at least, in blocks; long calls have one a turn
+    rounds: int  # each round times every method once
+    seconds: float  # the least time of a method in a round; it repeats shorter calls
     shapes: tuple[Shape, ...]
     small: Shape
     linear: tuple[Shape, ...]
     memory: tuple[Shape, ...]
     linear_memory: tuple[Shape, ...]
-    large_linear_memory: tuple[Shape, ...]  # float32 alone; a call takes about a minute
+    large_linear_memory: tuple[Shape, ...]  # float32 only; a call takes about a minute
     classes: tuple[int, ...]  # of scaling in C, at scaling_rows
     scaling_rows: int
     rows: tuple[int, ...]  # of scaling in N, at scaling_classes
     scaling_classes: int
     threaded: Shape  # of scaling in threads
-    # torch.compile takes seconds for each case. First: a training step of each shape and dtype, and what
-    # cut-cross-entropy compiles. Second: the forward, the loss with a linear layer, and each case of scaling.
+    # torch.compile takes seconds per case. `compiled`: training steps of each shape and dtype, and cut-cross-entropy.
+    # `compiled_everywhere`: also the forward, the loss with a linear layer, and each case of scaling.
     compiled: bool = True
     compiled_everywhere: bool = True
     dtypes: tuple[str, ...] = tuple(DTYPES)

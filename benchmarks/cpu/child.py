@@ -1,6 +1,6 @@
-"""Processes of their own, for what needs an environment of its own: the same steps, with figures handed back as JSON.
+"""Measuring in a subprocess with other environment variables; the figures come back as JSON.
 
-torch reads THP_MEM_ALLOC_ENABLE once, and glibc its own variables at the start.
+torch reads THP_MEM_ALLOC_ENABLE only once, and glibc reads its variables at startup.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from .memory import peak_allocated, peak_resident, resident
 from .methods import COPIED, HALF, TRAINING, Steps, cross_entropy_steps, huge_page_steps, linear_steps
 
 ENTRY = Path(__file__).resolve().parents[1] / "run.py"
-FEW_ROWS = 320  # of a warm-up: chunks of full size, so that what products keep for themselves is there
+FEW_ROWS = 320  # of a warm-up: enough for full chunks, so that GEMM workspaces are allocated
 
 
 def ask(task: str, environment: dict[str, str], **arguments: Any) -> Any:
-    """Runs a task of TASKS in a process of its own and returns what it returns."""
+    """Runs a task of TASKS in a subprocess and returns its result."""
     command = [sys.executable, str(ENTRY), "--child", json.dumps({"task": task, **arguments})]
     out = subprocess.run(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(out.stdout.splitlines()[-1])
 
 
 def answer(question: str) -> None:
-    """In that process."""
+    """Runs the task in the subprocess and prints its result."""
     arguments = json.loads(question)
     torch.set_num_threads(arguments.pop("threads"))
     print(json.dumps(TASKS[arguments.pop("task")](**arguments)))
 
 
 def huge_page_times(shape: list[int], dtype: str, rounds: int, seconds: float) -> list[Any]:
-    """PyTorch's own steps and copy_: [method, figure, median, iqr, rounds] each."""
+    """Times of the steps that need huge pages or fresh pages: [method, figure, median, iqr, rounds] each."""
     times = in_turns(huge_page_steps(*shape, DTYPES[dtype]), rounds, seconds, torch.get_num_threads())
     return [[*key, time.median, time.iqr, time.rounds] for key, time in times.items()]
 
 
 def peaks(steps: Steps) -> list[Any]:
-    """[method, figure, resident, allocated, kept] of each."""
+    """[method, figure, resident, allocated, kept] of each step."""
     found = []
     for key, step in steps.items():
         before = resident()
@@ -55,7 +55,7 @@ def peaks(steps: Steps) -> list[Any]:
 
 
 def memory(cases: list[Any], compiled: bool) -> list[Any]:
-    """Of [shape, dtype] each, with a linear layer where the shape has features."""
+    """The peaks of each [shape, dtype]; a shape with features gets a linear layer."""
     found = []
     for shape, dtype in cases:
         if len(shape) == 2:
@@ -68,9 +68,9 @@ def memory(cases: list[Any], compiled: bool) -> list[Any]:
 
 
 def large_linear_memory(shape: list[int], dtype: str, method: str) -> list[Any]:
-    """Of one of them, where a call takes minutes: once, with few rows to warm up."""
+    """The peak of one method whose call takes minutes: runs it once, after a warm-up with few rows."""
     rows, features, classes = shape
-    # A method that compiles does so for any number of rows, at the second number that it sees.
+    # torch.compile switches to a dynamic number of rows at the second number that it sees.
     for few in (FEW_ROWS, FEW_ROWS + 1):
         linear_steps(few, features, classes, DTYPES[dtype], True, False)[0][method, TRAINING]()
     step = linear_steps(rows, features, classes, DTYPES[dtype], True, False)[0][method, TRAINING]

@@ -1,4 +1,4 @@
-"""Times of steps that take turns, so that a machine that is busy for a while is so for all of them."""
+"""Interleaved timing of steps, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .methods import Steps
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one step: the median over the rounds, and the distance of their quartiles."""
+    """Seconds of one step: the median over the rounds, and their interquartile range."""
 
     median: float
     iqr: float
@@ -21,20 +21,20 @@ class Times:
 
 
 def in_turns(steps: Steps, rounds: int, seconds: float, threads: int) -> dict[tuple[str, str], Times]:
-    """The time of each step; in odd rounds the order is the other way round. What compiles does so before the first."""
+    """The time of each step. Odd rounds run in reverse order. Steps are compiled before the first round."""
     timers = {key: Timer("step()", globals={"step": step}, num_threads=threads) for key, step in steps.items()}
-    torch.set_num_threads(threads)  # what compiles does so for this many
+    torch.set_num_threads(threads)  # torch.compile generates code for this many
     for step in steps.values():
         step()
     samples: dict[tuple[str, str], list[float]] = {key: [] for key in timers}
     for turn in range(rounds):
         for key in timers if turn % 2 == 0 else reversed(timers):
-            # Once or more to warm up, then blocks for this long, of which the median counts.
+            # Warms up, then runs blocks for this long and takes their median.
             samples[key].append(timers[key].blocked_autorange(min_run_time=seconds).median)
     return {key: summary(values) for key, values in samples.items()}
 
 
 def summary(values: list[float]) -> Times:
-    """Of one round, there is no distance."""
+    """Median and interquartile range, which is 0 for a single round."""
     low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (0.0, 0.0, 0.0)
     return Times(statistics.median(values), high - low, len(values))

@@ -1,10 +1,10 @@
-"""The most memory that a call has beyond what was there before it, measured in two ways, and what it should be.
+"""The peak memory of a call beyond the memory in use before it, measured in two ways, and a prediction.
 
-Resident: the peak resident set of the process, as Linux counts it. All that the call touches is in it, ours, PyTorch's
-or the C library's; it is coarse, to about a MiB, and blind to memory that an allocator has kept from an earlier call.
-Allocated: the running sum of what torch.profiler records of PyTorch's allocator and of those that report to it. It
-knows such memory, but no scratch space from elsewhere. So the peak of a call is the larger of the two. Outputs and
-gradients are in both, inputs in neither.
+Resident: the growth of the process's peak resident set, from Linux. It includes all memory that the call touches, but
+has a resolution of about 1 MiB and misses memory that an allocator cached in an earlier call.
+Allocated: the peak sum of the allocations that torch.profiler records. It includes cached memory, but misses scratch
+space that is allocated outside of torch. The peak of a call is the larger of the two. Both include outputs and
+gradients, but not inputs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from npu_xent.doctor.timing import peak_memory
 
 from .methods import CONSUME, FORWARD, LOG_PROB, NONE, TRAINING, Step
 
-# Bytes beyond the inputs, of N rows, C classes, H features and b bytes an element. A row's statistics are at most six
-# numbers in float32 and its reductions; so many are left out where there is a matrix.
+# Bytes beyond the inputs, for N rows, C classes, H features and b bytes per element. 40 bytes per row cover its
+# statistics (at most six float32) and reductions; they are omitted where there is an N x C matrix.
 PREDICTED: dict[str, Callable[[int, int, int, int], float]] = {
     FORWARD: lambda N, C, H, b: 40 * N,
     TRAINING: lambda N, C, H, b: N * C * b,  # the gradient
@@ -33,7 +33,7 @@ PREDICTED: dict[str, Callable[[int, int, int, int], float]] = {
 
 
 def predicted_linear(N: int, C: int, H: int, b: int) -> float:
-    """The gradients of weight and input, a chunk of logits, and of 16 bits a sum of the weight's in float32."""
+    """The gradients of weight and input, a chunk of logits, and for 16 bits a float32 sum of the weight's gradient."""
     most, least = 512, 256 if b == 2 else 128
     rows = max(min(max(N * 4 // (25 * b) // 32 * 32, least), most), (32 << 20) // (C * b))  # docstring of chunk_rows
     return C * H * b + N * H * b + min(rows, N) * C * b + (4 * C * H if b == 2 and rows < N else 0)
@@ -41,15 +41,15 @@ def predicted_linear(N: int, C: int, H: int, b: int) -> float:
 
 PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {TRAINING: predicted_linear}
 
-# Memory that was kept from an earlier call would be resident before the next. With this, glibc gives blocks of 256 KiB
-# and more back to the system at once, and npu_xent its large outputs. Both read it when they start.
+# Cached memory of an earlier call would be resident before the next one. With these variables, which are read at
+# startup, glibc returns blocks of 256 KiB and more to the system at once, and npu_xent its large outputs.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "262144", "NPU_XENT_KEEP_MEMORY": "0"}
 
 
 def peak_resident(step: Step) -> int:
-    """Bytes. The step should have run before, or what is loaded or started once is in it."""
+    """Bytes. Run the step once before, so that one-time allocations are not counted."""
     before = resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is what there is now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     kept = step()
     peak = status("VmHWM")
     del kept
@@ -57,7 +57,7 @@ def peak_resident(step: Step) -> int:
 
 
 def resident() -> int:
-    """Bytes, without what can be given back."""
+    """Resident bytes, after returning free memory to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return status("VmRSS")
@@ -69,5 +69,5 @@ def status(name: str) -> int:
 
 
 def peak_allocated(step: Step) -> int:
-    """Bytes."""
+    """Bytes allocated through torch."""
     return peak_memory(step, torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""The calls that are compared: for each, a step without arguments that may be run any number of times.
+"""The calls that are compared, each as a step without arguments that can be run repeatedly.
 
-A step is known by its method and its figure: ("eager", "training step"). A training step is forward and backward with a
-fresh gradient of the logits, as where they come out of a linear layer.
+A step's key is its method and its figure: ("eager", "training step"). A training step is forward and backward with a
+newly allocated gradient of the logits, as if they were the output of a linear layer.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 import npu_xent
 
 OURS, EAGER, COMPILE, COPY = "npu_xent", "F.cross_entropy", "torch.compile", "copy_"
-# In a process with THP_MEM_ALLOC_ENABLE=1: torch then asks for huge pages for all of its large tensors.
+# Run in a process with THP_MEM_ALLOC_ENABLE=1: torch then requests huge pages for all large tensors.
 EAGER_THP, COPY_THP = "F.cross_entropy, huge pages", "copy_, huge pages"
-# There with NPU_XENT_KEEP_MEMORY=0: every gradient comes in pages that the system has to make.
+# The same process has NPU_XENT_KEEP_MEMORY=0: every gradient is allocated in fresh pages.
 OURS_FRESH = "npu_xent, fresh pages"
 LINEAR, LINEAR_COMPILE = "F.linear + F.cross_entropy", "torch.compile of both"
 TORCH_LINEAR, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
@@ -35,27 +35,27 @@ Steps = dict[tuple[str, str], Step]
 
 
 class NotAvailable(Exception):
-    """A method that is not installed; says what is missing."""
+    """A method is not installed; the message says what is missing."""
 
 
 class OutputOf(torch.autograd.Function):
-    """Passes a buffer off as the output of an operation, which consume_logits asks for; copies nothing."""
+    """Makes a buffer the output of an operation, as consume_logits requires, without a copy."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, buffer: Tensor) -> Tensor:
-        """The buffer itself, written over by whoever consumes it."""
+        """Returns the buffer, which consume_logits overwrites."""
         return buffer.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The gradient has arrived, and goes nowhere."""
+        """Discards the gradient."""
         return torch.zeros(()), None
 
 
 def make_logits(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Standard normal logits, and targets."""
     generator = torch.Generator().manual_seed(0)
-    # Row by row: in 16 bits, random numbers in float32 would be the largest thing in memory.
+    # Row by row: a float32 tensor of random numbers would need twice the memory of 16-bit logits.
     logits = torch.empty(rows, classes, dtype=dtype)
     for row in logits:
         row.copy_(torch.randn(classes, generator=generator))
@@ -63,18 +63,18 @@ def make_logits(rows: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def training(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Step:
-    """Forward and backward of a loss that is reduced."""
+    """Forward and backward of a reduced loss."""
     return lambda: torch.autograd.grad(loss(logits, target), logits)
 
 
 def training_of_each_row(loss: Callable[..., Tensor], logits: Tensor, target: Tensor) -> Step:
-    """The same of reduction "none", with a gradient for each row."""
+    """The same for reduction "none", with a gradient for each row."""
     upstream = torch.full(target.shape, 1 / len(target), dtype=logits.dtype)
     return lambda: torch.autograd.grad(loss(logits, target, reduction="none"), logits, upstream)
 
 
 def consuming(logits: Tensor, target: Tensor) -> Step:
-    """The gradients that the first run leaves are the logits of the next, which takes as long."""
+    """Each run overwrites the logits with gradients; the next run reads these, which takes as long."""
     anchor, buffer = torch.zeros((), requires_grad=True), logits.detach().clone()
 
     def step() -> Any:
@@ -85,7 +85,7 @@ def consuming(logits: Tensor, target: Tensor) -> Step:
 
 
 def with_log_prob(logits: Tensor, target: Tensor) -> Step:
-    """The loss of the vendor's contract, with the log_prob that it returns."""
+    """The loss with the vendor's signature, which also returns log_prob."""
 
     def step() -> Any:
         loss, log_prob, _, _ = npu_xent.npu_cross_entropy_loss(logits, target)
@@ -95,14 +95,14 @@ def with_log_prob(logits: Tensor, target: Tensor) -> Step:
 
 
 def compiled() -> Callable[..., Tensor]:
-    """Compiled anew for each case, for its very shape, which is the fastest that it can be."""
+    """Compiled again for the static shape of each case, which gives the fastest code."""
     torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 1  # no pool of processes beside what is measured
+    torch._inductor.config.compile_threads = 1  # no worker processes during the measurement
     return torch.compile(F.cross_entropy, dynamic=False)
 
 
 def copying(logits: Tensor) -> Step:
-    """The yardstick: reads the logits and writes as much, into memory that is there."""
+    """The unit of time: `out.copy_(logits)` into a preallocated buffer."""
     out = torch.empty_like(logits, requires_grad=False).fill_(0)
     return lambda: out.copy_(logits.detach())
 
@@ -110,7 +110,7 @@ def copying(logits: Tensor) -> Step:
 def cross_entropy_steps(
     rows: int, classes: int, dtype: torch.dtype, compile_training: bool, compile_forward: bool
 ) -> Steps:
-    """All of what takes logits."""
+    """All methods that take logits."""
     values, target = make_logits(rows, classes, dtype)
     logits, half = values.clone().requires_grad_(), target.clone()
     half[::2] = -100
@@ -133,7 +133,7 @@ def cross_entropy_steps(
 
 
 def eager_steps(name: str, logits: Tensor, target: Tensor) -> Steps:
-    """PyTorch's own."""
+    """PyTorch's methods."""
     values = logits.detach()
     return {
         (name, FORWARD): lambda: F.cross_entropy(values, target),
@@ -143,7 +143,7 @@ def eager_steps(name: str, logits: Tensor, target: Tensor) -> Steps:
 
 
 def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
-    """For a process with THP_MEM_ALLOC_ENABLE=1 and NPU_XENT_KEEP_MEMORY=0, which are read once."""
+    """Steps for a process with THP_MEM_ALLOC_ENABLE=1 and NPU_XENT_KEEP_MEMORY=0, which are read once."""
     logits, target = make_logits(rows, classes, dtype)
     return {
         (COPY_THP, COPIED): copying(logits),
@@ -154,7 +154,7 @@ def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
 
 
 def training_steps(rows: int, classes: int, dtype: torch.dtype, with_compile: bool) -> Steps:
-    """What small inputs and scaling are about: training steps alone."""
+    """Training steps only, for small inputs and scaling."""
     values, target = make_logits(rows, classes, dtype)
     logits = values.clone().requires_grad_()
     steps = {
@@ -180,7 +180,7 @@ def ours_linear() -> LinearLoss:
 
 
 def eager_linear() -> LinearLoss:
-    """What users write today."""
+    """The usual code: a linear layer, then the loss."""
     return lambda x, weight, target: F.cross_entropy(F.linear(x, weight), target)
 
 
@@ -192,7 +192,7 @@ def compiled_linear() -> LinearLoss:
 
 
 def torch_linear(chunked: bool) -> LinearLoss:
-    """PyTorch's own, of 2.13 and newer; chunked as its defaults choose."""
+    """F.linear_cross_entropy of torch 2.13 and newer, optionally chunked by its defaults."""
     if not hasattr(F, "linear_cross_entropy"):
         raise NotAvailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
     if not chunked:
@@ -201,7 +201,7 @@ def torch_linear(chunked: bool) -> LinearLoss:
 
 
 def cut_linear() -> LinearLoss:
-    """Apple's, by its torch_compile path: the other one is for GPUs, and its import asks for triton except on a Mac."""
+    """Apple's loss with impl="torch_compile". Its import needs triton, which it skips only on Darwin."""
     try:
         with mock.patch.object(platform, "system", return_value="Darwin"):
             from cut_cross_entropy import linear_cross_entropy
@@ -223,11 +223,10 @@ LINEAR_LOSSES: dict[str, Callable[[], LinearLoss]] = {
 def linear_steps(
     rows: int, features: int, classes: int, dtype: torch.dtype, compile_cut: bool, compile_torch: bool
 ) -> tuple[Steps, dict[str, str]]:
-    """Training steps of all of what takes the input of the last layer, and why a method is missing."""
+    """Training steps of all methods with a linear layer, and the reasons why methods are missing."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, features, generator=generator).to(dtype).requires_grad_()
-    # Logits of about 1, as a model's: far larger ones have gradients that are denormal numbers, which take a product of
-    # matrices fifty times as long.
+    # Logits of about 1, as in a model. Much larger logits give denormal gradients, which make a GEMM 50 times slower.
     weight = torch.randn(classes, features, generator=generator).mul_(features**-0.5).to(dtype).requires_grad_()
     target = torch.randint(classes, (rows,), generator=generator)
     steps: Steps = {}

@@ -1,4 +1,4 @@
-"""The benchmarks. Each yields its figures, and says what it is doing."""
+"""The benchmarks. Each yields its figures, and prints its progress."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ Figures = Iterator[Figure]
 
 
 def say(what: str) -> None:
-    """Of progress."""
+    """Prints a line of progress."""
     print(f"-- {what}", flush=True)
 
 
 def timed(benchmark: str, steps: Steps, shape: Shape, dtype: str, plan: Plan, threads: int) -> Figures:
-    """The times of the steps, in turns."""
+    """The interleaved times of the steps."""
     say(f"{benchmark}: {shape_name(shape)} {dtype}, {threads} threads")
     for (method, figure), times in in_turns(steps, plan.rounds, plan.seconds, threads).items():
         yield time_figure(benchmark, method, figure, shape, dtype, threads, times)
@@ -57,14 +57,14 @@ def timed(benchmark: str, steps: Steps, shape: Shape, dtype: str, plan: Plan, th
 def time_figure(
     benchmark: str, method: str, figure: str, shape: Shape, dtype: str, threads: int, times: Times
 ) -> Figure:
-    """In seconds."""
+    """A time as a figure, in seconds."""
     return Figure(
         benchmark, method, shape_name(shape), dtype, threads, figure, times.median, "s", times.rounds, times.iqr
     )
 
 
 def cross_entropy(plan: Plan, threads: int) -> Figures:
-    """The losses that take logits; in a process of their own PyTorch's with huge pages, and ours with fresh ones."""
+    """The losses that take logits; a subprocess times PyTorch's with huge pages and npu_xent's with fresh pages."""
     for shape in plan.shapes:
         for name in plan.dtypes:
             yield from timed(
@@ -83,7 +83,7 @@ def cross_entropy(plan: Plan, threads: int) -> Figures:
 
 
 def small(plan: Plan, threads: int) -> Figures:
-    """A loss that is over in microseconds."""
+    """A small loss, which takes microseconds."""
     for name in plan.dtypes:
         yield from timed(SMALL, training_steps(*plan.small, DTYPES[name], False), plan.small, name, plan, threads)
 
@@ -98,14 +98,14 @@ def linear(plan: Plan, threads: int) -> Figures:
 
 
 def not_available(benchmark: str, missing: dict[str, str], shape: Shape, dtype: str, threads: int) -> Figures:
-    """Methods that are not there, with the reason as the name of the figure."""
+    """Figures for missing methods, with the reason as the figure's name."""
     for method, reason in missing.items():
         say(f"{benchmark}: {method} is not measured: {reason}")
         yield Figure(benchmark, method, shape_name(shape), dtype, threads, f"not measured: {reason}", math.nan, "")
 
 
 def peak_memory(plan: Plan, threads: int) -> Figures:
-    """Beside what it should be."""
+    """Peak memory, measured and predicted."""
     cases = [(shape, name) for name in plan.dtypes for shape in (*plan.memory, *plan.linear_memory)]
     say("memory: " + ", ".join(f"{shape_name(shape)} {name}" for shape, name in cases))
     found = child.ask("memory", memory.ENVIRONMENT, threads=threads, cases=cases, compiled=plan.compiled)
@@ -129,7 +129,7 @@ def peak_memory(plan: Plan, threads: int) -> Figures:
 
 
 def memory_figures(benchmark: str, found: list[Any], shape: Shape, dtype: str, threads: int) -> Figures:
-    """What was measured, beside the logits, and of ours what was predicted."""
+    """The measured peak, its ratio to the size of the logits, and for npu_xent the prediction."""
     rows, *features, classes = shape
     size = DTYPES[dtype].itemsize
     logits = rows * classes * size
@@ -139,7 +139,7 @@ def memory_figures(benchmark: str, found: list[Any], shape: Shape, dtype: str, t
         figures = {PEAK: peak, RESIDENT: resident, OF_LOGITS: peak / logits}
         if allocated is not None:
             figures[ALLOCATED] = allocated
-        if kept is not None and method == OURS:  # of what compiles, it would be the compiler
+        if kept is not None and method == OURS:  # torch.compile's would include the compiler
             figures[KEPT] = kept
         if features:
             figures[BEYOND] = (peak - weight) / logits

@@ -1,4 +1,4 @@
-"""The CSV of all figures, one a line, with what they were measured on. Runs are appended."""
+"""The CSV of all figures, one per line, with machine and versions. Runs are appended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESULTS = ROOT / "benchmarks" / "results.csv"
 
 @dataclass(frozen=True)
 class Run:
-    """What all figures of a run have in common."""
+    """The columns that all figures of a run share."""
 
     date: str  # of its start; tells runs apart
     mode: str
@@ -30,7 +30,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure. `value` is the median of n_runs, which lie around it with this distance of their quartiles."""
+    """One figure: `value` is the median of n_runs, `iqr` their interquartile range."""
 
     benchmark: str
     method: str
@@ -48,7 +48,7 @@ COLUMNS = [field.name for kind in (Run, Figure) for field in fields(kind)]
 
 
 def this_run(mode: str) -> Run:
-    """Now, here."""
+    """A run on this machine, dated now."""
     import torch
 
     import npu_xent
@@ -65,13 +65,13 @@ def this_run(mode: str) -> Run:
 
 
 def cpu_name() -> str:
-    """As /proc/cpuinfo has it, which on Arm has none."""
+    """The CPU's name from /proc/cpuinfo, which on Arm has none."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return found[1] if found else platform.machine()
 
 
 def commit() -> str:
-    """The commit of the sources, with a plus where they differ from it."""
+    """The commit of the sources, with a plus if they have been changed."""
     try:
         sha = subprocess.check_output(
             ["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, text=True, stderr=subprocess.DEVNULL
@@ -83,7 +83,7 @@ def commit() -> str:
 
 
 def append(path: Path, run: Run, figures: list[Figure]) -> None:
-    """With a header where there is none yet."""
+    """Appends figures; writes a header to a new file."""
     new = not path.exists() or path.stat().st_size == 0
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

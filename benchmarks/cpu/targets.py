@@ -1,4 +1,4 @@
-"""What the figures should be. A target that is missed is printed as such, and stays."""
+"""Targets for the figures. A missed target is printed as missed; do not loosen it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCALING_C, SCALING_N, SCALING_THREADS = "scaling in C", "scaling in N", "scaling
 LINEAR_MEMORY, LARGE_LINEAR_MEMORY = "memory, linear_cross_entropy", "memory, large linear_cross_entropy"
 RESIDENT, ALLOCATED, PREDICTED = "peak resident", "peak allocated", "predicted"
 PEAK = "peak"  # the larger of the two
-KEPT = "kept"  # resident still when all that the first call returned is gone
+KEPT = "kept"  # still resident after the results of the first call are freed
 BEYOND = "peak beyond the weight's gradient, of the logits' size"
 OF_LOGITS = "peak, of the logits' size"
 
@@ -39,7 +39,7 @@ Key = tuple[str, str]  # method, figure
 
 @dataclass(frozen=True)
 class Target:
-    """That the time of `this` over the time of `that`, or a figure of memory, lies at or below (or above) a limit."""
+    """A limit for the ratio of two times, `this` / `that`, or for a ratio of memory."""
 
     benchmark: str
     name: str
@@ -50,22 +50,22 @@ class Target:
     bfloat16: float
 
     def met(self, value: float, dtype: str) -> bool:
-        """NaN meets nothing."""
+        """Whether the value is within the limit; False for NaN."""
         limit = getattr(self, dtype)
         return value >= limit if self.at_least else value <= limit
 
     def says(self, dtype: str) -> str:
-        """The limit in words."""
+        """The limit as text."""
         return f"{'>=' if self.at_least else '<='} {getattr(self, dtype):g}"
 
 
 def at_most(benchmark: str, name: str, this: Key, that: Key | None, float32: float, bfloat16: float) -> Target:
-    """`this` takes at most so many times what `that` takes."""
+    """`this` takes at most `float32` (or `bfloat16`) times as long as `that`."""
     return Target(benchmark, name, this, that, False, float32, bfloat16)
 
 
 def faster(benchmark: str, name: str, this: Key, that: Key, times: float) -> Target:
-    """`that` takes at least so many times what `this` takes."""
+    """`this` is at least `times` times faster than `that`."""
     return Target(benchmark, name, that, this, True, times, times)
 
 
@@ -106,7 +106,7 @@ TARGETS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A target at one shape and dtype; no value where something that it needs was not measured."""
+    """A target at one shape and dtype; the value is None if one of its figures was not measured."""
 
     target: Target
     shape: str
@@ -115,14 +115,14 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """The last word of its line."""
+        """The verdict: "met", "missed" or "not measured"."""
         if self.value is None:
             return "not measured"
         return "met" if self.target.met(self.value, self.dtype) else "missed"
 
 
 def outcomes(figures: list[Figure]) -> Iterator[Outcome]:
-    """Of every target, at every shape and dtype that its benchmark has figures for."""
+    """Outcomes of every target, for every shape and dtype that its benchmark has figures for."""
     for target in TARGETS:
         of_benchmark = [figure for figure in figures if figure.benchmark == target.benchmark]
         for shape, dtype in dict.fromkeys((figure.shape, figure.dtype) for figure in of_benchmark):
@@ -131,7 +131,7 @@ def outcomes(figures: list[Figure]) -> Iterator[Outcome]:
 
 
 def value_of(target: Target, values: dict[Key, float]) -> float | None:
-    """Times are divided by copy_ of the same process first, where there is one: processes differ in their luck."""
+    """A ratio of times, each divided by copy_ in the same process if measured, since processes vary in speed."""
     if target.that is None:
         return values.get(target.this)
     times = [relative(key, values) for key in (target.this, target.that)]
@@ -139,6 +139,6 @@ def value_of(target: Target, values: dict[Key, float]) -> float | None:
 
 
 def relative(key: Key, values: dict[Key, float]) -> float | None:
-    """A time in units of copy_; in seconds where a benchmark does without it."""
+    """A time in units of copy_, or in seconds if the benchmark has none."""
     copied = values.get((COPY_THP if key[0] in (EAGER_THP, OURS_FRESH) else COPY, COPIED), 1.0)
     return values[key] / copied if key in values else None

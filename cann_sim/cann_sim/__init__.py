@@ -4,8 +4,8 @@
     report = library.launch("add", 8, x, y, cann_sim.Uninit(z), n)
     print(report.table())
 
-A launch computes the kernel's result, proves that no other schedule the documented orderings allow would have given
-another one, counts what moved, and says how long it would have taken by a published cost model.
+A launch computes the kernel's result, proves that every schedule allowed by the documented orderings gives the same
+result, counts the bytes moved, and estimates the time with a published cost model.
 """
 
 from ._compile import CompileError, compile

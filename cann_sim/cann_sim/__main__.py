@@ -4,10 +4,10 @@ usage: python -m cann_sim [--leaks] SCRIPT [ARGS]
        python -m cann_sim [--leaks] -m MODULE [ARGS]
        python -m cann_sim [--leaks] -c CODE [ARGS]
 
-The program runs as Python would run it. Its exit code is the program's, or 3 if that is 0 and the simulator found an
+The program runs as under plain Python. The exit code is the program's, or 3 if that is 0 and the simulator found an
 error: a race between streams, a write outside of a tensor, a kernel that broke a rule.
 
-  --leaks     say at the end which device memory is still in use, and exit with 3 if there is any
+  --leaks     list device memory that is still in use at the end, and exit with 3 if there is any
   -h, --help  show this and exit
 """
 
@@ -36,7 +36,7 @@ LONGEST_LIST = 20
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Everything `python -m cann_sim` does. Returns the exit code."""
+    """Runs `python -m cann_sim`. Returns the exit code."""
     rest = list(arguments)
     leaks = False
     while rest and rest[0].startswith("-") and rest[0] not in ("-m", "-c"):
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
             return _usage(f"unknown option {option}")
         leaks = True
     if not rest or (rest[0] in ("-m", "-c") and len(rest) == 1):
-        return _usage(f"{rest[0]} needs an argument" if rest else "what is to be run?")
+        return _usage(f"{rest[0]} needs an argument" if rest else "no program is given")
     try:
         sys.meta_path.insert(0, _Imports(prepare()))
     except (SetupError, ImportError) as error:
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
     code = _run(rest)
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
-            thread.join()  # as Python does when a program ends
+            thread.join()  # as Python does at exit
     found = _finish(leaks)
     return code or found
 
@@ -70,13 +70,13 @@ def _usage(what: str) -> int:
 
 
 class _Imports(importlib.abc.MetaPathFinder):
-    """When the program imports torch, goes on to torch_npu, and after that installs the operators on the host."""
+    """An import hook: importing torch also imports torch_npu, and then installs the operators on the host."""
 
     def __init__(self, install: Callable[[], None]) -> None:
         self.then = {"torch": lambda: importlib.import_module("torch_npu"), "torch_npu": install}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        """The spec that others find for torch and torch_npu, with more to do after the module has run."""
+        """The other finders' spec of torch or torch_npu, with a loader that then runs the next step."""
         if name not in self.then:
             return None
         found = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
@@ -86,7 +86,7 @@ class _Imports(importlib.abc.MetaPathFinder):
 
             def load_and_go_on(module: types.ModuleType) -> None:
                 load(module)
-                self.then.pop(name, lambda: None)()  # not when the spec was found, which is not yet an import
+                self.then.pop(name, lambda: None)()  # not in find_spec, since a spec can be found without an import
 
             spec.loader.exec_module = load_and_go_on  # type: ignore[method-assign]
         return spec
@@ -121,7 +121,7 @@ def _run(rest: list[str]) -> int:
         _show_traceback()
         return 1
     finally:
-        for name in ("__main__", "__mp_main__"):  # the second one is multiprocessing's
+        for name in ("__main__", "__mp_main__"):  # the latter in multiprocessing's children
             if name in sys.modules:
                 sys.modules[name] = own
 
@@ -141,12 +141,12 @@ def _run_script(rest: list[str]) -> None:
 
 
 def _set_first_path(folder: str) -> None:
-    if not getattr(sys.flags, "safe_path", False):  # with -P and PYTHONSAFEPATH there is none to replace
+    if not getattr(sys.flags, "safe_path", False):  # with -P or PYTHONSAFEPATH there is no such entry
         sys.path[0] = folder
 
 
 def _execute(code: types.CodeType, path: str | None) -> None:
-    """Runs code in a fresh module __main__, which is gone afterwards."""
+    """Runs code in a fresh module __main__, and removes the module afterwards."""
     module = types.ModuleType("__main__")
     if path is not None:
         module.__file__ = path
@@ -164,7 +164,7 @@ def _exit_code(stop: SystemExit) -> int:
 
 
 def _show_traceback() -> None:
-    """The exception in flight, from the program's first frame on."""
+    """Prints the current exception, with the traceback from the program's first frame on."""
     kind, error, trace = sys.exc_info()
     assert kind is not None
     assert error is not None
@@ -180,13 +180,13 @@ def _show_traceback() -> None:
 
 
 def _finish(leaks: bool) -> int:
-    """What the device has to say when the program is over: 0, or 3 for an error."""
+    """Reports the device's errors and leaks after the program. Returns 0, or 3 for an error."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "npu"):
         return 0
     found = 0
-    acl.release_streams()  # those the program left held would never be done
-    for name in ("last_type", "last_value", "last_traceback", "last_exc"):  # the locals of a program that failed
+    acl.release_streams()  # streams that are still held would never finish
+    for name in ("last_type", "last_value", "last_traceback", "last_exc"):  # they keep the program's locals alive
         vars(sys).pop(name, None)
     if torch.npu.is_initialized():
         for device in range(torch.npu.device_count()):
@@ -213,7 +213,7 @@ def _say(message: str) -> None:
 
 
 def _report_leaks(torch: Any, status: acl.Status) -> int:
-    """Says which tensors the allocator still has in use. The program's own names are gone by now."""
+    """Lists the tensors that the allocator still has in use, after the program's globals have been freed."""
     left = [(device.device, tensor) for device in status.devices for tensor in device.tensors]
     if not left:
         _say("no device memory is leaked")

@@ -21,7 +21,7 @@ BUILD_FILES = TOOLKIT / "tools" / "tikcpp" / "ascendc_kernel_cmake"
 
 
 class CompileError(Exception):
-    """A kernel source does not compile; the message is the compiler's, after a line for each name not modelled."""
+    """A kernel source does not compile. The message has a line for each unmodelled name, then the compiler's output."""
 
 
 def compile(
@@ -33,9 +33,9 @@ def compile(
 ) -> KernelLibrary:
     """Builds a kernel library from source text, or from one or more paths.
 
-    `defines` are "NAME" or "NAME=VALUE", or a mapping. Text is kept as `<name>.cpp`, so that messages can name its
-    lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim). Raises CompileError with the
-    compiler's words.
+    `defines` are "NAME" or "NAME=VALUE", or a mapping. Source text is saved as `<name>.cpp`, so that messages can refer
+    to its lines. The result is cached by content in `CANN_SIM_CACHE` (default ~/.cache/cann_sim). Raises CompileError
+    with the compiler's output.
     """
     toolkit_path()
     if isinstance(defines, Mapping):
@@ -60,7 +60,7 @@ def compile(
 
 
 def _build(launchers: ModuleType, compiler: list[str], paths: list[Path], texts: list[str], library: Path) -> None:
-    """Compiles in a temporary folder and moves the result into place: other processes see all of it or nothing."""
+    """Compiles in a temporary folder and moves the result into place atomically."""
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         wrappers = []
@@ -79,7 +79,7 @@ def _build(launchers: ModuleType, compiler: list[str], paths: list[Path], texts:
 
 
 def _paths(source: object, name: str | None, cache: Path) -> list[Path]:
-    """The files to compile; source text is written to one."""
+    """The files to compile; writes source text to a file."""
     if isinstance(source, str) and ("\n" in source or "{" in source):
         folder = cache / f"source-{_digest(source, name or '')}"
         path = folder / f"{name or 'kernel'}.cpp"
@@ -106,7 +106,7 @@ def _version(compiler: str) -> str:
 
 @functools.cache
 def _launchers() -> ModuleType:
-    """The toolkit's generator, which is a script there and a module here."""
+    """The toolkit's generator script, imported as a module."""
     spec = importlib.util.spec_from_file_location("cann_sim._make_launchers", BUILD_FILES / "make_launchers.py")
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""How a launch is run."""
+"""The configuration of a launch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Config:
-    """How a launch is run. The CANN_SIM_* environment variables scale or switch off on top of it.
+    """The configuration of a launch. CANN_SIM_* environment variables apply on top: they multiply scales or disable.
 
     check            False: no checks, only data, counts and times (several times faster)
-    trace_core       the core whose every instruction is recorded, for `Report.timeline`
-    bandwidth_scale  GM bandwidth of the cost model, of a core and of the chip, times this
-    vector_scale     speed of the vector unit times this
-    scalar_scale     speed of the scalar unit times this
-    threads          host threads; None: as many as there are cores
-    remove_sync      index (or indices) of the synchronisation in `Report.sync_sites` whose ordering is ignored
+    trace_core       the core to record, instruction by instruction, for `Report.timeline`
+    bandwidth_scale  factor of the cost model's GM bandwidth, per core and of the chip
+    vector_scale     factor of the vector unit's speed
+    scalar_scale     factor of the scalar unit's speed
+    threads          host threads; None: one per host core
+    remove_sync      index (or indices) of synchronisation sites in `Report.sync_sites` whose ordering is ignored
     """
 
     check: bool = True

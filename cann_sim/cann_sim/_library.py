@@ -15,7 +15,7 @@ from ._config import Config
 from ._runtime import Parameter, RunConfig, Site, runtime
 from .report import CoreReport, Event, Report, SyncSite
 
-# By kind and bytes of a parameter.
+# Keyed by a parameter's kind and size in bytes.
 SCALARS = {
     ("i", 1): ctypes.c_int8,
     ("i", 2): ctypes.c_int16,
@@ -31,7 +31,7 @@ SCALARS = {
 
 
 class KernelError(Exception):
-    """A kernel broke a rule. `kind` says which (a short slug), `file` and `line` where, `message` how."""
+    """A kernel broke a rule. `kind` is a short slug of the rule, `file` and `line` the place, `message` the details."""
 
     def __init__(self, kind: str, kernel: str, core: int, file: str, line: int, message: str) -> None:
         self.kind, self.kernel, self.core, self.file, self.line, self.message = kind, kernel, core, file, line, message
@@ -43,14 +43,14 @@ class KernelError(Exception):
 
 
 class Uninit:
-    """An array whose bytes count as not written yet, as an output's do: reading them before writing is an error."""
+    """An array that counts as uninitialized, as outputs do: reading it before writing is an error."""
 
     def __init__(self, array: Any) -> None:
         self.array = array
 
 
 class Workspace:
-    """Device memory of its own for a launch, not written yet."""
+    """Uninitialized device memory that is allocated for the launch."""
 
     def __init__(self, nbytes: int) -> None:
         if nbytes < 0:
@@ -63,7 +63,7 @@ class Workspace:
 class KernelLibrary:
     """A shared library of kernels, built by `ascendc_library` or `cann_sim.compile`."""
 
-    _sites: dict[tuple[str, str], list[tuple[str, str, int]]] = {}  # noqa: RUF012  # of a library's kernel, in order
+    _sites: dict[tuple[str, str], list[tuple[str, str, int]]] = {}  # noqa: RUF012  # by library and kernel, in order
     _sites_lock = threading.Lock()
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -79,12 +79,12 @@ class KernelLibrary:
         return f"KernelLibrary({str(self.path)!r})"
 
     def kernels(self) -> list[str]:
-        """Names of the kernels: those whose launchers the library defines, or takes from another one."""
+        """Names of the kernels whose launchers the library defines or imports."""
         names = {name.decode() for name in re.findall(rb"(?<=\0aclrtlaunch_)\w+(?=\0)", self.path.read_bytes())}
         return sorted(name for name in names if hasattr(self._library, f"cann_sim_parameters_{name}"))
 
     def parameters(self, kernel: str) -> list[tuple[str, int]]:
-        """Kind ('p', 'i', 'u', 'f', 's') and bytes of each of the kernel's parameters."""
+        """Kind ('p', 'i', 'u', 'f', 's') and size in bytes of each parameter of the kernel."""
         try:
             entries = (Parameter * 256).in_dll(self._library, f"cann_sim_parameters_{kernel}")
         except ValueError:
@@ -203,7 +203,7 @@ class KernelLibrary:
         )
 
     def _number(self, kernel: str, sites: Sequence[Sequence[Any]]) -> list[SyncSite]:
-        """Sites get the index they had when they were first seen in a launch of this kernel."""
+        """Gives each site the index from its first launch of this kernel, so that indices are stable."""
         with self._sites_lock:
             known = self._sites.setdefault((str(self.path), kernel), [])
             numbered = []
@@ -215,14 +215,14 @@ class KernelLibrary:
 
 
 def _wanted(kind: str, size: int) -> str:
-    """A parameter as an error names it."""
+    """A parameter's description for an error message."""
     bits = f"{size * 8}-bit"
     words = {"p": "a GM buffer", "s": f"a struct of {size} bytes", "f": f"a {bits} float"}
     return words.get(kind) or f"{'an unsigned' if kind == 'u' else 'a signed'} {bits} integer"
 
 
 def _memory(what: str, array: Any) -> tuple[int, int]:
-    """Address and bytes of a contiguous numpy array or CPU tensor."""
+    """Address and size in bytes of a contiguous numpy array or CPU tensor."""
     if hasattr(array, "data_ptr"):
         if array.device.type != "cpu":
             raise TypeError(f"{what}: the tensor is on {array.device}, not on the CPU")

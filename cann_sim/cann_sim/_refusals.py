@@ -1,4 +1,4 @@
-"""Finds in a compiler's output what cann_sim refused to model, and the kernel's line that asked for it."""
+"""Finds the unmodelled names in a compiler's output, and the kernel's lines that use them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ INCLUDED = re.compile(r"^(?:In file included| +)\s*from ([^\s:][^:]*:\d+)[,:]")
 
 
 def lead(output: str) -> str:
-    """The output, and before it a line `file:line: cann_sim does not model ...` for each refusal in it."""
+    """A line `file:line: cann_sim does not model ...` for each refusal in the output, then the output."""
     lines = output.splitlines()
     refusals: dict[str, None] = {}
     begin = 0

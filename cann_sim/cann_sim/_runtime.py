@@ -1,4 +1,4 @@
-"""Where things are, and the runtime library: its C interface through ctypes (toolkit/include/cann_sim/launch.h)."""
+"""Paths, and the runtime library's C interface through ctypes (toolkit/include/cann_sim/launch.h)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 TOOLKIT = Path(__file__).resolve().parent / "toolkit"
 LIBRARY = TOOLKIT / "lib64" / "libcann_sim.so"
 PROJECT = Path(__file__).resolve().parent.parent
-SOURCES = PROJECT / "src"  # there in a source tree, not in an installed package
+SOURCES = PROJECT / "src"  # exists in a source tree, not in an installed package
 
 
 class Site(ctypes.Structure):
@@ -24,7 +24,7 @@ class Site(ctypes.Structure):
 
 
 class RunConfig(ctypes.Structure):
-    """How this thread's launches run, as cann_sim_config."""
+    """The configuration of this thread's launches, as cann_sim_config."""
 
     _fields_ = (
         ("check", ctypes.c_int32),
@@ -40,19 +40,19 @@ class RunConfig(ctypes.Structure):
 
 
 class Parameter(ctypes.Structure):
-    """A kernel's parameter as its library describes it, as cann_sim_parameter."""
+    """A kernel's parameter, as cann_sim_parameter."""
 
     _fields_ = (("kind", ctypes.c_char), ("bytes", ctypes.c_uint32))
 
 
 def toolkit_path() -> str:
-    """The folder to point ASCEND_HOME_PATH at."""
+    """The folder to set ASCEND_HOME_PATH to."""
     _build_in_source_tree()
     return str(TOOLKIT)
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels and what PyTorch programs need are kept."""
+    """The cache folder for compiled kernels and the libraries of PyTorch programs."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cann_sim"
     return Path(os.environ.get("CANN_SIM_CACHE") or default)
 
@@ -77,7 +77,7 @@ def runtime() -> ctypes.CDLL:
 
 @functools.cache
 def _build_in_source_tree() -> None:
-    """Builds the runtime by its CMakeLists.txt when the package is used from sources that are newer than it."""
+    """Builds the runtime with CMake if the package is used from a source tree with newer sources."""
     if not (SOURCES.is_dir() and (PROJECT / "CMakeLists.txt").is_file()):  # site-packages may have a folder src
         return
     LIBRARY.parent.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def _build_in_source_tree() -> None:
             build = str(PROJECT / "build" / "runtime")
             _cmake("-S", str(PROJECT), "-B", build, "-DCMAKE_BUILD_TYPE=Release", f"-DCANN_SIM_TOOLKIT={TOOLKIT}")
             _cmake("--build", build)
-            LIBRARY.touch()  # a header that the runtime does not include leaves it as it was
+            LIBRARY.touch()  # CMake does not relink if only a header changed that the runtime does not include
     finally:
         os.close(lock)
 
@@ -99,7 +99,7 @@ def _is_current() -> bool:
 
 
 def find_tool(name: str) -> str | None:
-    """A program of this environment, or one on the path."""
+    """The path of a program in this environment or on PATH."""
     beside = Path(sys.executable).parent / name
     return str(beside) if beside.exists() else shutil.which(name)
 

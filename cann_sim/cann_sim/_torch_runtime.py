@@ -1,7 +1,7 @@
-"""What `python -m cann_sim` puts under PyTorch: the simulated AscendCL and the operators of npu tensors on the host.
+"""The libraries that `python -m cann_sim` runs PyTorch on: the simulated AscendCL and npu operators on the host.
 
-Both are compiled against the installed torch and torch_npu, so at first use and not when cann_sim is installed. They
-are kept in `CANN_SIM_CACHE` (default ~/.cache/cann_sim), by a key of all they depend on.
+Both are compiled against the installed torch and torch_npu, at first use. They are cached in `CANN_SIM_CACHE` (default
+~/.cache/cann_sim), keyed by everything they depend on.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from typing import Any
 from ._runtime import PROJECT, TOOLKIT, cache_folder, find_tool, runtime, toolkit_path
 
 FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
-BUILD_LOG = 40  # lines of a failed build that are shown
-BEING_BUILT = ".building-"  # in the name of a folder of the cache
+BUILD_LOG = 40  # lines of a failed build to show
+BEING_BUILT = ".building-"  # part of the name of a cache folder during its build
 
 
 class SetupError(Exception):
-    """PyTorch cannot be run on the simulator in this environment. The message says what to install."""
+    """PyTorch cannot run on the simulator in this environment. The message says what to install."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Installed:
 
 
 def installed() -> Installed:
-    """Finds torch and torch_npu, and checks that they belong together and can be imported."""
+    """Finds torch and torch_npu, and checks that their versions match and their requirements are installed."""
     torch, torch_npu = _package("torch"), _package("torch_npu")
     if torch is None:
         raise SetupError("torch is not installed: pip install torch torch_npu pyyaml numpy, of one version each")
@@ -68,9 +68,9 @@ def installed() -> Installed:
 
 
 def build_ascendcl() -> Path:
-    """The folder with libascendcl.so and the libraries that torch_npu wants beside it; built if it is not there."""
+    """The folder with libascendcl.so and the other CANN libraries that torch_npu links; built if missing."""
     found = installed()
-    runtime()  # libcann_sim.so itself, from sources where the package is used from them
+    runtime()  # in a source tree, builds libcann_sim.so
     options = {
         "TORCH_NPU_DIR": found.torch_npu,
         "TORCH_LIB_DIR": found.torch / "lib",
@@ -81,16 +81,16 @@ def build_ascendcl() -> Path:
 
 
 def build_host_operators() -> Path:
-    """The folder with cann_sim_torch.so; built if it is not there."""
+    """The folder with cann_sim_torch.so; built if missing."""
     found = installed()
     options = {"TORCH_DIR": found.torch, "TORCH_NPU_DIR": found.torch_npu}
     return _built("torch", found, options, "the operators on the host")
 
 
 def prepare() -> Callable[[], None]:
-    """Makes this process and its children able to import torch_npu. Returns what installs the operators after that.
+    """Enables this process and its children to import torch_npu; call it before importing torch.
 
-    torch must not have been imported yet.
+    Returns a function that installs the operators after that import.
     """
     if "torch_npu" in sys.modules:
         raise SetupError("torch_npu was imported before the simulator: start the program with python -m cann_sim")
@@ -98,9 +98,9 @@ def prepare() -> Callable[[], None]:
     for path in sorted(libraries.glob("*.so"), key=lambda path: path.name != FIRST_LIBRARY):
         ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     os.environ.setdefault("ASCEND_HOME_PATH", toolkit_path())
-    os.environ.setdefault("ASCEND_OPP_PATH", str(TOOLKIT / "opp"))  # torch_npu wants it where the other is set
-    # Importing torch imports no torch_npu of itself: here the hook of __main__ does, and in child processes, which
-    # DataLoader starts by the dozen, only who asks for it. There the path finds the libraries.
+    os.environ.setdefault("ASCEND_OPP_PATH", str(TOOLKIT / "opp"))  # torch_npu requires it if ASCEND_HOME_PATH is set
+    # Disable autoloading: here the hook of __main__ imports torch_npu, and child processes, such as the many workers of
+    # DataLoader, import it only if they use it. They find the libraries through LD_LIBRARY_PATH.
     os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     before = os.environ.get("LD_LIBRARY_PATH")
     os.environ["LD_LIBRARY_PATH"] = f"{libraries}:{before}" if before else str(libraries)
@@ -116,8 +116,8 @@ def prepare() -> Callable[[], None]:
 
 
 def _let_go_of_frames() -> None:
-    """torch_npu keeps the errors of optional parts that it could not import; their tracebacks, and so the frame of the
-    program that imported it, would live on with all the program's tensors."""
+    """Clears tracebacks of import errors that torch_npu keeps for optional parts. They hold the frames of the importing
+    program, and so would keep its tensors alive."""
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "torch_npu":
             for value in list(vars(module).values()):
@@ -138,7 +138,7 @@ def _release(version: str) -> str:
 
 
 def _sources(part: str) -> Path:
-    """The C++ sources of a part: in the toolkit of an installed package, in src of a source tree."""
+    """The C++ sources of a part: in the toolkit of an installed package, or in src of a source tree."""
     for folder in (TOOLKIT / "src" / part, PROJECT / "src" / part):
         if (folder / "CMakeLists.txt").is_file():
             return folder
@@ -148,7 +148,7 @@ def _sources(part: str) -> Path:
 
 
 def _built(part: str, found: Installed, options: dict[str, Any], what: str) -> Path:
-    """Builds a part in a folder of the cache, once: other processes wait, and see all of it or nothing."""
+    """Builds a part once in a cache folder, atomically; other processes wait for the build."""
     sources, cache = _sources(part), cache_folder()
     compiler = _compiler()
     key = _key(part, sources, found, options, compiler)
@@ -183,14 +183,14 @@ def _lock_file(cache: Path, name: str) -> int:
 
 
 def _remove_interrupted(cache: Path) -> None:
-    """Removes what builds left behind that were killed: the folders whose lock nobody holds."""
+    """Removes the folders of killed builds, that is those whose lock is free."""
     for folder in cache.glob(f"*{BEING_BUILT}*"):
         lock = _lock_file(cache, folder.name.partition(BEING_BUILT)[0])
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
         except BlockingIOError:
-            pass  # its build is under way
+            pass  # a build holds the lock
         finally:
             os.close(lock)
 
@@ -209,7 +209,7 @@ def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], co
 
 
 def _compiler() -> list[str]:
-    """The words of CXX, as of "ccache g++"."""
+    """The compiler command in CXX, which may have several words ("ccache g++"); default: g++."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
     if shutil.which(words[0]) is None:
         raise SetupError(

@@ -1,12 +1,12 @@
-"""The simulated AscendCL that this process has loaded: hold its streams, make its calls fail, ask what it saw.
+"""Controls the simulated AscendCL of this process: hold streams, make calls fail, get its status.
 
-    with acl.hold():  # streams run nothing; what is launched waits
+    with acl.hold():  # streams run nothing; launched tasks wait
         ...
     with acl.fail("aclrtMallocAlign32", acl.OUT_OF_MEMORY):  # the next call
         ...
     assert not acl.status().errors
 
-Streams are given as handles (`torch.npu.Stream.npu_stream`), as such objects, or as None for all of them.
+A stream argument is a handle (`torch.npu.Stream.npu_stream`), a stream object, or None for all streams.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ KERNEL_ERROR = 507035  # a vector core exception
 
 @dataclass(frozen=True)
 class Error:
-    """Something that broke a rule: `kind` is a short slug, `count` how often the very same was seen."""
+    """A broken rule: `kind` is a short slug, `count` the number of identical errors."""
 
     kind: str
     message: str
@@ -34,7 +34,7 @@ class Error:
 
 @dataclass(frozen=True)
 class Block:
-    """Memory that AscendCL has allocated; `number` counts allocations."""
+    """Memory allocated by AscendCL; `number` is the allocation's sequence number."""
 
     number: int
     address: int
@@ -43,7 +43,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor that a caching allocator has cut out of a block."""
+    """A tensor that a caching allocator placed in a block."""
 
     address: int
     bytes: int
@@ -79,7 +79,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Status:
-    """All there is: `calls` counts API functions and "launch:<kernel>"."""
+    """The whole status: `calls` counts the calls of API functions and of "launch:<kernel>"."""
 
     devices: tuple[Device, ...]
     host_blocks: tuple[Block, ...]
@@ -94,18 +94,18 @@ class Status:
 
 
 def hold_streams(stream: Any = None) -> None:
-    """Lets a stream run nothing more; None: all streams, those to be created included."""
+    """Stops a stream from running tasks; None: all streams, including future ones."""
     _library().cann_sim_acl_hold(_handle(stream))
 
 
 def release_streams(stream: Any = None) -> None:
-    """Lets a held stream go on; None: all."""
+    """Resumes a held stream; None: all."""
     _library().cann_sim_acl_release(_handle(stream))
 
 
 @contextlib.contextmanager
 def hold(stream: Any = None) -> Iterator[None]:
-    """Holds a stream (None: all) inside a `with`. What synchronises it in there waits forever."""
+    """Holds a stream (None: all) inside a `with`. Synchronising it there would block forever."""
     hold_streams(stream)
     try:
         yield
@@ -115,7 +115,7 @@ def hold(stream: Any = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def fail(api: str, code: int, *, skip: int = 0, count: int = 1) -> Iterator[None]:
-    """Inside a `with`, `count` calls of an API function (or "launch:<kernel>") after `skip` others return `code`."""
+    """Inside a `with`, an API function (or "launch:<kernel>") fails with `code`: `count` calls, after `skip` others."""
     if code == 0 or skip < 0 or count < 1:
         raise ValueError(f"fail({api!r}): code {code} must not be 0, skip {skip} not negative, count {count} positive")
     _library().cann_sim_acl_fail(api.encode(), skip, count, code)
@@ -141,7 +141,7 @@ def calls(api: str) -> int:
 
 
 def status() -> Status:
-    """Memory, streams, events, errors and call counts; looks for overwritten canaries."""
+    """Memory, streams, events, errors and call counts. Also checks for overwritten canaries."""
     found = json.loads(_library().cann_sim_acl_status())
     return Status(
         devices=tuple(
@@ -161,13 +161,13 @@ def status() -> Status:
 
 
 def clear_errors() -> None:
-    """Forgets the errors, those included that a synchronisation has yet to return."""
+    """Clears the errors, including those that a later synchronisation would return."""
     _library().cann_sim_acl_clear_errors()
 
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = ctypes.CDLL(None)  # what is loaded with RTLD_GLOBAL
+    library = ctypes.CDLL(None)  # symbols of all libraries loaded with RTLD_GLOBAL
     if not hasattr(library, "cann_sim_acl_status"):
         raise RuntimeError(
             "no simulated libascendcl.so is loaded in this process: run the program with `python -m cann_sim`"

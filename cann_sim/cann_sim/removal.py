@@ -1,10 +1,10 @@
-"""Takes a kernel's synchronisation away, one site at a time, and tells which removals the checks notice.
+"""Removes a kernel's synchronisation, one site at a time, and reports which removals the checks catch.
 
-A kernel is shown to need all of its synchronisation, and the checks to see all that it needs, when every removal is
-caught. A removal that is not caught leaves a kernel that is still right on this launch: its site is redundant there,
-and `partners` tells which other site does the same work.
+If every removal is caught, the kernel needs all of its synchronisation, and the checks notice everything missing. A
+removal that is not caught leaves this launch correct: the site is redundant there, and `partners` names the other sites
+that do the same work.
 
-A site is a line of source and a kind: the flags of a helper function count as one site, wherever it is called.
+A site is a source line and a kind: the flags of a helper function count as one site for all its callers.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from ._library import KernelError
 
 @dataclass(frozen=True)
 class Removal:
-    """One synchronisation site and what became of the launch without its ordering."""
+    """One synchronisation site, and the outcome of the launch without its ordering."""
 
     index: int  # in the report's sync_sites
     kind: str
     file: str
     line: int
-    count: int  # how often the intact launch executed it
-    error: KernelError | None = None  # what the launch without it was refused with
-    partners: tuple[int, ...] = ()  # sites that do its work: without both, the launch is refused
+    count: int  # executions in the unmodified launch
+    error: KernelError | None = None  # the error of the launch without it
+    partners: tuple[int, ...] = ()  # sites that do the same work: removing both is caught
 
     @property
     def caught(self) -> bool:
-        """Whether the launch was refused without this site."""
+        """Whether the launch without this site raised an error."""
         return self.error is not None
 
     @property
     def message(self) -> str:
-        """What the launch was refused with, or why nothing had to be."""
+        """The error without this site, or why there was none."""
         if self.error is not None:
             return str(self.error)
         if self.partners:
-            return f"redundant beside site {', '.join(map(str, self.partners))}"
+            return f"redundant with site {', '.join(map(str, self.partners))}"
         return "redundant: nothing in this launch depends on it"
 
     def __str__(self) -> str:
@@ -50,11 +50,11 @@ class Removal:
 
 
 def removed_syncs(run: Callable[[Config], Any]) -> list[Removal]:
-    """Calls `run` as it is, which has to pass, then without each synchronisation in turn.
+    """Calls `run` unmodified, which must pass, then without each synchronisation site in turn.
 
-    `run` takes a `Config`, launches with it, and returns the report. It has to make its launch anew each time: fresh
-    outputs, since a launch that is refused leaves them half written. Sites whose removal is not caught are then removed
-    two at a time, which shows where one does the work of another.
+    `run` takes a `Config`, launches with it, and returns the report. It must allocate new outputs each time, since a
+    failed launch leaves them partly written. Sites whose removal is not caught are then removed in pairs, to find sites
+    that do the same work.
     """
     sites = run(Config()).sync_sites
     removals = [Removal(*site, error=_error(run, site[0])) for site in sites]
@@ -67,7 +67,7 @@ def removed_syncs(run: Callable[[Config], Any]) -> list[Removal]:
 
 
 def summary(removals: Sequence[Removal]) -> str:
-    """How many sites were removed, caught and redundant, and one line for each of them."""
+    """The numbers of removed, caught and redundant sites, then one line per site."""
     caught = sum(removal.caught for removal in removals)
     head = f"{len(removals)} removed, {caught} caught, {len(removals) - caught} redundant"
     return "\n".join([head, *map(str, removals)])

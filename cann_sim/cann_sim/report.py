@@ -1,7 +1,7 @@
-"""What a launch reports: bytes, instructions, busy time and simulated time, of each core and in sum.
+"""The report of a launch: bytes, instructions, busy time and simulated time, per core and in total.
 
-`Report.table()` prints one launch, `compare()` several side by side. The numbers are counted by the runtime; nothing is
-measured on hardware.
+`Report.table()` formats one launch, `compare()` several side by side. All numbers come from the simulator, not from
+hardware.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ PIPE_NAMES = {"S": "scalar", "V": "vector", "MTE2": "GM to UB", "MTE3": "UB to G
 
 
 class Event(NamedTuple):
-    """A time during which a pipe of the traced core was busy with one instruction."""
+    """The time during which a pipe of the traced core executed one instruction."""
 
     pipe: str
     name: str
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 class SyncSite(NamedTuple):
-    """A place in the kernel's source that orders something, and how often it ran."""
+    """A synchronisation in the kernel's source, and its number of executions."""
 
     index: int
     kind: str
@@ -37,7 +37,7 @@ class SyncSite(NamedTuple):
 
 @dataclass(frozen=True)
 class CoreReport:
-    """What one core (block) of a launch did. `instructions` and `busy_ns` are those of each pipe in PIPES."""
+    """The counts and times of one core (block) of a launch. `instructions` and `busy_ns` are keyed by PIPES."""
 
     index: int
     read_bytes: int
@@ -48,16 +48,16 @@ class CoreReport:
 
     @property
     def has_work(self) -> bool:
-        """Whether it did more than look at its arguments."""
+        """Whether it executed any instruction other than scalar ones."""
         return any(self.instructions.get(pipe, 0) for pipe in PIPES if pipe != "S")
 
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What a launch did: `cores` in the order of their index, `time_ns` until the last of them was done.
+    """The report of a launch: `cores` by index, `time_ns` until the last of them finished.
 
-    `config` is what it was run with; `sync_sites` are the places that ordered something, numbered over all launches of
-    the kernel (`Config(remove_sync=...)`); `trace` is what the core `trace_core` did, if one was asked for.
+    `config` is the launch's configuration; `sync_sites` are its synchronisations, with indices that are the same in all
+    launches of the kernel (for `Config(remove_sync=...)`); `trace` has the instructions of core `trace_core`, if set.
     """
 
     kernel: str
@@ -91,7 +91,7 @@ class Report:
 
     @property
     def working_cores(self) -> int:
-        """How many cores did more than look at their arguments."""
+        """The number of cores with work."""
         return sum(core.has_work for core in self.cores)
 
     @property
@@ -110,7 +110,7 @@ class Report:
         return max(self.busy_share().items(), key=lambda item: item[1])
 
     def table(self, *, elements: int | None = None, per_core: bool = False) -> str:
-        """The launch as text. `elements` adds GM bytes per element, `per_core` a line for every core."""
+        """The report as text. `elements` adds GM bytes per element, `per_core` a line per core."""
         text = compare([self], elements=None if elements is None else [elements])
         return f"{text}\n\n{core_table(self)}" if per_core else text
 
@@ -119,9 +119,9 @@ class Report:
     ) -> None:
         """Draws the traced core's pipes to an image file: the first instructions, or those from `start_ns` to `end_ns`.
 
-        Needs a launch with Config(trace_core=...), and matplotlib. A `core` has to be the one that was traced.
+        Needs a launch with Config(trace_core=...), and matplotlib. `core`, if given, must be the traced core.
         """
-        from cann_sim.timeline import draw  # matplotlib is only wanted here
+        from cann_sim.timeline import draw  # imports matplotlib
 
         if self.trace_core is None:
             raise ValueError(f"no trace of {self.kernel}: launch it with Config(trace_core=0) to record a core")
@@ -135,8 +135,8 @@ def compare(
 ) -> str:
     """Several launches side by side, a column each: time, GM traffic, instructions and busy share of each pipe.
 
-    The columns are headed by the kernels' names unless there are `labels`. `elements`, a number for each launch, adds
-    GM bytes per element.
+    Column heads are `labels`, by default the kernels' names. `elements`, one number per launch, adds GM bytes per
+    element.
     """
     reports = list(reports)
     rows: list[list[str]] = [["", *(labels or [report.kernel for report in reports])]]
@@ -174,7 +174,7 @@ def core_table(report: Report) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """First column to the left, the others to the right, a rule below the heading."""
+    """Aligns the first column left and the others right, with a rule below the heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

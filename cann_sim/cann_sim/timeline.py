@@ -1,6 +1,6 @@
-"""Draws what a core's pipes did over time: a lane a pipe, an interval an instruction, coloured by its name.
+"""Draws the timeline of a core: a lane per pipe, a bar per instruction, coloured by its name.
 
-Light on purpose: one collection a pipe, and neighbours too narrow to be seen apart are drawn as one.
+To draw fast, each pipe is one collection, and neighbouring bars that are too narrow to tell apart are merged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from cann_sim.report import PIPE_NAMES, PIPES, Event
 
-# Of a trace, or of the window that was asked for, no more instructions than this are drawn: the first ones.
+# At most this many instructions of the trace or window are drawn: the first ones.
 MAX_EVENTS = 4000
 # The most frequent names get a colour of their own; the rest share the last.
 COLOURS = (
@@ -21,7 +21,7 @@ OTHER = "#bab0ac"
 
 
 def window(events: Sequence[Event], start_ns: float | None, end_ns: float | None) -> tuple[list[Event], bool]:
-    """The events that touch the window, in order of time, and whether the trace had to be cut to MAX_EVENTS."""
+    """The events that overlap the window, sorted by time, and whether they were cut to MAX_EVENTS."""
     chosen = sorted(
         (e for e in events if (start_ns is None or e.end_ns > start_ns) and (end_ns is None or e.start_ns < end_ns)),
         key=lambda event: event.start_ns,
@@ -32,7 +32,7 @@ def window(events: Sequence[Event], start_ns: float | None, end_ns: float | None
 def draw(
     events: Sequence[Event], path: Any, title: str, start_ns: float | None = None, end_ns: float | None = None
 ) -> None:
-    """Draws the events (those of the window, if one is given) to `path`; the suffix decides the format."""
+    """Draws the events (of the window, if given) to `path`; the suffix determines the format."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: no global state, no display
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -74,7 +74,7 @@ def draw(
 def _merge(
     events: Sequence[Event], colours: dict[str, str], least: float
 ) -> tuple[list[tuple[float, float]], list[str]]:
-    """Bars (start, width in us) and their colours: slivers join a same-coloured neighbour, wide bars stay apart."""
+    """Bars (start, width in us) and their colours; bars narrower than `least` merge with same-coloured neighbours."""
     bars: list[tuple[float, float]] = []
     fills: list[str] = []
     end = 0.0

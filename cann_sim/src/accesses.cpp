@@ -1,4 +1,4 @@
-// What an instruction reads and writes: the hazard checks of each access to the unified buffer and to device memory.
+// The hazard checks of each access to the unified buffer and to device memory.
 #include "core_state.h"
 
 #include <cstring>
@@ -7,7 +7,7 @@ namespace cann_sim {
 
 namespace {
 
-// Whether an instruction may read what it writes; long lists are not looked through.
+// Whether an instruction may read memory that it writes. Long lists are not searched, and count as overlapping.
 bool overlapping(const Accesses& reads, const Accesses& writes) {
   if (uint64_t{reads.size()} * writes.size() > 64) {
     return true;
@@ -26,7 +26,7 @@ std::string range_text(uint64_t start, uint64_t end) {
   return format("[%llu, %llu)", static_cast<unsigned long long>(start), static_cast<unsigned long long>(end));
 }
 
-// What a kernel would write to order `later` after `earlier`.
+// The missing synchronisation that would order `later` after `earlier`.
 std::string remedy(Pipe earlier, Pipe later) {
   if (earlier == later) {
     return format("a PipeBarrier<PIPE_%s> between them is missing", pipe_name(later));
@@ -36,7 +36,7 @@ std::string remedy(Pipe earlier, Pipe later) {
       pipe_name(earlier), pipe_name(later));
 }
 
-// What came first stands further down: a loop ran it before.
+// A hint if the earlier access is on a later line: probably a previous pass of a loop.
 const char* earlier_pass(Place earlier, Place later) {
   const bool same_file = earlier.file == later.file || std::strcmp(earlier.file, later.file) == 0;
   return same_file && earlier.line > later.line ? " (that ran earlier: in the previous pass of a loop?)" : "";
@@ -133,7 +133,7 @@ void CoreState::hazards_ub(Core& core, const Instruction& self, const Accesses& 
       }
     }
   }
-  if (overlapping(reads, writes)) {  // before the reads are noted: an earlier read of the same pipe would be forgotten
+  if (overlapping(reads, writes)) {  // check before recording the reads, which replace earlier reads of the same pipe
     for (const Access& access : reads) {
       check_read_ub(core, self, access.offset, access.offset + access.bytes);
     }
@@ -192,7 +192,7 @@ const Buffer& CoreState::find_buffer(Core& core, const Instruction& self, uint64
     return *last_buffer;
   }
   const Buffer* nearest = nullptr;
-  uint64_t distance = 1 << 20;  // further away than this it has nothing to do with the buffer
+  uint64_t distance = 1 << 20;  // addresses further away are not attributed to a buffer
   for (const Buffer& buffer : launch->buffers) {
     if (buffer.start <= start && end <= buffer.end) {
       last_buffer = &buffer;

@@ -1,4 +1,4 @@
-// What no single core can see: two cores that touch the same device memory in one launch.
+// Checks across cores: two cores that access the same device memory in one launch.
 #include <algorithm>
 
 #include "launch_state.h"
@@ -9,7 +9,7 @@ namespace {
 
 using Kind = GmUse::Kind;
 
-// The use reaching furthest, and the furthest of another core.
+// The use with the furthest end, and the furthest of any other core.
 struct Furthest {
   const GmUse* first = nullptr;
   const GmUse* second = nullptr;
@@ -104,7 +104,7 @@ std::vector<GmUse> sorted_uses(const Launch& launch) {
 
 const char* kOrderRule = "nothing orders two cores within a launch";
 
-// A core read bytes that nothing had written, or ran into an error after it: whose fault is it?
+// Decides which error to report for a core that read unwritten bytes, or failed afterwards.
 void report_core(Launch& launch, CoreResult& core, uint32_t index) {
   launch.error_core = static_cast<int>(index);
   if (!core.unwritten.found) {

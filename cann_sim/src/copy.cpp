@@ -9,7 +9,7 @@ namespace {
 
 constexpr uint32_t kMaxBlocks = 4095, kMaxBlockBytes = 2097151;
 
-// Where the blocks of a transfer lie.
+// The addresses of a transfer's blocks.
 struct Layout {
   uint64_t ub_block, ub_step, gm_step;
   uint64_t ub_extent;
@@ -35,7 +35,7 @@ void require_gm_alignment(const char* op, Place where, const char* name, uint64_
   }
 }
 
-// Calls visit(start, end) for each stretch of device memory; one when the blocks touch.
+// Calls visit(start, end) for each contiguous range of device memory; once if the blocks are adjacent.
 template <typename Visit>
 void for_each_gm_range(uint64_t base, const Transfer& transfer, const Layout& layout, Visit visit) {
   if (transfer.gm_gap == 0) {
@@ -86,8 +86,8 @@ void check_count(const char* op, Place where, uint64_t count, uint32_t element_b
   if (count * element_bytes % 32 != 0) {
     core().fail(
         "copy-params", where,
-        format("%s of %llu elements is %llu bytes, which is not a multiple of 32: the hardware would round without "
-               "a word; DataCopyPad takes any length",
+        format("%s of %llu elements is %llu bytes, which is not a multiple of 32: the hardware would silently round "
+               "it; DataCopyPad takes any length",
                op, static_cast<unsigned long long>(count), static_cast<unsigned long long>(count * element_bytes)));
   }
 }
@@ -115,7 +115,7 @@ void copy_in(const char* op, Place where, const LocalTensorBase& dst, const void
       for (uint32_t block = 0; block < transfer.count; ++block) {
         const auto start = static_cast<uint32_t>(dst.address() + block * layout.ub_step);
         const auto end = static_cast<uint32_t>(start + layout.ub_block);
-        if (undefined) {  // the padding holds anything: as good as not written
+        if (undefined) {  // the padding has undefined values, so it counts as unwritten
           state.write_ub(self, instruction, start, end, ByteState::unwritten);
           const auto data = start + transfer.left;
           state.write_ub(self, instruction, data, data + static_cast<uint32_t>(transfer.length));

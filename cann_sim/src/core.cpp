@@ -1,5 +1,5 @@
-// The core: running one block of a kernel, what is left of it afterwards, and the words of its errors. What its
-// instructions may touch is in accesses.cpp.
+// The core: runs one block of a kernel, collects its results, and raises its errors. accesses.cpp has the checks of
+// memory accesses.
 #include "core_state.h"
 
 #include <cstdarg>
@@ -148,7 +148,7 @@ void RunningCore::collect(CoreResult& result) {
   for (const auto& [start, range] : state.gm.ranges()) {
     if (range.record.write_seq != 0) {
       add(start, range.end, GmUse::Kind::write, range.record.write_place);
-      continue;  // a write between cores conflicts with all that a read does
+      continue;  // across cores, a write conflicts with everything that a read conflicts with
     }
     for (int pipe = 0; pipe < kPipes; ++pipe) {
       if (range.record.read_seq[pipe] != 0) {

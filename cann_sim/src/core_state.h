@@ -1,4 +1,4 @@
-// Everything the simulator keeps of a running core.
+// The state of a running core.
 #pragma once
 
 #include <deque>
@@ -18,24 +18,24 @@ struct Flag {
   Clock clock;
   double time = 0;
   uint16_t place = 0;
-  // The last WaitFlag: its number on the waiting pipe, and where it stands. While the flag is set again, `overtakes` is
-  // that place if nothing orders this SetFlag after it, else 0.
+  // The last WaitFlag: its sequence number on the waiting pipe, and its place. While the flag is set again, `overtakes`
+  // is that place if nothing orders this SetFlag after that WaitFlag, else 0.
   uint32_t wait_seq = 0;
   uint16_t wait_place = 0, overtakes = 0;
 };
 
-// One buffer of a queue, in one of the states a tensor goes through.
+// One buffer of a queue, and the state of its tensor.
 struct QueueBuffer {
   enum class State : uint8_t { idle, allocated, queued, dequeued } state = State::idle;
   uint32_t address = 0, bytes = 0;
-  // The flag that carries EnQue to DeQue, then FreeTensor to the next AllocTensor; id < 0 when there is none.
+  // The flag that orders DeQue after EnQue, then the next AllocTensor after FreeTensor; id < 0 if there is none.
   AscendC::HardEvent event = AscendC::HardEvent::MAX;
   int8_t id = -1;
   uint16_t place = 0;  // of the last AllocTensor, EnQue, DeQue or FreeTensor
-  uint64_t turn = 0;   // when it became idle: the one idle for longest is handed out first
+  uint64_t turn = 0;   // when it became idle: AllocTensor takes the buffer that has been idle longest
 };
 
-// What one InitBuffer took of UB.
+// The UB allocated by one InitBuffer.
 struct TakenUb {
   AscendC::TPosition position;
   uint32_t count, bytes;  // buffers, and bytes of each
@@ -65,7 +65,7 @@ class Timing {
   double finish();
 
  private:
-  double issue(Pipe pipe);  // when the pipe starts on an instruction given to it now
+  double issue(Pipe pipe);  // when the pipe starts an instruction that is issued now
   double take_memory(double start, double need);
   void run(Pipe pipe, double start, double end, double latency, uint16_t place);
 
@@ -78,9 +78,9 @@ class Timing {
   struct Busy {
     double start, end;
   };
-  std::vector<Busy> memory_;  // when the core's share of the memory is taken, in order, from now on
+  std::vector<Busy> memory_;  // when the core's share of the memory bandwidth is in use, from now on, sorted
   double free_[kPipes] = {}, done_[kPipes] = {};
-  std::vector<double> queue_[kPipes];  // start times of the instructions that are or were in a pipe's queue
+  std::vector<double> queue_[kPipes];  // start times of the latest instructions of a pipe
   uint64_t given_[kPipes] = {};
 };
 
@@ -96,8 +96,8 @@ struct CoreState {
   std::vector<std::pair<uint64_t, uint16_t>> scalar_lines;  // 64-byte lines the scalar unit wrote
   uint64_t last_line = ~uint64_t{0};
   Flag flags[kEvents][kEventIds];
-  uint8_t taken_ids[kEvents] = {};              // bits: event ids that AllocEventID or a queue holds
-  uint16_t id_places[kEvents][kEventIds] = {};  // where AllocEventID took them; 0 for a queue's
+  uint8_t taken_ids[kEvents] = {};              // bits: event ids held by AllocEventID or a queue
+  uint16_t id_places[kEvents][kEventIds] = {};  // the place of the AllocEventID; 0 for a queue
   std::deque<QueueState> queues;
   uint32_t ub_used = 0, buffer_count = 0;
   std::vector<TakenUb> ub_taken;
@@ -145,12 +145,12 @@ struct CoreFailure {
   Error error;
 };
 
-void check_leaks(Core& core, Place where, const char* when);  // queue buffers that never came back
-void check_flags(Core& core);                                 // flags never waited for, ids never released
-int8_t take_event(AscendC::HardEvent event, Place where);     // an event id, without an owner
+void check_leaks(Core& core, Place where, const char* when);  // queue buffers that were not freed
+void check_flags(Core& core);                                 // flags not waited for, ids not released
+int8_t take_event(AscendC::HardEvent event, Place where);     // takes an event id, without recording an owner
 AscendC::HardEvent queue_event(Pipe from, Pipe to);
 const char* event_name(AscendC::HardEvent event);
-// Kinds of synchronisation as the list of sites names them.
+// The kind of a flag's synchronisation in the list of sites.
 const char* flag_site(AscendC::HardEvent event);
 
 }  // namespace cann_sim

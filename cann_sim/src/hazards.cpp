@@ -30,7 +30,7 @@ uint16_t PlaceTable::intern(const char* op, Place where) {
       return id;
     }
   }
-  if (entries_.size() >= kSlots - 1) {  // more lines than that: the last entry stands for the rest
+  if (entries_.size() >= kSlots - 1) {  // table full: further places share the last entry
     return static_cast<uint16_t>(entries_.size() - 1);
   }
   slots_[slot] = static_cast<uint16_t>(entries_.size());
@@ -52,7 +52,7 @@ Conflict conflict_of_read(const Record& record, const Clock& clock) {
 
 Conflict conflict_of_write(const Record& record, const Clock& clock, const Instruction& self) {
   const auto is_self = [&](Pipe pipe, uint32_t seq) { return pipe == self.pipe && seq == self.seq; };
-  // Reads first: they come after the write, so what orders them usually orders the write too.
+  // Check reads first: they come after the write, so a remedy for them usually orders the write too.
   for (int reader = 0; reader < kPipes; ++reader) {
     if (record.read_seq[reader] > clock.seen[reader] && !is_self(static_cast<Pipe>(reader), record.read_seq[reader])) {
       return {true, false, static_cast<Pipe>(reader), record.read_place[reader]};

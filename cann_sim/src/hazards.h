@@ -1,4 +1,4 @@
-// Happens-before bookkeeping: what each pipe is known to come after, and who last wrote and read each byte range.
+// Happens-before tracking: a clock per pipe, and the last write and reads of each byte range.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Clock {
   }
 };
 
-// Operation and source line, interned so that a record of an access stays small.
+// Operation and source line, interned to keep access records small.
 struct PlaceEntry {
   const char* op;
   Place where;
@@ -40,7 +40,7 @@ class PlaceTable {
   PlaceEntry& operator[](uint16_t id) { return entries_[id]; }
   const std::vector<PlaceEntry>& entries() const { return entries_; }
 
-  // A synchronisation whose ordering effect is to be ignored.
+  // A synchronisation whose ordering is ignored.
   struct Removed {
     std::string kind, file;
     int line = 0;
@@ -68,7 +68,7 @@ struct Record {
 };
 static_assert(sizeof(Record) == 32);
 
-// The instruction that is looking.
+// The instruction being checked.
 struct Instruction {
   Pipe pipe;
   uint32_t seq;
@@ -86,19 +86,19 @@ struct Conflict {
 Conflict conflict_of_read(const Record& record, const Clock& clock);
 Conflict conflict_of_write(const Record& record, const Clock& clock, const Instruction& self);
 
-// The unified buffer, cut into disjoint ranges with one record each. A bit for every offset at which a range starts,
-// with two levels of summary, finds, splits and merges ranges in a few instructions.
+// The unified buffer as disjoint ranges with one record each. A bitmap of range starts with two summary levels makes
+// finding, splitting and merging ranges cheap.
 class UbMap {
  public:
   UbMap();
   void reset();
 
-  // Calls visit(start, end, record) for each range inside [start, end), split so that none sticks out, and merges
-  // neighbours that ended up the same.
+  // Calls visit(start, end, record) for each range inside [start, end), after splitting ranges at its ends; then merges
+  // neighbours with equal records.
   template <typename Visit>
   void update(uint32_t start, uint32_t end, Visit visit);
 
-  // One record for all of [start, end).
+  // Sets one record for all of [start, end).
   void assign(uint32_t start, uint32_t end, const Record& record);
 
  private:
@@ -122,7 +122,7 @@ class UbMap {
 
   std::array<uint64_t, kWords> words_;
   std::array<uint64_t, kSummaries> summary_;
-  std::unique_ptr<Record[], void (*)(void*)> records_;  // indexed by the offset a range starts at; touched sparsely
+  std::unique_ptr<Record[], void (*)(void*)> records_;  // indexed by a range's start; only touched pages use memory
 };
 
 template <typename Visit>
@@ -141,7 +141,7 @@ void UbMap::update(uint32_t start, uint32_t end, Visit visit) {
   merge(end);
 }
 
-// Device memory as one core used it: disjoint ranges, only where there was an access.
+// The device memory accessed by one core, as disjoint ranges.
 class GmMap {
  public:
   struct Range {
@@ -151,7 +151,7 @@ class GmMap {
 
   void reset() { ranges_.clear(); }
 
-  // Calls visit(start, end, record) for each range inside [start, end); what was never touched gets a fresh record.
+  // Calls visit(start, end, record) for each range inside [start, end); untouched memory gets a new record.
   template <typename Visit>
   void update(uint64_t start, uint64_t end, Visit visit);
   void assign(uint64_t start, uint64_t end, const Record& record);
@@ -171,7 +171,7 @@ void GmMap::update(uint64_t start, uint64_t end, Visit visit) {
     if (range == ranges_.end() || range->first > at) {  // a gap
       const uint64_t next = range == ranges_.end() ? end : std::min(end, range->first);
       range = ranges_.emplace_hint(range, at, Range{next, Record{}});
-    } else if (range->second.end > end) {  // sticks out
+    } else if (range->second.end > end) {  // split at the end
       ranges_.emplace_hint(std::next(range), end, Range{range->second.end, range->second.record});
       range->second.end = end;
     }
@@ -181,7 +181,7 @@ void GmMap::update(uint64_t start, uint64_t end, Visit visit) {
   }
 }
 
-// A set of bytes as disjoint ranges: what of an allocation has been written.
+// A set of bytes as disjoint ranges: the written part of an allocation.
 class ByteSet {
  public:
   void add(uint64_t start, uint64_t end);

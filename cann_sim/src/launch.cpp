@@ -1,4 +1,4 @@
-// Launching: configuration, the threads that run the cores, and the C interface of launch.h.
+// Launches: configuration, the threads that run the cores, and the C interface of launch.h.
 #include "cann_sim/launch.h"
 
 #include <algorithm>
@@ -42,7 +42,7 @@ Config current_config() {
   return config;
 }
 
-// Cores are a few megabytes of maps each: they are kept for the next launch.
+// Reuses cores across launches, since each has a few megabytes of maps.
 class CorePool {
  public:
   std::unique_ptr<RunningCore> take() {
@@ -77,7 +77,7 @@ void run_cores(Launch& launch) {
   const auto work = [&] {
     std::unique_ptr<RunningCore> core = core_pool().take();
     for (uint32_t index; (index = next++) < launch.blocks;) {
-      if (index > failed) {  // the lowest core's error is the one reported
+      if (index > failed) {  // only the failing core with the lowest index is reported
         continue;
       }
       core->run(launch, index);
@@ -105,18 +105,18 @@ void run_cores(Launch& launch) {
 // A launch with its own copy of the arguments.
 struct cann_sim_task {
   std::string kernel;
-  std::vector<uint64_t> args;  // in words, for their alignment
+  std::vector<uint64_t> args;  // uint64_t for alignment
   cann_sim::Launch launch;
   bool quiet;
   std::string error;
-  std::vector<cann_sim_range> ranges;  // handed out last
+  std::vector<cann_sim_range> ranges;  // the result of the last query
 };
 
 namespace {
 
 using cann_sim::GmUse;
 
-// Device memory that any core read, or wrote, as disjoint ranges.
+// Adds the device memory that any core read (or wrote), as disjoint ranges.
 void add_used(const cann_sim::Launch& launch, bool written, std::vector<cann_sim_range>& ranges) {
   std::vector<cann_sim_range> uses;
   for (const cann_sim::CoreResult& core : launch.results) {
@@ -164,7 +164,7 @@ uint32_t cann_sim_launch(const char* kernel, uint32_t blocks, void* stream, void
   if (const auto submit = executor.load(); submit != nullptr && stream != nullptr) {
     const uint32_t refused = submit(stream, task.get());
     if (refused == 0) {
-      static_cast<void>(task.release());  // the executor's from here on
+      static_cast<void>(task.release());  // the executor owns it now
     }
     return refused;
   }

@@ -1,4 +1,4 @@
-// One launch: its configuration, the device memory it may touch, and what its cores report.
+// One launch: its configuration, the device memory it may access, and its cores' results.
 #pragma once
 
 #include <memory>
@@ -18,16 +18,16 @@ struct Config {
   std::vector<PlaceTable::Removed> removed;
 };
 
-// A piece of device memory. Shared by launches, so `written` is under the registry's lock.
+// An allocation of device memory. Launches share it, so the registry's lock protects `written`.
 struct Allocation {
   uint64_t start, bytes;
   bool all_written;
   ByteSet written;
-  bool part = false;                  // cut out of another allocation
-  std::shared_ptr<Allocation> whole;  // which one, if any
+  bool part = false;                  // part of another allocation
+  std::shared_ptr<Allocation> whole;  // that allocation, or null
 };
 
-// An allocation as a launch sees it: found when it is enqueued, with what has been written to it when it runs.
+// An allocation used by a launch: found when the launch is enqueued; its written bytes are loaded when it runs.
 struct Buffer {
   uint64_t start, end;
   std::shared_ptr<Allocation> allocation;
@@ -41,8 +41,8 @@ struct Error {
   explicit operator bool() const { return !kind.empty(); }
 };
 
-// A read of device memory that neither an earlier launch nor this core had written. What another core of the launch
-// wrote there is only known when all have run.
+// A read of device memory that neither an earlier launch nor this core has written. Writes of the launch's other cores
+// are only known after all have run.
 struct UnwrittenRead {
   bool found = false;
   uint64_t start = 0, end = 0;
@@ -55,8 +55,8 @@ struct Interval {
   double start, end;
 };
 
-// Use of device memory by a core, for the comparison between cores. A line is a 64-byte cache line that a scalar
-// write claims.
+// A core's use of device memory, for the comparison between cores. Kind `line` is a whole 64-byte cache line, used by a
+// scalar write.
 struct GmUse {
   uint64_t start, end;
   enum class Kind : uint8_t { read, write, line } kind;
@@ -93,7 +93,7 @@ constexpr uint32_t kMaxCores = 48;  // vector cores of the largest Atlas A2 and 
 
 // Runs all cores and fills in `results` and `error`.
 void run_cores(Launch& launch);
-// Compares what the cores did to device memory; sets the launch's error.
+// Checks the cores' uses of device memory for conflicts; sets the launch's error.
 void check_across_cores(Launch& launch);
 std::string report_json(const Launch& launch);
 std::string place_text(const PlaceEntry& place);

@@ -1,4 +1,4 @@
-// Queues and buffers of the unified buffer (queue.h): allocation, the life of a tensor, and the flags it carries.
+// Queues and buffers of the unified buffer (queue.h): allocation, tensor states, and flags.
 #include "cann_sim/queue.h"
 
 #include "core_state.h"
@@ -41,7 +41,7 @@ struct SiteNames {
   const char* free;
 };
 
-// Site kinds of a queue's two flags, by its producing and consuming pipe.
+// The site kinds of a queue's two flags, by producing and consuming pipe.
 SiteNames sites(QueuePipes pipes) {
   if (pipes.producer == Pipe::MTE2 && pipes.consumer == Pipe::V) {
     return {"EnQue/DeQue<MTE2_V>", "FreeTensor/AllocTensor<V_MTE2>"};
@@ -112,10 +112,9 @@ void set_queue_flag(CoreState& state, QueueBuffer& buffer, HardEvent event, Pipe
   buffer.id = take_event(event, where);
   Flag& flag = state.flags[static_cast<int>(event)][buffer.id];
   if (flag.set) {
-    core().fail(
-        "flag", where,
-        format("%s sets flag %s(%d), which SetFlag at %s has set already; ids of one's own come from AllocEventID", op,
-               event_name(event), buffer.id, place_text(state.places[flag.place]).c_str()));
+    core().fail("flag", where,
+                format("%s sets flag %s(%d), which SetFlag at %s has set already; get ids from AllocEventID", op,
+                       event_name(event), buffer.id, place_text(state.places[flag.place]).c_str()));
   }
   const int f = static_cast<int>(from);
   flag.set = flag.by_queue = true;
@@ -344,7 +343,7 @@ namespace AscendC {
 
 TPipe::TPipe() {
   ::cann_sim::CoreState& state = ::cann_sim::core().state();
-  if (!state.queues.empty()) {  // a second TPipe starts from an empty unified buffer
+  if (!state.queues.empty()) {  // a second TPipe starts with an empty unified buffer
     ::cann_sim::reset_pipe(state.queues.back().where);
   }
   state.empty_ub();

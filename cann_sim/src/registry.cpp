@@ -1,4 +1,4 @@
-// The device memory known to the process, and which of its bytes have been written (registry.h).
+// The process's device memory, and which of its bytes have been written (registry.h).
 #include "registry.h"
 
 #include <algorithm>
@@ -15,16 +15,16 @@ namespace cann_sim {
 namespace {
 
 std::mutex mutex;
-// A child process has the lock as it was: it must be nobody's when the process is forked.
+// A forked child inherits the lock's state, so fork holds the lock and both processes release it.
 [[maybe_unused]] const int kept_over_fork =
     pthread_atfork([] { mutex.lock(); }, [] { mutex.unlock(); }, [] { mutex.unlock(); });
 
-// Allocations by address. Those that overlap, which is rare, lie in different layers, so that one look at each layer
-// finds all that hold an address.
+// Allocations by address. Overlapping allocations, which are rare, are in different layers, so that one lookup per
+// layer finds all allocations with an address.
 class AddressMap {
  public:
   void add(const std::shared_ptr<Allocation>& allocation) {
-    if (allocation->bytes == 0) {  // holds no address
+    if (allocation->bytes == 0) {  // contains no address
       return;
     }
     const auto fits = [&](const Layer& layer) {
@@ -49,7 +49,7 @@ class AddressMap {
     }
   }
 
-  // Calls `visit` with each allocation that holds the address.
+  // Calls `visit` with each allocation that contains the address.
   template <typename Visit>
   void at(uint64_t address, Visit visit) const {
     for (const Layer& layer : layers_) {
@@ -81,7 +81,7 @@ Registry& registry() {
   return *all;
 }
 
-// Under the lock: what an address falls into. Parts go before the wholes they are cut out of.
+// Under the lock: visits the allocations that contain an address, parts in preference to their wholes.
 template <typename Visit>
 void visit_allocations_at(uint64_t address, Visit visit) {
   bool parts = false;
@@ -115,7 +115,7 @@ std::vector<Buffer> snapshot_buffers(void* const* pointers, size_t count) {
       }
     });
   }
-  // Largest first, so that overlapping registrations act as one; by address, so that messages do not vary.
+  // Largest first, so that overlapping registrations act as one; then by address, so that messages are deterministic.
   std::sort(buffers.begin(), buffers.end(), [](const Buffer& a, const Buffer& b) {
     return a.end - a.start != b.end - b.start ? a.end - a.start > b.end - b.start : a.start < b.start;
   });
@@ -137,7 +137,7 @@ void record_writes(const Launch& launch) {
     if (allocation.all_written) {
       continue;
     }
-    if (!launch.config.check) {  // nobody kept book
+    if (!launch.config.check) {  // writes were not tracked
       add_written(allocation.whole.get(), buffer.start, buffer.end);
       allocation.all_written = true;
       continue;

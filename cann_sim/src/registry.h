@@ -1,16 +1,16 @@
-// The device memory known to the process.
+// The process's device memory.
 #pragma once
 
 #include "launch_state.h"
 
 namespace cann_sim {
 
-// The allocations that the pointers fall into now: those cut out of another one in the place of that one.
+// The allocations that currently contain the pointers; a part of an allocation instead of the whole.
 std::vector<Buffer> snapshot_buffers(void* const* pointers, size_t count);
 
-// Before a launch runs: what has been written to its buffers by now.
+// Call before a launch runs: loads which bytes of its buffers have been written.
 void load_written(Launch& launch);
-// After it: what its cores wrote counts as written from now on.
+// Call after a launch: records its cores' writes.
 void record_writes(const Launch& launch);
 
 }  // namespace cann_sim

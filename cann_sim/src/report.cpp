@@ -1,4 +1,4 @@
-// What a launch reports, as JSON: counts and times per core, synchronisation sites, the trace, the error.
+// The report of a launch as JSON: counts and times per core, synchronisation sites, the trace, the error.
 #include <algorithm>
 #include <map>
 #include <tuple>
@@ -35,7 +35,7 @@ std::string per_pipe(const T* values, const char* number) {
   return text + "}";
 }
 
-// From the first core to the last on the chip; with more blocks than cores, blocks queue up.
+// The time until the last core finishes; with more blocks than cores on the chip, blocks queue up.
 double launch_time(const Launch& launch) {
   std::vector<double> cores(kMaxCores, 0);
   for (uint32_t index = 0; index < launch.blocks; ++index) {

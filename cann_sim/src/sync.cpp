@@ -41,8 +41,8 @@ void check_id(HardEvent event, int32_t id, const char* op, Place where) {
   }
 }
 
-// Whether the last WaitFlag of a flag has taken it for certain when the pipe `from` comes to set it again. The scalar
-// unit issues SetFlag, so what it has waited for is over too.
+// Whether the last WaitFlag of a flag is certain to have taken it when pipe `from` sets it again. The scalar unit
+// issues SetFlag, so everything it has waited for has also completed.
 bool taken_before(const CoreState& state, const Flag& flag, HardEvent event) {
   const int f = static_cast<int>(event_pipes(event).from), t = static_cast<int>(event_pipes(event).to);
   return flag.wait_seq <= state.clocks[f].seen[t] || flag.wait_seq <= state.clocks[static_cast<int>(Pipe::S)].seen[t];
@@ -107,7 +107,7 @@ void wait_flag(HardEvent event, int32_t id, Place where) {
   if (flag.by_queue) {
     core().fail(
         "flag", where,
-        format("WaitFlag<%s>(%d) takes the flag that %s of a queue set at %s; ids of one's own come from AllocEventID",
+        format("WaitFlag<%s>(%d) takes the flag that %s of a queue set at %s; get ids from AllocEventID",
                event_name(event), id, state.places[flag.place].op, place_text(state.places[flag.place]).c_str()));
   }
   flag.set = false;
@@ -117,7 +117,7 @@ void wait_flag(HardEvent event, int32_t id, Place where) {
   const Pipe to = event_pipes(event).to;
   const int t = static_cast<int>(to);
   if (!site.ignored) {
-    // Only now is it known that the flag is not one of a removed site.
+    // Only here is it known that the flag does not belong to a removed site.
     if (flag.overtakes != 0 && state.check) {
       fail_overtaking(state, flag, event, id);
     }

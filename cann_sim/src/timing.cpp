@@ -1,5 +1,5 @@
-// Simulated time. The scalar unit issues instructions in order into the pipes' queues; each pipe works through its
-// queue on its own; flags and barriers make one wait for another; transfers share the core's part of the memory
+// Simulated time. The scalar unit issues instructions in order into the pipes' queues; each pipe executes its queue
+// independently; flags and barriers make one pipe wait for another; transfers share the core's part of the memory
 // bandwidth.
 #include <algorithm>
 
@@ -60,11 +60,11 @@ void Timing::local_copy(uint64_t bytes, uint32_t blocks, uint16_t place) {
   run(Pipe::V, start, start + cycles * vector_ns_, cost_.vector_latency_cycles * vector_ns_, place);
 }
 
-// Takes `need` ns of the core's share of the memory from `start` on, out of the time that transfers given before left
-// over (the pipes run apart: a write given early may start late). Returns when it has had them.
+// Reserves `need` ns of the core's memory bandwidth from `start` on, in the gaps between earlier reservations (pipes
+// run independently: a write that is issued early may start late). Returns the end of the last gap used.
 double Timing::take_memory(double start, double need) {
   const auto past = std::find_if(memory_.begin(), memory_.end(), [this](const Busy& busy) { return busy.end > now_; });
-  memory_.erase(memory_.begin(), past);  // nothing starts before it is issued
+  memory_.erase(memory_.begin(), past);  // new transfers cannot start before now
   double at = start;
   size_t i = 0;
   while (i < memory_.size() && memory_[i].end <= at) {
@@ -85,7 +85,7 @@ double Timing::take_memory(double start, double need) {
   }
   at += need;
   taken.end = at;
-  memory_.erase(memory_.begin() + first, memory_.begin() + i);  // all of it is one busy time now
+  memory_.erase(memory_.begin() + first, memory_.begin() + i);  // merged into one busy interval
   memory_.insert(memory_.begin() + first, taken);
   return at;
 }
@@ -94,7 +94,7 @@ void Timing::transfer(Pipe pipe, uint64_t bytes, uint32_t blocks, uint16_t place
   const bool reads = pipe == Pipe::MTE2;
   const double start = issue(pipe);
   const double own = std::max(bytes * (reads ? read_ns_ : write_ns_), blocks * cost_.mte_block_cycles * cycle_ns_);
-  const double memory = take_memory(start, bytes * share_ns_);  // MTE2 and MTE3 have one share between them
+  const double memory = take_memory(start, bytes * share_ns_);  // MTE2 and MTE3 share the core's bandwidth
   const double end = std::max(start + cost_.mte_start_cycles * cycle_ns_ + own, memory);
   run(pipe, start, end, reads ? cost_.mte2_latency_ns : cost_.mte3_latency_ns, place);
 }
@@ -116,7 +116,7 @@ double Timing::set_flag(Pipe from) {
     return now_;
   }
   const int p = static_cast<int>(from);
-  free_[p] = issue(from) + cost_.flag_cycles * cycle_ns_;  // does not hold up what follows on its pipe
+  free_[p] = issue(from) + cost_.flag_cycles * cycle_ns_;  // does not delay later instructions of its pipe
   return std::max(free_[p], done_[p]);
 }
 

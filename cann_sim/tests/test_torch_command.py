@@ -211,7 +211,7 @@ def test_torch_npu_first_and_processes(tmp_path):
 def test_usage():
     result = npu("--help")
     assert (result.returncode, result.stdout.count("usage:")) == (0, 1)
-    for arguments, says in (((), "what is to be run"), (("-m",), "-m needs"), (("--lacks", "x"), "--lacks")):
+    for arguments, says in (((), "no program is given"), (("-m",), "-m needs"), (("--lacks", "x"), "--lacks")):
         result = npu(*arguments)
         assert result.returncode == 2
         assert says in result.stderr

@@ -1,5 +1,5 @@
-// What the losses share: the gradient that a forward makes and a backward scales, saved options and tensors, and a
-// history that raises where a derivative is not supported.
+// Shared by both losses: when the forward computes the gradient, saved options and tensors, and the graph node that
+// raises for unsupported derivatives.
 #pragma once
 
 #include <ATen/SavedTensorHooks.h>
@@ -17,14 +17,14 @@
 
 namespace npu_xent::autograd {
 
-// Whether the forward can make the gradient, as if the upstream gradient were 1, for logits of this dtype.
+// Whether the forward can compute the gradient for logits of this dtype, assuming an upstream gradient of 1.
 inline bool one_sweep(at::ScalarType dtype, const Options& o, const Wanted& wanted) {
-  // Hooks on saved tensors (activation checkpointing, offloading) want to see what is kept: let them have the logits.
+  // Hooks on saved tensors (activation checkpointing, offloading) must see the saved logits, so save those instead.
   return o.reduction != Reduction::none && dtype != at::kHalf && !wanted.log_prob && !wanted.differentiable_z_loss &&
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
-// The gradient, scaled; a copy of it if a second backward may want it as it is.
+// The gradient times `upstream`. With `copy`, `grad` stays unchanged for a second backward.
 inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   at::AutoDispatchBelowADInplaceOrView below;
   const auto result = copy ? grad.clone() : grad;
@@ -32,7 +32,7 @@ inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   return result;
 }
 
-// A saved tensor or an upstream gradient, of which an undefined one stands for none.
+// A saved tensor or an upstream gradient; nullopt if undefined.
 inline OptionalTensor optional(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;
 }
@@ -63,7 +63,7 @@ Options saved_options(SavedData& saved) {
   return o;
 }
 
-// Nodes are held by std::shared_ptr in older torch, by c10::intrusive_ptr in newer.
+// Older torch holds nodes in a std::shared_ptr, newer torch in a c10::intrusive_ptr.
 template <typename Node>
 auto make_node(std::string message, torch::autograd::edge_list edges) {
   using Held = decltype(torch::autograd::get_current_node());
@@ -74,7 +74,7 @@ auto make_node(std::string message, torch::autograd::edge_list edges) {
   }
 }
 
-// `output` becomes a function of whatever `edges` lead to; its derivative raises `message`.
+// Connects `output` to `edges` in the autograd graph; differentiating it raises `message`.
 inline void set_refusing_history(const at::Tensor& output, std::string message, torch::autograd::edge_list edges) {
   torch::autograd::set_history(output, make_node<torch::autograd::Error>(std::move(message), std::move(edges)));
 }

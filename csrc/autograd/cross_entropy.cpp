@@ -1,9 +1,9 @@
-// cross_entropy and cross_entropy_: the loss, made of the primitives, and its gradient; and both under autocast.
+// cross_entropy and cross_entropy_: the loss and its gradient, composed of the primitives; and their autocast rules.
 //
-// One sweep when the upstream gradient can be foreseen: for "mean" and "sum" it is taken as 1, the gradient of the
-// logits is made together with the statistics, and the backward only scales it (which costs nothing when it is 1). Two
-// sweeps (statistics now, gradient in the backward) for "none"; for log_prob and a differentiable z_loss; and for fp16,
-// where a gradient stored at upstream 1 would underflow exactly what a loss scale is there to save.
+// "mean" and "sum" take one sweep: it computes the statistics and the gradient for an upstream gradient of 1, and the
+// backward only scales that gradient (free if the upstream gradient is 1). Two sweeps, statistics in the forward and
+// the gradient in the backward, are needed for "none", for log_prob and a differentiable z_loss, and for fp16: stored
+// before loss scaling, small fp16 gradients would underflow.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -39,7 +39,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                                const OptionalTensor& weight, const Options& options, const Wanted& wanted) {
-    // Made while autograd sees it, so that it shares the logits' version: what overwrites them in the backward counts.
+    // Detached above autograd's key, so that it shares the logits' version counter and in-place writes are detected.
     const auto over_logits = inplace ? logits.detach() : Tensor();
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
@@ -63,7 +63,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       std::tie(out.loss, out.z_loss) =
           loss_of(o, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, wanted.loss_dtype);
       out.log_prob = not_wanted(logits.options());
-      // Not save_for_backward: the backward gives this tensor away, and must hold the only reference to it.
+      // Not save_for_backward: the backward returns this tensor, and must hold the only reference to it.
       saved["grad"] = grad;
       saved["version"] = static_cast<int64_t>(inplace ? grad._version() : 0);
     } else {
@@ -94,10 +94,10 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
   static Tensor scaled_grad(AutogradContext* ctx, const Tensor& upstream) {
     const auto found = ctx->saved_data.find("grad");
     TORCH_CHECK(found != ctx->saved_data.end(),
-                inplace ? "npu_xent: with consume_logits the gradient has been handed over by the first backward; a "
-                          "second one needs consume_logits=False."
+                inplace ? "npu_xent: with consume_logits the first backward has released the gradient; a second one "
+                          "needs consume_logits=False."
                         : "npu_xent: trying to backward through cross_entropy a second time, after its gradient has "
-                          "been handed over; pass retain_graph=True to the first backward.");
+                          "been released; pass retain_graph=True to the first backward.");
     Tensor grad = found->second.toTensor();
     TORCH_CHECK(
         !inplace || grad._version() == ctx->saved_data["version"].toInt(),
@@ -111,8 +111,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     }
     grad = scaled(grad, upstream, copy);
     if (at::GradMode::is_enabled()) {
-      // Connected to whatever the logits and the upstream gradient came from, so that a second derivative raises
-      // wherever it is asked for.
+      // Connected to the graphs of the logits and of the upstream gradient, so that any second derivative raises.
       set_refusing_history(
           grad, kDoubleBackward,
           {torch::autograd::get_current_node()->next_edge(0), torch::autograd::impl::gradient_edge(upstream)});
@@ -182,13 +181,13 @@ TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
   m.impl("cross_entropy_", flat<cross_entropy_autograd<true>>);
 }
 
-// Where autograd does not take part at all (inference mode), the same function finds nothing to differentiate.
+// For inference mode, where autograd's key is excluded; the same function then saves nothing.
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", flat<cross_entropy_autograd<false>>);
   m.impl("cross_entropy_", flat<cross_entropy_autograd<true>>);
 }
 
-// The devices that npu_xent has kernels for, and cuda, where its composite runs.
+// The devices with kernels, and cuda, where the composite runs.
 #define AUTOCAST(KEY)                                                                    \
   TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                 \
     m.impl("cross_entropy", flat<cross_entropy_autocast<c10::DispatchKey::KEY, false>>); \

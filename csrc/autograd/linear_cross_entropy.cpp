@@ -1,8 +1,8 @@
-// linear_cross_entropy: the loss without materializing the logits, its gradients, and both under autocast.
+// linear_cross_entropy: the loss and its gradients without materializing the logits, and their autocast rules.
 //
-// For "mean" and "sum" the upstream gradient is taken as 1: one sweep over chunks makes the statistics and all three
-// gradients while a chunk's logits exist, and the backward only scales them (which costs nothing when it is 1). For
-// "none", for fp16 and under hooks on saved tensors, cross_entropy.cpp says why, the backward makes the logits again.
+// "mean" and "sum" take one sweep over chunks: it computes the statistics and all three gradients for an upstream
+// gradient of 1, and the backward only scales them (free if it is 1). For "none", for fp16 and under hooks on saved
+// tensors (see cross_entropy.cpp), the backward recomputes the logits.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -25,7 +25,7 @@ constexpr std::array<const char*, 3> kGrads{"grad_input", "grad_linear_weight", 
 
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
-  // What is differentiated comes first, so that its place is its edge.
+  // Differentiable arguments come first, so that an argument's index is the index of its edge.
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight,
                                const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                                std::optional<int64_t> chunk_rows, const Options& options, const Wanted& wanted,
@@ -47,7 +47,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
                                 /*read_ignored=*/wanted.lse, output_mask);
       std::tie(out.loss, out.z_loss) =
           loss_of(o, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, wanted.loss_dtype);
-      // Not save_for_backward: the backward gives these tensors away, and must hold the only reference to each.
+      // Not save_for_backward: the backward returns these tensors, and must hold the only reference to each.
       for (size_t i = 0; i < grads.size(); ++i) {
         if (output_mask[i]) {
           saved[kGrads[i]] = std::move(grads[i]);
@@ -84,7 +84,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     auto& saved = ctx->saved_data;
     TORCH_CHECK(saved.count("handed_over") == 0,
                 "npu_xent: trying to backward through linear_cross_entropy a second time, after its gradients have "
-                "been handed over; pass retain_graph=True to the first backward.");
+                "been released; pass retain_graph=True to the first backward.");
     // keep_graph: a second backward may come, so this one gets copies.
     const bool copy = torch::autograd::get_current_graph_task_keep_graph();
     const auto node = torch::autograd::get_current_node();
@@ -153,8 +153,8 @@ LinearLoss linear_cross_entropy_autograd(const Options& o, const Tensor& input, 
   return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options())};
 }
 
-// Under autocast: input, linear_weight and linear_bias in the dtype of autocast, as torch.nn.functional.linear takes
-// them there; the loss in fp32 unless the caller named its dtype.
+// Under autocast input, linear_weight and linear_bias are cast to autocast's dtype, as in torch.nn.functional.linear;
+// the loss is fp32 unless the caller named its dtype.
 template <c10::DispatchKey key, c10::DeviceType device>
 LinearLoss linear_cross_entropy_autocast(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                          const OptionalTensor& linear_bias, const Tensor& target,
@@ -174,7 +174,7 @@ TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
   m.impl("linear_cross_entropy", flat<linear_cross_entropy_autograd>);
 }
 
-// Where autograd does not take part at all (inference mode), the same function finds nothing to differentiate.
+// For inference mode, where autograd's key is excluded; the same function then saves nothing.
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("linear_cross_entropy", flat<linear_cross_entropy_autograd>);
 }

@@ -1,5 +1,5 @@
-// The primitives are not differentiable. Without a kernel of their own under Autograd they would silently be constants;
-// this one runs them, and gives their outputs a history that raises when something differentiates it.
+// The primitives are not differentiable. Without an Autograd kernel their outputs would silently be constants; this
+// kernel runs them and connects their outputs to a graph node that raises when it is differentiated.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>

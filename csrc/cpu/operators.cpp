@@ -1,5 +1,5 @@
-// The primitives on the CPU: from tensors to the torch-free rows of rows.h, and back. Dtypes, pointers, threads, and
-// the instruction set of the loops.
+// The primitives on the CPU: translates tensors to the torch-free rows of rows.h, and picks threads and instruction
+// set.
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
@@ -18,13 +18,13 @@
 namespace npu_xent::cpu {
 namespace {
 
-// The loops for this machine. ATEN_CPU_CAPABILITY overrides the choice, as it does for torch's own.
+// The loops for this machine. ATEN_CPU_CAPABILITY overrides the choice, as for torch's own kernels.
 const KernelTable& kernels() {
   static const KernelTable& table = kernel_table(at::get_cpu_capability());
   return table;
 }
 
-// Calls f with a null pointer of the storage type of `dtype`, which the checks have let through.
+// Calls f with a null pointer of the storage type of `dtype`, which has been checked.
 template <typename F>
 void with_storage_type(at::ScalarType dtype, const F& f) {
   switch (dtype) {
@@ -50,8 +50,7 @@ const scalar_t* const_data(const Tensor& t) {
   return static_cast<const scalar_t*>(t.const_data_ptr());
 }
 
-// Threads for `work` elements. Tasks are handed out as threads ask for them, so that cheap (ignored) rows cost no
-// balance.
+// Threads for `work` elements. Tasks are scheduled dynamically, since ignored rows are cheap.
 Parallel parallel_for_elements(int64_t work) {
   constexpr int64_t kElementsPerThread = 16384;
   const int64_t threads =
@@ -66,13 +65,12 @@ Parallel parallel_for_elements(int64_t work) {
           }};
 }
 
-// Only these kernels see their writes through a pointer; autograd calls them below the key that would count the
-// version.
+// Autograd runs these kernels below the key that would bump the version after an in-place write.
 void note_written(const Tensor& tensor) {
   tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// The arguments of a sweep, checked and in the form that rows.h takes. Unit column strides are read in place.
+// The arguments of a sweep, checked and converted for rows.h. Logits with a unit column stride are not copied.
 struct Inputs {
   Tensor logits, target;
   OptionalTensor weight;
@@ -219,7 +217,7 @@ StatsGradOf<over_logits> row_stats_grad_cpu(const Options& o, const Tensor& logi
   }
 }
 
-// The totals; or the losses, if there are statistics. The sums read each target, and find those that are out of range.
+// The totals, or with statistics the losses. Both read every target, and raise if one is out of range.
 template <typename acc>
 void reduce(const RowOptions& options, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
             const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
@@ -259,7 +257,7 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
     reduce<double>(options, target, weight, lse, lse_low, picked, wsum, nullptr, {}, {}, sums);
     return {not_wanted(out), not_wanted(out), sums.to(stats)};
   }
-  // Sums are made in double and rounded once.
+  // Summed in double and rounded once.
   const auto shape = o.reduction == Reduction::none ? target.sizes() : at::IntArrayRef{};
   const auto loss = at::empty(shape, exact), z_loss = at::empty(shape, exact);
   const auto denominators = read_totals(*totals);

@@ -1,4 +1,4 @@
-// See rows.h. Scalar code: it runs once a row or a chunk, and decides what the vectorised loops are given.
+// See rows.h. Scalar code, which runs once per row or chunk and calls the vectorised loops.
 #include "cpu/rows.h"
 
 #include <algorithm>
@@ -10,23 +10,23 @@
 namespace npu_xent::cpu {
 namespace {
 
-// 16 KiB of fp32: a chunk and its exponentials stay in a first-level cache from one loop over it to the next.
+// 16 KiB of fp32: a chunk and its exponentials fit in a first-level cache.
 constexpr int64_t kChunk = 4096;
-// The exponentials of a row are kept while they fit in a second-level cache; of longer rows they are computed twice,
-// which gives the same bits.
+// The exponentials of a row are kept if they fit in a second-level cache. For longer rows they are computed twice; the
+// results are bitwise identical.
 constexpr int64_t kMaxExpBytes = int64_t{1} << 20;
-// Elements of a task: enough that handing it to a thread costs nothing, and that fetching ahead from row to row pays.
+// Elements per task: enough to hide the scheduling cost, and to prefetch from row to row.
 constexpr int64_t kTask = 65536;
-// Elements that are scaled by one task.
+// Elements per task when scaling.
 constexpr int64_t kScaleTask = 16384;
-// Rows whose losses are summed by one task, whatever the number of threads.
+// Rows whose losses one task sums, independent of the number of threads.
 constexpr int64_t kSumBlock = 4096;
 
 int64_t div_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// log sum exp of a row, to twice the precision of what is stored.
+// log sum exp of a row, with twice the precision of the stored dtype.
 struct Lse {
   double high, low;
   double below(double x) const { return (x - high) - low; }
@@ -59,7 +59,7 @@ class LogSumExp {
   double max_ = -std::numeric_limits<double>::infinity(), sum_ = 0, special_ = 0;
 };
 
-// What a thread needs for one row; kept from row to row and from call to call.
+// A thread's buffers for one row, reused across rows and calls.
 template <typename acc>
 struct Scratch {
   std::vector<ChunkStats<acc>> chunks;
@@ -79,7 +79,7 @@ struct Scratch {
   std::vector<acc> exps_;
 };
 
-// One operation over the rows of one tensor: how it is cut and shared out, and what is common to the three sweeps.
+// One operation over the rows of one tensor: partition into tasks, and code common to the three sweeps.
 template <typename scalar_t>
 class Sweep {
  public:
@@ -90,11 +90,11 @@ class Sweep {
         r_(rows),
         parallel_(parallel),
         n_chunks_(div_up(rows.n_cols, kChunk)),
-        // At least four tasks a thread, so that threads end at about the same time.
+        // At least four tasks per thread, for load balance.
         rows_per_task_(std::clamp<int64_t>(rows.n_rows / (4 * parallel.threads), 1,
                                            std::max<int64_t>(1, kTask / std::max<int64_t>(1, rows.n_cols)))) {}
 
-  // Rows are too few to occupy the threads: share out chunks.
+  // Too few rows to occupy the threads: schedule chunks instead.
   bool by_chunks() const { return parallel_.threads > 1 && r_.n_rows < 4 * parallel_.threads && n_chunks_ > 1; }
 
   template <typename F>
@@ -128,7 +128,7 @@ class Sweep {
   const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.options.class_start + c * kChunk : nullptr; }
   bool ignored(int64_t n) const { return r_.target[n] == r_.options.ignore_index; }
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
-  // The target's column, or -1 if there is none here: an ignored row, or a class of another shard.
+  // The target's column, or -1 for an ignored row or a class of another shard.
   int64_t target_column(int64_t n) const {
     if (ignored(n)) {
       return -1;
@@ -144,12 +144,12 @@ class Sweep {
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
     return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps, chunk_after(n, c));
   }
-  // Whether [n_rows, n_cols] outputs go past the caches, which would hardly hold them until they are read. Not
-  // gradients over logits: those are in the cache.
+  // Whether [n_rows, n_cols] outputs bypass the caches: large ones would be evicted before they are read. Gradients
+  // over logits do not bypass them, since the logits are cached already.
   bool past_cache() const { return r_.n_rows * r_.n_cols * sizeof(scalar_t) >= kLargeOutput; }
   bool past_cache(const scalar_t* out) const { return out != r_.logits && past_cache(); }
 
-  // Joins what the chunks of row n yielded, and stores it.
+  // Merges the statistics of the chunks of row n, and stores them.
   Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
     LogSumExp sum;
     double wsum = 0;
@@ -168,7 +168,7 @@ class Sweep {
     }
     return lse;
   }
-  // The statistics of all rows, when threads share out chunks.
+  // The statistics of all rows when tasks are chunks.
   struct Joined {
     std::vector<ChunkStats<acc>> chunks;
     std::vector<Lse> lse;
@@ -198,13 +198,13 @@ class Sweep {
     }
   }
 
-  // What a, b and s make of the target's own column, exact for confident predictions: a p - b would cancel there.
+  // The gradient of the target's column, avoiding the cancellation of a p - b for confident predictions.
   acc target_grad(int64_t n, const RowCoefficients& k, double u, Lse lse, double picked) const {
     const double grad = k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n);
     return static_cast<acc>(u * softcap_slope(picked, r_.logit_map().softcap) * grad);
   }
 
-  // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; exps holds the exponentials if not null.
+  // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; `exps`, if not null, is exp(z - shift).
   void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, Lse lse, double picked, double shift,
                   double factor, const acc* exps, scalar_t* grad, bool past_cache) const {
     const int64_t target = target_column(n) - c * kChunk;
@@ -225,7 +225,7 @@ class Sweep {
   }
 
  private:
-  // What this thread reads after chunk c of row n, as far as that is known; else null.
+  // The chunk that this thread reads after chunk c of row n, for prefetching; null if unknown.
   const scalar_t* chunk_after(int64_t n, int64_t c) const {
     if (by_chunks()) {
       return nullptr;
@@ -243,7 +243,7 @@ class Sweep {
   int64_t n_chunks_, rows_per_task_;
 };
 
-// What a mean divides by: the kept weight for l, the kept rows for z.
+// The divisors of a mean: the kept weight for l, the kept rows for z.
 double loss_divisor(const RowOptions& o, const double* totals) {
   return o.reduction == Reduction::mean ? totals[kKeptWeight] : 1;
 }
@@ -251,8 +251,7 @@ double z_divisor(const RowOptions& o, const double* totals) {
   return o.reduction == Reduction::mean ? totals[kKeptRows] : 1;
 }
 
-// Chunk c of a row seen from its own maximum: p = exps * factor(max). A chunk of nothing but -inf has p = 0, and no
-// maximum to subtract.
+// p = exps * chunk_factor(max), with exps = exp(z - chunk_shift(max)). A chunk of only -inf has p = 0.
 double chunk_shift(double max) {
   return std::isfinite(max) ? max : 0;
 }
@@ -322,7 +321,7 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     const auto k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n],
                                     from_loss / loss_divisor(rows.options, totals),
                                     (from_loss + from_z) / z_divisor(rows.options, totals));
-    // The target's logit is read here, before its chunk is overwritten when grad is the logits.
+    // Read the target's logit now: if grad is the logits, its chunk will be overwritten.
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
     const Lse split{lse[n], lse_low ? lse_low[n] : 0};
@@ -398,8 +397,8 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
   });
 }
 
-// The sum over blocks of rows of what row(n, sum) adds, in the order of the rows. Returns the first row whose target is
-// out of range, which adds nothing, or -1.
+// Calls row(n, sum) for each row and adds up the sums of blocks of rows, in a fixed order. Returns the first row whose
+// target is out of range, or -1.
 template <typename Sum, typename F>
 int64_t sum_over_rows(const RowOptions& o, const int64_t* target, int64_t n_rows, const Parallel& parallel, Sum& total,
                       const F& row) {
@@ -474,11 +473,11 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
   if (none) {
     return bad;
   }
-  // l is divided by the kept weight, z by the kept rows: they are added only then.
+  // l is divided by the kept weight, z by the kept rows, before they are added.
   *z_loss = mean ? total.z_loss / totals[kKeptRows] : total.z_loss;
   *loss = mean ? total.loss / totals[kKeptWeight] : total.loss;
   if (mean && totals[kKeptWeight] == 0) {
-    *loss = std::numeric_limits<double>::quiet_NaN();  // with smoothing, the sum need not be 0
+    *loss = std::numeric_limits<double>::quiet_NaN();  // with smoothing the numerator may not be 0
   }
   if (options.lse_square_scale != 0) {
     *loss += *z_loss;

@@ -1,9 +1,8 @@
-// Rows out of chunks: the CPU implementation between the vectorised loops (kernels/) and torch (the files beside this
-// one). Torch-free: threads come in as a `Parallel`.
+// Sweeps over rows: the layer of the CPU implementation between the vectorised loops (kernels/) and torch
+// (operators.cpp). Torch-free: threads come in as a `Parallel`.
 //
-// A row is cut into chunks whose width is fixed, and what chunks yield is joined in ascending order. Threads take whole
-// rows, or single chunks when rows are few; either way the same numbers meet in the same order, so no result depends on
-// the number of threads, bitwise.
+// A row is cut into chunks of a fixed width, and chunk results are merged in ascending order. Threads take whole rows,
+// or single chunks when there are few rows. Either way results are bitwise independent of the number of threads.
 #pragma once
 
 #include <cmath>
@@ -21,7 +20,7 @@ struct Parallel {
   std::function<void(int64_t n_tasks, const std::function<void(int64_t)>& task)> run;
 };
 
-// The logits of n_rows rows, or of one class shard of them, and what they are measured against.
+// The logits of n_rows rows, or of one class shard of them, with targets and class weights.
 template <typename scalar_t>
 struct Rows {
   RowOptions options;
@@ -35,15 +34,15 @@ struct Rows {
   }
 };
 
-// One value a row.
+// One value per row.
 template <typename scalar_t>
 struct Stats {
   acc_t<scalar_t>*lse, *lse_low, *picked;
   acc_t<scalar_t>* wsum;  // null: not wanted
 };
 
-// What reaches each row from above, before the division of a mean. Null stands for zeros; stride 0 for one value for
-// all.
+// The upstream gradients of each row, before the division of a mean. Null means zeros; stride 0 means one value for all
+// rows.
 template <typename scalar_t>
 struct Upstream {
   const acc_t<scalar_t>*grad_loss, *grad_z_loss;
@@ -56,8 +55,8 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
 
-// lse_low may be null, for zeros. `totals` has kTotals values. The gradient, [n_rows, n_cols] with `grad_stride` from
-// row to row; `grad` may be the logits themselves.
+// The gradient from statistics, [n_rows, n_cols] with row stride `grad_stride`; `grad` may be the logits. `totals` has
+// kTotals values; a null lse_low means zeros.
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
@@ -78,7 +77,7 @@ template <typename acc>
 int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
                       double* totals, const Parallel& parallel);
 
-// The loss and z-loss: one value a row for Reduction::none, else one value each. Returns what reduce_totals does.
+// The loss and z-loss: one value per row for Reduction::none, else one value each. Returns the same as reduce_totals.
 template <typename acc>
 int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
                     const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,

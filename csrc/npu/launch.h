@@ -1,5 +1,5 @@
-// Launching the device kernels: one struct for each, which names its tensors in the order of the kernel's parameters.
-// Undefined tensors are passed as null.
+// Launching the device kernels. Each kernel has a struct that lists its tensors in the order of the kernel's
+// parameters; undefined tensors are passed as null.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -62,7 +62,7 @@ struct ScaleKernel {
 template <size_t>
 using Pointer = void*;
 
-// The launcher that the toolkit generates for a kernel: structs that it takes by value are passed by address.
+// Calls the launcher that the toolkit generates for a kernel. It takes the kernel's struct parameters by address.
 template <typename... Structs, size_t... I>
 uint32_t call_launcher(void* launcher, uint32_t blocks, void* stream, const std::array<void*, sizeof...(I)>& pointers,
                        std::index_sequence<I...>, Structs&... structs) {
@@ -70,8 +70,8 @@ uint32_t call_launcher(void* launcher, uint32_t blocks, void* stream, const std:
   return reinterpret_cast<Launcher>(launcher)(blocks, stream, pointers[I]..., &structs...);
 }
 
-// Launches on the current stream of `device`, on as many cores as there are pieces of work. `structs`: XentPlan and
-// XentArgs, or XentArgs alone.
+// Launches on the current stream of `device`, on at most `work` cores. `structs`: XentPlan and XentArgs, or XentArgs
+// alone.
 template <typename Kernel, typename... Structs>
 void launch(const Kernel& kernel, c10::Device device, int64_t work, const Structs&... structs) {
   static void* const launcher = find_launcher(Kernel::kName);
@@ -79,8 +79,8 @@ void launch(const Kernel& kernel, c10::Device device, int64_t work, const Struct
   constexpr size_t n = std::tuple_size_v<std::decay_t<decltype(tensors)>>;
   const auto blocks = static_cast<uint32_t>(std::clamp<int64_t>(work, 1, core_count(device)));
   void* const stream = current_stream(device);
-  // Pointers alone: memory that is given back meanwhile is taken again in the order of the queue and the stream, as
-  // with torch_npu's own operators. Holding it until the launch would keep it from whoever comes next.
+  // Capture pointers, not tensors, as torch_npu's own operators do. Memory freed before the launch can only be reused
+  // by later work of the same queue and stream; holding it until the launch would delay that reuse.
   std::array<void*, n> pointers{};
   for (size_t i = 0; i < n; ++i) {
     if (tensors[i]->defined() && tensors[i]->numel() != 0) {

@@ -24,7 +24,7 @@ void load(const std::string& path) {
 }  // namespace
 
 PYBIND11_MODULE(_npu, m) {
-  m.doc() = "The operators of npu_xent for NPUs, which load() takes into use.";
+  m.doc() = "The operators of npu_xent for NPUs, registered by load().";
   m.def(
       "load", &load, pybind11::arg("path"), pybind11::call_guard<pybind11::gil_scoped_release>(),
       "Load the device kernels from this library, try one on the current device, and register the operators; once per "

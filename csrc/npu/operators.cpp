@@ -18,12 +18,12 @@
 namespace npu_xent::npu {
 namespace {
 
-// The checks have let nothing else through.
+// The dtype has been checked.
 LogitsType logits_type(at::ScalarType dtype) {
   return dtype == at::kFloat ? LogitsType::fp32 : dtype == at::kHalf ? LogitsType::fp16 : LogitsType::bf16;
 }
 
-// Looking at values means waiting for the device, so it is done on demand only.
+// Reading values synchronizes with the device, so targets are checked only on demand.
 bool debugging() {
   const char* value = std::getenv("NPU_XENT_DEBUG");
   return value != nullptr && std::string_view(value) != "0" && std::string_view(value) != "";
@@ -35,7 +35,7 @@ void check_targets_on_demand(const RowOptions& o, const Tensor& target) {
   }
 }
 
-// One value after another, in fp32, as kernels take everything but logits and targets.
+// Contiguous fp32, as kernels expect all tensors except logits and targets.
 Tensor as_values(const Tensor& t) {
   return to_plain_format(t).to(at::kFloat).contiguous();
 }
@@ -46,19 +46,19 @@ Tensor as_targets(const Tensor& target) {
   return to_plain_format(target).contiguous();
 }
 
-// The memory that is to be overwritten is the caller's: a copy in another format would not do.
+// An in-place operator must write to the caller's memory, so it cannot convert the format by a copy.
 void check_overwritable(const Tensor& x) {
   TORCH_CHECK_VALUE(has_plain_format(x),
                     "npu_xent: a tensor that is overwritten must not be in one of the device's own formats; pass "
                     "torch_npu.npu_format_cast(x, 2).");
 }
 
-// Kernels see their writes through a pointer only; autograd calls them below the key that would count the version.
+// Autograd runs these kernels below the key that would bump the version after an in-place write.
 void note_written(const Tensor& tensor) {
   tensor.unsafeGetTensorImpl()->bump_version();
 }
 
-// The options as kernels take them: nothing else fills these members of XentArgs.
+// The options as kernels take them; only this function fills these members of XentArgs.
 XentArgs kernel_args(const RowOptions& o) {
   XentArgs args{};
   args.reduction = static_cast<int64_t>(o.reduction);
@@ -74,7 +74,7 @@ XentArgs kernel_args(const RowOptions& o) {
   return args;
 }
 
-// The arguments of a sweep, in the form that kernels take, and the plan for them.
+// The arguments of a sweep, converted for the kernels, and their plan.
 struct Sweep {
   Tensor logits, target, weight;
   XentArgs args{};
@@ -112,7 +112,7 @@ struct Sweep {
   Tensor new_output() const { return at::empty({args.rows, args.cols}, logits.options()); }
 };
 
-// One value a row.
+// One value per row.
 struct Stats {
   Tensor lse, lse_low, picked, wsum;
 
@@ -123,7 +123,7 @@ struct Stats {
         wsum(sweep.new_values({need_wsum ? sweep.args.rows : 0})) {}
 };
 
-// Statistics of rows that are cut into parts: of the parts, and then of the rows.
+// Statistics of rows that are cut into parts: first of the parts, then of the rows.
 void launch_split_stats(const Sweep& sweep, const Stats& out) {
   const auto device = sweep.logits.device();
   const int64_t rows = sweep.args.rows, parts = sweep.plan.parts;
@@ -269,7 +269,7 @@ StatsGradOf<over_logits> row_stats_grad_npu(const Options& o, const Tensor& logi
   }
 }
 
-// Sums of blocks of rows, and a second launch that adds those up: what the launches of one call share.
+// A reduction in two launches, block sums and then their sum; holds what both launches share.
 struct Reduce {
   ReduceRowsKernel kernel{};
   XentArgs args;
@@ -338,7 +338,7 @@ Reduced reduce_rows_npu(const Options& o, const Tensor& target, const OptionalTe
   return {loss.to(loss_dtype), z_loss.defined() ? z_loss.to(loss_dtype) : nothing(), reduce.new_values({0})};
 }
 
-// The kernel reads the factor, so the host need not wait for it.
+// The kernel reads the factor, so the host does not synchronize.
 void scale_npu(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
   check_overwritable(self);
@@ -366,7 +366,7 @@ void try_a_kernel() {
   const auto x = values.to(c10::Device(at::kPrivateUse1)), factor = at::full({}, 2.0, at::kFloat).to(x.device());
   scale_npu(x, factor);
   TORCH_CHECK(x.to(at::kCPU).equal(values * 2.0),
-              "npu_xent: a kernel that was launched to try it has not run; the device's log says why.");
+              "npu_xent: a test launch of a kernel did not run; see the device's log.");
 }
 
 void register_operators(torch::Library& m) {

@@ -1,12 +1,12 @@
-// The primitives on an NPU, for module.cpp to take into use.
+// The primitives on an NPU, registered by module.cpp.
 #pragma once
 
 #include <torch/library.h>
 
 namespace npu_xent::npu {
 
-// RuntimeError unless a kernel runs: a launcher returns 0 without a launch when its binary was not accepted for this
-// chip, so only a result tells.
+// Raises RuntimeError unless a kernel runs. A launcher whose binary does not suit this chip returns 0 without
+// launching, so this checks a result.
 void try_a_kernel();
 
 void register_operators(torch::Library& m);

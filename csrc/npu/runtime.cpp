@@ -39,15 +39,15 @@ int64_t core_count(c10::Device device) {
   if (count == 0) {
     int64_t found = 0;
     const auto error = aclGetDeviceCapability(device.index(), ACL_DEVICE_INFO_VECTOR_CORE_NUM, &found);
-    TORCH_CHECK(error == ACL_SUCCESS && found > 0, "npu_xent: the runtime does not tell how many vector cores ", device,
-                " has (error ", error, ", ", found, " cores).");
+    TORCH_CHECK(error == ACL_SUCCESS && found > 0, "npu_xent: the runtime reports no vector cores for ", device,
+                " (error ", error, ", ", found, " cores).");
     count = found;
   }
   return count;
 }
 
 void* current_stream(c10::Device device) {
-  // false: what waits in the queue is not flushed first.
+  // false: do not flush the queue first.
   return c10_npu::getCurrentNPUStream(device.index()).stream(false);
 }
 

@@ -1,4 +1,4 @@
-// What the operators need from torch_npu and from the device's runtime; runtime.cpp alone includes their headers.
+// The operators' interface to torch_npu and the device runtime; only runtime.cpp includes their headers.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -9,23 +9,23 @@
 
 namespace npu_xent::npu {
 
-// Opens the library of device kernels, before the first launch; RuntimeError if it cannot be loaded.
+// Opens the library of device kernels; call it before the first launch. RuntimeError if it cannot be loaded.
 void load_kernels(const std::string& path);
 
 // The launcher of a kernel of that library.
 void* find_launcher(const char* kernel);
 
-// Vector cores of a device, as its runtime tells.
+// The number of vector cores of a device, from the runtime.
 int64_t core_count(c10::Device device);
 
-// The device's current stream, as launchers take it.
+// The device's current stream.
 void* current_stream(c10::Device device);
 
-// Puts `task` into the current stream's queue. It launches, and returns 0 or the error it met. Nothing is waited for: a
-// launch outside of that queue would overtake the operators that wait in it.
+// Puts `task` into the current stream's queue, without waiting; the task launches a kernel and returns 0 or an error
+// code. A launch outside the queue would overtake the operators in it.
 void enqueue(const char* name, std::function<int()> task);
 
-// Whether elements lie in memory in the order of the tensor's strides, as in all formats but the device's own ones.
+// Whether the tensor's strides describe its memory; false for the device's own formats.
 bool has_plain_format(const at::Tensor& tensor);
 at::Tensor to_plain_format(const at::Tensor& tensor);
 

@@ -1,7 +1,7 @@
-"""The parts of train_lm.py, a module for each.
+"""The modules of train_lm.py.
 
 settings    the command line                         data        text -> token ids -> windows
 processes   ranks, devices, signals                  model       the transformer
 losses      npu_xent's, and PyTorch's                optimizer   AdamW and its learning rate
-checkpoint  saving and going on                      report      metrics, summary, plot
+checkpoint  saving and resuming                      report      metrics, summary, plot
 """

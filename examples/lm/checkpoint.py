@@ -1,4 +1,4 @@
-"""Checkpoints, and how files are written and loaded: whole or not at all, and never over another run's."""
+"""Checkpoints: files are written atomically, checked when loaded, and never overwrite another run's."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 
 
 class DamagedFile(Exception):
-    """A file that torch.load cannot load, or that lacks something. The message is the reason, in a few words."""
+    """torch.load cannot load a file, or the file lacks an entry. The message is a short reason."""
 
 
 def why_unwritable(folder: Path) -> str:
-    """Why files cannot be written in a folder, which need not exist; "" if they can. Creates nothing."""
+    """The reason why a folder, which need not exist, is not writable; "" if it is. Creates nothing."""
     there = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not there.is_dir():
         return f"{there} is not a folder"
@@ -26,7 +26,7 @@ def why_unwritable(folder: Path) -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` once written: nobody ever reads half a file."""
+    """Yields a temporary file that replaces `path` atomically at the end."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,14 +42,14 @@ def save_atomically(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What save_atomically wrote, with these names at least; tensors on the CPU. Raises DamagedFile."""
+    """Loads a dict written by save_atomically, tensors on the CPU. Raises DamagedFile, also if a name is missing."""
     try:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()  # torch.load ignores the checksums
         content = None if wrong else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise DamagedFile(error.strerror or type(error).__name__) from error
-    except Exception as error:  # whatever the damage leads to, in many words
+    except Exception as error:  # a damaged file can raise anything, often with a long message
         raise DamagedFile(type(error).__name__) from error
     if wrong:
         raise DamagedFile("a checksum is wrong")
@@ -59,13 +59,13 @@ def load(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 def storable(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that a later run may take over, in types that torch.load takes for safe."""
+    """The settings that a resumed run inherits, in types that torch.load(weights_only=True) accepts."""
     kept = {name: value for name, value in settings.items() if name not in ("out", "resume")}
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
 def set_earlier_run_aside(out: Path) -> list[str]:
-    """Moves the files of a run that was not resumed to previous-*, for it may be wanted. Returns their names."""
+    """Renames the files of an earlier run to previous-*, instead of overwriting them. Returns their names."""
     moved = [name for name in ("checkpoint.pt", "metrics.csv", "summary.json", "loss.png") if (out / name).exists()]
     for name in moved:
         os.replace(out / name, out / f"previous-{name}")

@@ -1,4 +1,4 @@
-"""Text: found, tokenised once and cached, and cut into the windows of a batch."""
+"""Finds text, tokenises it once, caches the tokens, and cuts them into the windows of a batch."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lm.checkpoint import DamagedFile, load, save_atomically, why_unwritable
 from lm.processes import World
 from lm.settings import END_OF_TEXT, SettingError, Settings, importing
 
-CACHE_FORMAT = 1  # raise it when splitting or tokenising changes: older caches are then left alone
-HELD_OUT = 20  # one file in so many is kept for validation
+CACHE_FORMAT = 1  # increment when splitting or tokenising changes, to ignore older caches
+HELD_OUT = 20  # one file in 20 is kept for validation
 VALIDATION_BATCHES = 16
-TOKENISED = ("train", "held_out", "vocab_size")  # what a run needs of a cached file
+TOKENISED = ("train", "held_out", "vocab_size")  # the required entries of a cached file
 
 
 @dataclass(frozen=True)
 class Corpus:
     train: Tensor  # token ids
     held_out: Tensor
-    vocab_size: int  # a short text gives fewer tokens than --vocab-size
+    vocab_size: int  # less than --vocab-size for a short text
     key: str
 
     def sizes(self) -> str:
@@ -64,12 +64,12 @@ def list_files(data: Path | None) -> list[Path]:
 
 
 def read_text(path: Path, max_bytes: int) -> tuple[str, int]:
-    """The text and its size in bytes, no more than `max_bytes` of them; ("", 0) if it is no text."""
+    """The text and its size in bytes, cut to `max_bytes`; ("", 0) if it is not UTF-8 text."""
     try:
         with path.open("rb") as file:
-            raw = file.read(min(max_bytes, os.fstat(file.fileno()).st_size))  # read makes room for all it is asked for
+            raw = file.read(min(max_bytes, os.fstat(file.fileno()).st_size))  # read allocates the requested size
             whole = not file.read(1)
-        # What is cut off may end inside a character, which an incremental decoder then leaves out.
+        # A cut text may end inside a character; an incremental decoder drops it.
         text = codecs.getincrementaldecoder("utf-8")().decode(raw, final=whole)
     except (OSError, UnicodeDecodeError):
         return "", 0
@@ -77,7 +77,7 @@ def read_text(path: Path, max_bytes: int) -> tuple[str, int]:
 
 
 def read_texts(settings: Settings, world: World) -> list[str]:
-    """The texts among the files, in the order of their paths, up to --max-bytes in all."""
+    """The files that are text, sorted by path, up to --max-bytes in total."""
     source = settings.data or sysconfig.get_paths()["stdlib"]
     files, texts, left = list_files(settings.data), [], settings.max_bytes
     for path in files:
@@ -97,7 +97,7 @@ def read_texts(settings: Settings, world: World) -> list[str]:
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """Training and held-out texts: every 20th file, or the last of fewer, or the end of a single one."""
+    """Training and held-out texts. Held out: every 20th file, or the last one of fewer, or the end of a single file."""
     if len(texts) == 1:
         cut = len(texts[0]) - len(texts[0]) // HELD_OUT
         return [texts[0][:cut]], [texts[0][cut:]]
@@ -106,7 +106,7 @@ def split(texts: list[str]) -> tuple[list[str], list[str]]:
 
 
 def tokenise(texts: list[str], vocab_size: int) -> dict[str, Any]:
-    """Trains a byte-level BPE on the training texts alone, and encodes both parts with it."""
+    """Trains a byte-level BPE on the training texts only, and encodes both parts with it."""
     with importing("tokenising", "pip install tokenizers"):
         from tokenizers import ByteLevelBPETokenizer
     train, held_out = split(texts)
@@ -116,7 +116,7 @@ def tokenise(texts: list[str], vocab_size: int) -> dict[str, Any]:
 
     def encode(part: list[str]) -> Tensor:
         ids = []
-        for text in part:  # piece by piece: an Encoding weighs far more than its ids
+        for text in part:  # in pieces: an Encoding takes far more memory than its ids
             pieces = [text[i : i + length] for i in range(0, len(text), length)]
             ids += [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(pieces)]
             ids.append(torch.tensor([end]))
@@ -131,7 +131,7 @@ def tokenise(texts: list[str], vocab_size: int) -> dict[str, Any]:
 
 
 def key_of(texts: list[str], vocab_size: int) -> str:
-    """Names what `tokenise` makes of the texts."""
+    """The cache key of the result of `tokenise`."""
     digest = hashlib.sha256(f"{CACHE_FORMAT} {vocab_size}".encode())
     for text in texts:
         raw = text.encode()
@@ -140,7 +140,7 @@ def key_of(texts: list[str], vocab_size: int) -> str:
 
 
 def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
-    """Reads the text and tokenises it, unless the cache has its tokens. With a key, any other text is refused."""
+    """Reads the text and tokenises it, or loads cached tokens. Raises SettingError if the text does not match `key`."""
     texts, say = read_texts(settings, world), world.say
     found = key_of(texts, settings.vocab_size)
     if key not in (None, found):
@@ -150,14 +150,14 @@ def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
         )
     path = settings.cache / f"{found}.pt"
     try:
-        if os.path.isfile(path):  # False as well in a folder that may not be searched
+        if os.path.isfile(path):  # also False without permission to search the folder
             corpus = corpus_of(load(path, TOKENISED), found, settings.context)
             say(f"Using the tokenizer and token ids cached in {path}: {corpus.sizes()}")
             return corpus
     except DamagedFile as error:
         say(f"The cached {path} cannot be loaded ({error}), so the text is tokenised again")
 
-    # Said before the long work, not after it.
+    # Warn before the long work, not after it.
     unwritable = why_unwritable(settings.cache)
     if unwritable:
         say(f"Note: --cache {settings.cache}: {unwritable}; name another folder, or every run tokenises its text anew")
@@ -165,12 +165,12 @@ def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
     start = time.perf_counter()
     tokenised = tokenise(texts, settings.vocab_size)
     said = f"... took {time.perf_counter() - start:.0f} s"
-    corpus = corpus_of(tokenised, found, settings.context)  # before the cache: a run that is refused leaves none
+    corpus = corpus_of(tokenised, found, settings.context)  # may raise, so before writing the cache
     if not unwritable:
         try:
             save_atomically(path, tokenised)
             said += f" and is cached in {path}"
-        except (OSError, RuntimeError) as error:  # torch.save raises the latter where a disk is full
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
             said += f"; it could not be cached in {path} ({error})"
     say(f"{said}; this run's peak memory on the CPU includes it")
     say(corpus.sizes())
@@ -178,7 +178,7 @@ def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
 
 
 def corpus_of(tokenised: dict[str, Any], key: str, context: int) -> Corpus:
-    """What `tokenise` returned, if each part is longer than a window."""
+    """The result of `tokenise` as a Corpus; SettingError if a part is not longer than a window."""
     corpus = Corpus(tokenised["train"], tokenised["held_out"], tokenised["vocab_size"], key)
     for name, part in (("training", corpus.train), ("held-out", corpus.held_out)):
         if len(part) <= context:
@@ -190,13 +190,13 @@ def corpus_of(tokenised: dict[str, Any], key: str, context: int) -> Corpus:
 
 
 def cut_windows(tokens: Tensor, starts: Sequence[int], context: int) -> tuple[Tensor, Tensor]:
-    """Windows of tokens, and each token's next."""
+    """Windows of tokens, and the next token of each."""
     windows = torch.stack([tokens[start : start + context + 1] for start in starts])
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def training_batch(corpus: Corpus, settings: Settings, step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Depends on seed, step and rank alone: a resumed run needs no generator state."""
+    """Random windows that depend only on seed, step and rank, so that a resumed run needs no generator state."""
     draw = random.Random(f"{settings.seed} {step} {rank}")
     starts = [draw.randrange(len(corpus.train) - settings.context) for _ in range(settings.batch)]
     return cut_windows(corpus.train, starts, settings.context)

@@ -21,6 +21,6 @@ def make_loss(name: str) -> Loss:
 
     def strict(logits: Tensor, targets: Tensor) -> Tensor:
         loss, _log_prob, _zloss, _lse = npu_xent.npu_cross_entropy_loss(logits, targets)
-        return loss.squeeze(0)  # the documented contract makes it [1]
+        return loss.squeeze(0)  # documented shape: [1]
 
     return strict if name == "npu_xent_strict" else npu_xent.cross_entropy

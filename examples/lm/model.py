@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 
 class Block(nn.Module):
-    """Attention, then a two-layer perceptron; each normalises its input and adds to the residual stream."""
+    """Attention, then a two-layer perceptron, each with normalised input and a residual connection."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -40,8 +40,8 @@ class GPT(nn.Module):
         self.position = nn.Embedding(context, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
-        # Small weights make the first logits nearly equal, so that the first loss is about ln V. What adds
-        # to the residual stream, 2 * layers times, is smaller still.
+        # Small weights make the first logits nearly equal, so that the first loss is about ln V. Projections
+        # into the residual stream are scaled down further, for the 2 * layers of them.
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 additions = 2 * layers if name.endswith("_out.weight") else 1

@@ -1,4 +1,4 @@
-"""Processes and devices: which of several processes this is, its device, and the signals that it is sent."""
+"""Processes, devices and signals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from lm.settings import SettingError, importing
 
-# By gloo goes what is on the CPU: rank 0's token ids.
+# gloo broadcasts rank 0's token ids, which are on the CPU.
 BACKENDS = {"cpu": "gloo", "npu": "cpu:gloo,npu:hccl", "cuda": "cpu:gloo,cuda:nccl"}
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is. Without torchrun there is one, and no process group."""
+    """The rank of this process. Without torchrun there is one process, and no process group."""
 
     rank: int
     local_rank: int
@@ -44,7 +44,7 @@ class World:
         )
 
     def join(self, device: torch.device) -> None:
-        """Waits for the other processes, to which later calls talk."""
+        """Joins the process group, waiting for the other processes."""
         if self.grouped:
             dist.init_process_group(BACKENDS[device.type])
 
@@ -54,14 +54,14 @@ class World:
             dist.destroy_process_group()
 
     def from_rank_0(self, make: Callable[[], T]) -> T:
-        """What `make` returns on rank 0, handed to every rank."""
+        """Calls `make` on rank 0 and broadcasts its result to every rank."""
         made = [make() if self.rank == 0 else None]
         if self.grouped:
             dist.broadcast_object_list(made)
         return made[0]  # type: ignore[return-value]
 
     def share(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model, its gradients averaged over the processes."""
+        """The model, wrapped to average its gradients over the processes."""
         if not self.grouped:
             return model
         return nn.parallel.DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
@@ -100,9 +100,9 @@ def open_device(name: str, world: World) -> torch.device:
 
 
 def command_line(world: World) -> list[str]:
-    """How the program was started, up to the script and without its arguments.
+    """The command that started the program, up to the script and without its arguments.
 
-    With torchrun, its command line is that of the parent process, which ends with the script and the arguments.
+    With torchrun, that is the command line of the parent process, which ends with the script and the arguments.
     """
     command, arguments = sys.orig_argv, len(sys.argv) - 1
     parent = Path(f"/proc/{os.getppid()}/cmdline")
@@ -120,7 +120,7 @@ def peak_megabytes(device: torch.device) -> float:
 
 
 class StopSignal:
-    """While entered, holds back the first SIGINT or SIGTERM, so that the step can end and be saved."""
+    """While entered, records SIGINT or SIGTERM instead of raising, so that the step can finish and be saved."""
 
     number = 0
 

@@ -1,4 +1,4 @@
-"""What a run leaves to read: metrics.csv, summary.json and loss.png."""
+"""The report of a run: metrics.csv, summary.json and loss.png."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METRICS_HEADER = "step,loss,tokens_per_s,peak_mb"
 
 
 def metric_lines(path: Path) -> list[str]:
-    """The lines below the header, without one that was cut short."""
+    """The complete lines below the header."""
     lines = path.read_text().splitlines()[1:] if path.is_file() else []
     return [line for line in lines if line.count(",") == METRICS_HEADER.count(",")]
 
@@ -43,7 +43,7 @@ def truncate_metrics(path: Path, steps: int) -> None:
 
 
 def write_report(out: Path, summary: dict[str, Any]) -> str:
-    """Completes the summary by the metrics' and writes it and the plot. Returns what to say of it."""
+    """Adds the metrics to the summary, writes it and the plot, and returns a message."""
     metrics = read_metrics(out / "metrics.csv")
     from_metrics = {
         "first_loss": metrics[0][1],
@@ -88,7 +88,7 @@ def draw(path: Path, metrics: list[list[float]], summary: dict[str, Any]) -> boo
 
 
 def smoothed(losses: list[float]) -> list[float]:
-    """A centred mean, since a trailing one would lag behind the fall."""
+    """A centred moving average; a trailing one would lag."""
     means = []
     for i in range(len(losses)):
         reach = min(len(losses) // 40, i)

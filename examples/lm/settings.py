@@ -1,4 +1,4 @@
-"""The command line: flags, their defaults, and words for those that cannot be honoured."""
+"""The command line: flags, their defaults, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lm.checkpoint import DamagedFile, load
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCAB = 257  # the bytes and END_OF_TEXT
 
-# What a run's losses depend on, besides --steps: resuming takes these from the checkpoint and refuses other values.
+# The settings that losses depend on, besides --steps: --resume takes them from the checkpoint and rejects other values.
 RUN_FLAGS = (
     *("data", "max_bytes", "vocab_size"),
     *("layers", "heads", "width", "context"),
@@ -25,7 +25,7 @@ CHECKPOINT = ("step", "model", "optimizer", "settings", "corpus", "ranks")
 
 
 class SettingError(Exception):
-    """A flag that cannot be honoured. The message names the flag, the value seen and the way out."""
+    """An invalid flag. The message names the flag, the value and a remedy."""
 
 
 @contextlib.contextmanager
@@ -73,7 +73,7 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 def seed(text: str) -> int:
     value = int(text)
-    if not -(2**63) <= value < 2**64:  # what torch.manual_seed takes
+    if not -(2**63) <= value < 2**64:  # the range of torch.manual_seed
         raise ValueError
     return value
 
@@ -131,7 +131,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 def read_settings(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None
 ) -> tuple[Settings, dict[str, Any] | None]:
-    """The settings, and when resuming the checkpoint, whose settings are then the defaults."""
+    """The settings and, when resuming, the checkpoint, whose settings become the defaults."""
     settings, checkpoint = parser.parse_args(argv, Settings()), None
     if settings.resume:
         path = settings.out / "checkpoint.pt"

@@ -1,5 +1,5 @@
 // Layer norm of each row of a matrix with weight and bias, statistics in fp32, two-pass variance. A row is read once
-// and has to fit in UB. Copies in, compute and copies out overlap; all synchronisation is explicit.
+// and must fit in UB. Copies in, compute and copies out overlap; all synchronisation is explicit.
 // DTYPE is the type of x and y; weight and bias are fp32.
 #include "kernel_operator.h"
 
@@ -74,7 +74,7 @@ class LayerNorm {
                                    const AscendC::LocalTensor<float>& bias) {
     AscendC::LocalTensor<T> x = inQueue_.template DeQue<T>();
     if (row + 1 < lastRow_) {
-      CopyIn(inQueue_, xGm_, row + 1);  // arrives while this row is worked on
+      CopyIn(inQueue_, xGm_, row + 1);  // overlaps with the computation of this row
     }
     if constexpr (sizeof(T) == sizeof(float)) {
       AscendC::Adds(work_, x, 0.0f, cols_);
@@ -92,7 +92,7 @@ class LayerNorm {
     AscendC::PipeBarrier<PIPE_V>();
     AscendC::ReduceSum(stat_, square_, tmp_, cols_);
     Sync<AscendC::HardEvent::S_V>();  // ReduceSum ends on the scalar unit
-    // The square root on one element: it is the vector unit that has one.
+    // A vector square root of one element: the scalar unit has none.
     AscendC::Muls(stat_, stat_, 1.0f / cols_, 1);
     AscendC::PipeBarrier<PIPE_V>();
     AscendC::Adds(stat_, stat_, epsilon_, 1);
@@ -120,7 +120,7 @@ class LayerNorm {
     outQueue_.FreeTensor(y);
   }
 
-  // The number in stat_; whatever follows on V comes after the read.
+  // Reads the number in stat_; later vector instructions are ordered after the read.
   __aicore__ inline float Value() {
     Sync<AscendC::HardEvent::V_S>();
     const float value = stat_.GetValue(0);

@@ -1,4 +1,4 @@
-"""Compiles the layer norm straight from its source, compares with numpy, prints what the launches cost."""
+"""Compiles the layer norm from its source, compares with numpy, and prints the reports of the launches."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ CORES = 48
 
 
 class Tiling(ctypes.Structure):
-    """LayerNormTiling of layer_norm.cpp."""
+    """The struct LayerNormTiling of layer_norm.cpp."""
 
     _fields_ = (("rows", ctypes.c_uint32), ("cols", ctypes.c_uint32), ("epsilon", ctypes.c_float))
 
 
 def run(library: cann_sim.KernelLibrary, rows: int, cols: int, dtype: type) -> Report:
-    """Runs one shape and raises if the result is off by more than rounding."""
+    """Runs one shape and raises if the error exceeds rounding."""
     rng = np.random.default_rng(rows * cols)
     x = rng.normal(3, 2, (rows, cols)).astype(dtype)
     weight, bias = rng.normal(1, 0.3, (2, cols)).astype(np.float32)

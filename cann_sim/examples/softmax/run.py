@@ -1,4 +1,4 @@
-"""Builds the softmax kernels through CMake, runs them on the host, compares with numpy, prints what they cost.
+"""Builds the softmax kernels with CMake, runs them on the host, compares with numpy, and prints their reports.
 
 python run.py [--build-dir DIR] [--timeline PICTURE.png]
 """
@@ -19,27 +19,27 @@ import cann_sim
 from cann_sim.report import Report, compare
 
 HERE = Path(__file__).resolve().parent
-UB_BYTES = 192 * 1024 - 256 - 8 * 1024  # what a kernel may use on Atlas A2
+UB_BYTES = 192 * 1024 - 256 - 8 * 1024  # usable by a kernel on Atlas A2
 CORES = 48
 ITEM_BYTES = {"float": 4, "half": 2, "bfloat16": 2}
 SHAPES = ((1, 1), (3, 7), (48, 64), (50, 1000), (96, 8192), (61, 9281), (20, 40000))
 
 
 class Tiling(ctypes.Structure):
-    """SoftmaxTiling of softmax.h."""
+    """The struct SoftmaxTiling of softmax.h."""
 
     _fields_ = (("rows", ctypes.c_uint32), ("cols", ctypes.c_uint32), ("chunk", ctypes.c_uint32))
 
 
 def plan(rows: int, cols: int, dtype: str) -> Tiling:
-    """The longest chunk that fits: two buffers in, two out, the row in fp32, and what the reductions need."""
+    """The longest chunk that fits with two input and two output buffers, the row in fp32, and reduction buffers."""
     per_element = 4 * ITEM_BYTES[dtype] + 4 + 4 / 32
     longest = int((UB_BYTES - 1024) / per_element) // 64 * 64
     return Tiling(rows, cols, min(longest, -(-cols // 64) * 64))
 
 
 def build(folder: Path) -> Path:
-    """What a device build does, with nothing but ASCEND_HOME_PATH set differently."""
+    """Builds as for a device, with only ASCEND_HOME_PATH changed."""
     environment = {**os.environ, "ASCEND_HOME_PATH": cann_sim.toolkit_path()}
     for command in (["cmake", "-S", str(HERE), "-B", str(folder)], ["cmake", "--build", str(folder)]):
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -47,7 +47,7 @@ def build(folder: Path) -> Path:
 
 
 def to_bits(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 values in the given type; numpy has no bfloat16, so its bits are handed over (nearest even)."""
+    """Converts fp32 values to the given type; bfloat16, which numpy lacks, as uint16 bits (nearest even)."""
     if dtype != "bfloat16":
         return values.astype({"float": np.float32, "half": np.float16}[dtype])
     bits = values.astype(np.float32).view(np.uint32)
@@ -68,7 +68,7 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def run(library: cann_sim.KernelLibrary, rows: int, cols: int, dtype: str, **config: object) -> Report:
-    """Runs one shape and raises if the result is off by more than rounding."""
+    """Runs one shape and raises if the error exceeds rounding."""
     values = np.random.default_rng(rows * cols).normal(0, 4, (rows, cols))
     x = to_bits(values, dtype)
     y = np.zeros_like(x)
@@ -83,7 +83,7 @@ def run(library: cann_sim.KernelLibrary, rows: int, cols: int, dtype: str, **con
 
 
 def main() -> None:
-    """Builds, checks, prints; see the head of this file."""
+    """Builds, checks and prints; see the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--build-dir", type=Path, help="kept; a temporary folder by default")
     parser.add_argument("--timeline", type=Path, help="draws core 0 of a 960 x 8192 float launch to this file")

@@ -1,13 +1,13 @@
 // Softmax of each row of a matrix, for any row length, in fp32 whatever the type of the data.
-//   - A row that fits in UB is read once; a longer one is read twice, in chunks: first its maximum and the sum of its
-//     exponentials together (the sum is rescaled when the maximum grows), then the result.
-//   - The next piece is asked for before this one is worked on, so copies in, compute and copies out overlap.
-//   - Every dependence is spelled out, so nothing relies on synchronisation put in by the compiler.
+//   - A row that fits in UB is read once. A longer row is read twice, in chunks: first for its maximum and the sum of
+//     its exponentials (the sum is rescaled when the maximum grows), then for the result.
+//   - The next piece is prefetched before this one is processed, so copies in, compute and copies out overlap.
+//   - All synchronisation is explicit, so nothing relies on synchronisation inserted by the compiler.
 #pragma once
 
 #include "kernel_operator.h"
 
-// What the host decides; passed to the kernel by value.
+// Computed by the host and passed to the kernel by value.
 struct SoftmaxTiling {
   uint32_t rows;
   uint32_t cols;
@@ -22,7 +22,7 @@ class Softmax {
     cols_ = tiling.cols;
     chunk_ = tiling.chunk;
     chunks_ = (cols_ + chunk_ - 1) / chunk_;
-    // Rows are dealt out in contiguous ranges that differ by at most one row.
+    // Each core gets a contiguous range of rows; range sizes differ by at most one.
     const uint32_t cores = AscendC::GetBlockNum();
     const uint32_t core = AscendC::GetBlockIdx();
     const uint32_t each = tiling.rows / cores;
@@ -68,7 +68,7 @@ class Softmax {
   static constexpr float kLowest = -3.4028234663852886e38f;
   static constexpr bool kFloat = sizeof(T) == sizeof(float);
 
-  // The whole row is in UB: max, exp, sum and scaling without reading it again.
+  // For a row that fits in UB: max, exp, sum and scaling without reading it again.
   __aicore__ inline void Resident(uint32_t row) {
     Load(cols_);
     const float top = Max(cols_);
@@ -108,7 +108,7 @@ class Softmax {
 
   __aicore__ inline uint32_t Length(uint32_t c) const { return c + 1 < chunks_ ? chunk_ : cols_ - c * chunk_; }
 
-  // Starts the copy of the next piece of the sequence (rows, in them the sweeps, in them the chunks), if there is one.
+  // Starts the copy of the next piece, if any. Pieces are ordered by row, then sweep, then chunk.
   __aicore__ inline void Fetch() {
     if (nextPiece_ == pieces_) {
       return;
@@ -124,7 +124,7 @@ class Softmax {
     ++nextPiece_;
   }
 
-  // The piece asked for last arrives in work_ as fp32; the one after it is asked for.
+  // Loads the prefetched piece into work_ as fp32, and prefetches the next one.
   __aicore__ inline void Load(uint32_t n) {
     AscendC::LocalTensor<T> x = inQueue_.template DeQue<T>();
     Fetch();
@@ -178,7 +178,7 @@ class Softmax {
     outQueue_.FreeTensor(y);
   }
 
-  // Reads a scalar that a vector instruction left in UB; whatever follows on V comes after the read.
+  // Reads a scalar that a vector instruction wrote to UB; later vector instructions are ordered after the read.
   __aicore__ inline float Value(const AscendC::LocalTensor<float>& tensor) {
     Sync<AscendC::HardEvent::V_S>();
     const float value = tensor.GetValue(0);

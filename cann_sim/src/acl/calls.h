@@ -1,4 +1,4 @@
-// What every API call goes through: counted, delayed or made to fail on demand; and the error texts of a thread.
+// Every API call is counted, and can be delayed or made to fail; also the error text of a thread.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@ namespace cann_sim::acl {
 // One function of AscendCL, or "launch:<kernel>".
 class Api {
  public:
-  // Counts a call. Zero, or the code it is to return at once because a test wants it to fail.
+  // Counts a call. Returns zero, or the error code that the call must return because a test made it fail.
   aclError enter(const char* name);
 
   uint64_t calls() const;
@@ -38,7 +38,7 @@ std::map<std::string, uint64_t> all_calls();
   }                                                                             \
   static_assert(true, "takes the semicolon")
 
-// For aclGetRecentErrMsg of this thread; returns the code.
+// Sets the text of aclGetRecentErrMsg for this thread; returns the code.
 aclError fail(aclError code, const std::string& message);
 const std::string& last_message();
 void forget_message();

@@ -1,4 +1,4 @@
-// For tests: streams held back, calls that fail or are slow, and the state of everything as JSON.
+// The control interface for tests: holding streams, making calls fail or slow, and the status as JSON.
 #include <cstdio>
 #include <cstdlib>
 
@@ -103,7 +103,7 @@ std::string status() {
          ",\"errors\":" + array(errors(), error_json) + ",\"calls\":" + calls_json() + "}";
 }
 
-// CANN_SIM_LEAKS=1: what a process leaves behind.
+// CANN_SIM_LEAKS=1: prints leaks at exit.
 void print_leaks() {
   check_canaries();
   for (int32_t device = 0; device < device_count(); ++device) {
@@ -122,7 +122,7 @@ void print_leaks() {
                  block->bytes);
   }
   const Lock lock(runtime().mutex);
-  for (const auto& [handle, stream] : runtime().streams) {  // the default ones are nobody's to destroy
+  for (const auto& [handle, stream] : runtime().streams) {  // without the default streams, which need no destroying
     std::fprintf(stderr, "cann_sim: leak: %s was never destroyed\n", stream->name().c_str());
   }
   if (!runtime().events.empty()) {
@@ -136,7 +136,7 @@ void print_leaks() {
   }
   static const pid_t owner = getpid();
   std::atexit([] {
-    if (getpid() == owner) {  // not a child that was forked
+    if (getpid() == owner) {  // not in a forked child
       print_leaks();
     }
   });

@@ -1,4 +1,4 @@
-// Copies and fills of memory, by the host at once or by a stream in its turn.
+// Copies and fills of memory, immediately by the host or as a task of a stream.
 #include <cstring>
 
 #include "calls.h"
@@ -49,7 +49,7 @@ aclError resolve(const char* api, const char* name, const void* address, size_t 
   return ACL_SUCCESS;
 }
 
-// A task's access to a side; the effect comes after it.
+// Checks a task's access to a side, before the copy.
 void touch(const StepPtr& step, Stream& stream, const Side& side, bool writes) {
   if (!side.on_device()) {
     return;
@@ -67,7 +67,7 @@ void touch(const StepPtr& step, Stream& stream, const Side& side, bool writes) {
   check_access(step, stream, side.start, side.start + side.bytes, writes);
 }
 
-// The same for the host, which is no stream: the call itself fails.
+// The same for a copy by the host: the call itself fails.
 aclError touch_by_host(const StepPtr& step, const Side& side, bool writes) {
   if (!side.on_device()) {
     return ACL_SUCCESS;
@@ -143,8 +143,8 @@ aclError copy(const char* api, void* to, size_t room, const void* from, size_t b
   return read == ACL_SUCCESS ? written : read;
 }
 
-// Memory of the host that is not page-locked cannot be left to the stream: it is copied from at once, and when it is
-// copied to, the call returns when that is done (which orders nothing else).
+// Pageable host memory cannot be accessed asynchronously: a copy from it reads it at once, and a copy to it returns
+// when it is done (which does not count as a synchronisation).
 aclError copy_async(const char* api, void* to, size_t room, const void* from, size_t bytes, aclrtMemcpyKind kind,
                     aclrtStream stream) {
   if (bytes == 0) {

@@ -1,4 +1,4 @@
-// The process, its devices and the contexts of its threads; what kind of chip they are.
+// The process, its devices, their chip, and the contexts of threads.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -19,7 +19,7 @@ namespace {
 struct Contexts {
   std::mutex mutex;
   std::map<int32_t, Context> primary;
-  std::deque<Context> created;  // stays, as other threads may have it as theirs
+  std::deque<Context> created;  // never removed, since other threads may use them
   std::set<const void*> alive;  // handles
 };
 
@@ -41,7 +41,7 @@ const char* soc() {
   return name.c_str();
 }
 
-// Vector cores of a chip, or 0 when it is none that the kernels are modelled for. Cube cores are half as many.
+// The number of vector cores of a chip, or 0 for an unmodelled chip. There are half as many cube cores.
 int32_t vector_cores(const std::string& name) {
   if (name == "Ascend910B1" || name == "Ascend910B2" || name == "Ascend910B2C") {
     return 48;
@@ -55,7 +55,7 @@ int32_t vector_cores(const std::string& name) {
   return 0;
 }
 
-// What a program parses; that this is a simulator is said where there is room for it (aclCANNPackageVersion.reserved).
+// Programs parse this version, so the mention of the simulator is in aclCANNPackageVersion.reserved.
 const char* version() {
   return variable("CANN_SIM_CANN_VERSION", "8.5.0");
 }
@@ -208,7 +208,7 @@ aclError aclrtResetDevice(int32_t device) {
   if (const aclError code = valid_device(__func__, device); code != ACL_SUCCESS) {
     return code;
   }
-  const aclError code = synchronize_device(device, -1);  // its tasks are waited for
+  const aclError code = synchronize_device(device, -1);
   if (thread_context != nullptr && thread_context->device == device) {
     thread_context = nullptr;
   }

@@ -1,4 +1,4 @@
-// Events: a recording is a point in a stream that others wait for.
+// Events. A recording is a point in a stream that other streams or the host can wait for.
 #include "calls.h"
 #include "runtime.h"
 
@@ -31,7 +31,7 @@ std::shared_ptr<Event> find_event(aclrtEvent handle, aclError& code) {
   return found->second;
 }
 
-// An event that was never recorded has nothing to wait for.
+// Returns at once for an event that was never recorded.
 aclError synchronize(aclrtEvent handle, int32_t timeout_ms) {
   Lock lock(runtime().mutex);
   aclError code = ACL_SUCCESS;
@@ -48,7 +48,7 @@ aclError synchronize(aclrtEvent handle, int32_t timeout_ms) {
   return stream == nullptr ? ACL_SUCCESS : take_fault(*stream);
 }
 
-// Whether the last recording is done; if so the host comes after it.
+// Whether the last recording is done; if so, the host is ordered after it.
 aclError query(aclrtEvent handle, bool& done) {
   const Lock lock(runtime().mutex);
   aclError code = ACL_SUCCESS;
@@ -127,7 +127,7 @@ aclError aclrtRecordEvent(aclrtEvent handle, aclrtStream stream_handle) {
   return ACL_SUCCESS;
 }
 
-// Recordings replace one another, so there is nothing to reset: as after creation, nothing has been recorded.
+// Drops the recording: the event is then as newly created.
 aclError aclrtResetEvent(aclrtEvent handle, aclrtStream /*stream*/) {
   CANN_SIM_API();
   const Lock lock(runtime().mutex);

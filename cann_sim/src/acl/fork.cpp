@@ -1,4 +1,4 @@
-// What a child process inherits: locks that nobody holds.
+// Ensures that a forked child inherits unlocked mutexes.
 #include <pthread.h>
 
 #include "runtime.h"
@@ -17,7 +17,7 @@ Kept& kept() {
   return *all;
 }
 
-thread_local std::multimap<int, std::mutex*> locked;  // by the thread that forks
+thread_local std::multimap<int, std::mutex*> locked;  // held by the forking thread
 
 void lock_all() {
   {

@@ -1,5 +1,5 @@
-// Tasks that a thread of the host runs in the place of a kernel: operators on the host. They have their turn in the
-// stream, and their accesses are held to the same rules.
+// Operators on the host: tasks of a stream that a host thread runs instead of a kernel. They run in stream order, and
+// their accesses follow the same rules.
 #include <unordered_map>
 
 #include "calls.h"
@@ -17,7 +17,7 @@ namespace {
 struct HostTask {
   StreamPtr stream;
   Task task;
-  std::atomic<aclError> code{ACL_SUCCESS};  // the first rule that was broken
+  std::atomic<aclError> code{ACL_SUCCESS};  // of the first broken rule
 };
 using HostTaskPtr = std::shared_ptr<HostTask>;
 
@@ -31,7 +31,7 @@ HostTasks& host_tasks() {
   return lasting<HostTasks>(4);
 }
 
-// Null when there is none.
+// Null if there is none.
 HostTaskPtr find_task(uint64_t id, bool remove = false) {
   const std::lock_guard<std::mutex> lock(host_tasks().mutex);
   const auto found = host_tasks().running.find(id);

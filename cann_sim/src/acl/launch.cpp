@@ -1,4 +1,4 @@
-// Kernel launches on streams: libcann_sim.so hands them over here.
+// Kernel launches on streams, received from libcann_sim.so's launch hook.
 #include <vector>
 
 #include "calls.h"
@@ -12,7 +12,7 @@ namespace {
 
 using Blocks = std::vector<std::shared_ptr<Block>>;
 
-// The device blocks that a launch's pointers fall into.
+// The device blocks that contain a launch's pointers.
 Blocks blocks_of(cann_sim_task* task) {
   Blocks blocks;
   const cann_sim_range* ranges = nullptr;
@@ -25,7 +25,7 @@ Blocks blocks_of(cann_sim_task* task) {
   return blocks;
 }
 
-// A kernel uses the memory of its own device only.
+// A kernel may only use memory of its own device.
 void check_devices(const StepPtr& step, Stream& stream, const Blocks& blocks) {
   for (const auto& block : blocks) {
     if (block->device != stream.device) {
@@ -50,7 +50,7 @@ void run(const StepPtr& step, Stream& stream, cann_sim_task* task, const Blocks&
                step->stream.c_str(), static_cast<unsigned long long>(block->number), block->bytes));
     }
   }
-  if (cann_sim_task_run(task) != 0) {  // which has printed it
+  if (cann_sim_task_run(task) != 0) {  // it has printed the error
     report_error(stream, ACL_ERROR_RT_VECTOR_CORE_EXCEPTION, "kernel", cann_sim_task_error(task), false);
   }
   const cann_sim_range* uses = nullptr;
@@ -59,7 +59,7 @@ void run(const StepPtr& step, Stream& stream, cann_sim_task* task, const Blocks&
     for (const auto& block : blocks) {
       if (uses[i].start >= block->start() && uses[i].end <= block->end() && !was_freed(*block)) {
         if (check_access(step, stream, uses[i].start, uses[i].end, uses[i].written != 0) != ACL_SUCCESS) {
-          return;  // one message for a launch
+          return;  // one message per launch
         }
         break;
       }
@@ -89,7 +89,7 @@ uint32_t submit(void* handle, cann_sim_task* launch) {
   const StepPtr step = next_step(*stream, text("kernel %s", cann_sim_task_kernel(launch)));
   const std::shared_ptr<cann_sim_task> task(launch, cann_sim_task_free);
   const Blocks blocks = blocks_of(launch);
-  Stream* const target = stream.get();  // which its worker keeps alive
+  Stream* const target = stream.get();  // its worker keeps it alive
   enqueue(*stream, {Task::Kind::work, step, [=] { run(step, *target, task.get(), blocks); }, nullptr});
   return ACL_SUCCESS;
 }

@@ -1,4 +1,4 @@
-// Device blocks and page-locked host blocks, with canaries around them and a poisoned fill, and the tensors in them.
+// Device blocks and page-locked host blocks, filled with poison and surrounded by canaries, and the tensors in them.
 #include "memory.h"
 
 #include <cstdlib>
@@ -90,7 +90,7 @@ aclError allocate(void** out, size_t bytes, bool on_device) {
     return fail(ACL_ERROR_RT_MEMORY_ALLOCATION, text("the host has no %zu bytes left", bytes));
   }
   if (on_device) {
-    // A task may have noted an access just after the memory was freed that lay here before.
+    // A task may have recorded an access to an earlier block at this address just after it was freed.
     forget_accesses(block->start(), block->end());
     block->registration = cann_sim_register(reinterpret_cast<void*>(block->start()), bytes, 0);
   }

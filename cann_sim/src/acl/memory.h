@@ -1,4 +1,4 @@
-// The memory that AscendCL hands out: device blocks, page-locked host blocks, and the tensors cut out of device blocks.
+// Memory allocated by AscendCL: device blocks, page-locked host blocks, and tensors inside device blocks.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +11,7 @@
 
 namespace cann_sim::acl {
 
-// One allocation. The memory goes when the last task that was to use it has gone.
+// One allocation. Its memory is released after the last task that uses it.
 class Block {
  public:
   Block(size_t bytes, int32_t device, bool on_device, uint64_t number);
@@ -19,7 +19,7 @@ class Block {
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
 
-  // "" or what was written outside of it.
+  // Describes a write outside of the block; "" if there was none.
   std::string overrun() const;
 
   uint64_t start() const { return reinterpret_cast<uint64_t>(data_); }
@@ -34,12 +34,12 @@ class Block {
 
  private:
   uint8_t *base_, *data_;
-  size_t room_;  // behind the data
+  size_t room_;  // bytes after the data
 };
 
-std::shared_ptr<Block> find_block(const void* address);  // the live block it falls into, or null
+std::shared_ptr<Block> find_block(const void* address);  // the live block that contains it, or null
 bool was_freed(const Block& block);
-// "bytes [a, b) of ...", as messages name a piece of device memory.
+// "bytes [a, b) of ...": describes a range of device memory for messages.
 std::string describe_memory(uint64_t start, uint64_t end);
 
 void tensor_allocated(const void* start, size_t bytes);
@@ -55,7 +55,7 @@ struct DeviceMemory {
 };
 DeviceMemory memory_of(int32_t device);
 std::vector<std::shared_ptr<Block>> host_blocks();
-// Looks at the canaries of all live blocks and reports what is broken, each block once.
+// Checks the canaries of all live blocks and reports overwritten ones, each block once.
 void check_canaries();
 
 }  // namespace cann_sim::acl

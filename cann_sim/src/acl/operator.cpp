@@ -1,5 +1,5 @@
-// The single-operator interface: descriptors are kept, so that a caller gets as far as executing the operator, which is
-// refused by name: there are no kernels of the vendor's here.
+// The single-operator interface. It accepts descriptors, but executing an operator fails with an error that names it,
+// because the simulator has no vendor kernels.
 #include <cstdio>
 #include <string>
 #include <vector>
@@ -21,14 +21,14 @@ struct aclTensorDesc {
   std::string name;
 };
 
-struct aclopAttr {};  // nobody reads attributes
+struct aclopAttr {};  // attributes are never read
 
 namespace {
 
 aclError refuse(const char* name) {
   return fail(ACL_ERROR_OP_NOT_FOUND,
-              text("cann_sim has no kernel for the operator %s: only kernels of your own run here, and those operators "
-                   "that the host computes",
+              text("cann_sim has no kernel for the operator %s: it runs only your own kernels, and operators that the "
+                   "host computes",
                    name));
 }
 
@@ -156,7 +156,7 @@ aclError aclopCompileAndExecuteV2(const char* name, int /*inputs*/, aclTensorDes
   return refuse(name);
 }
 
-// Options of a compiler that is not there: accepted, and read back as off.
+// Compiler options are accepted and ignored; all read as disabled.
 aclError aclSetCompileopt(aclCompileOpt /*option*/, const char* /*value*/) {
   CANN_SIM_API();
   return ACL_SUCCESS;
@@ -172,7 +172,7 @@ aclError aclGetCompileopt(aclCompileOpt /*option*/, char* value, size_t room) {
   return ACL_SUCCESS;
 }
 
-// What the generated stubs of functions that are not modelled return.
+// Called by the generated stubs of unmodelled functions.
 long cann_sim_acl_not_modelled(const char* name) {
   std::fprintf(stderr, "cann_sim: %s is not modelled\n", name);
   return fail(ACL_ERROR_API_NOT_SUPPORT, text("cann_sim does not model %s", name));

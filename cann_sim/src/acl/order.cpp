@@ -13,7 +13,7 @@ namespace cann_sim::acl {
 
 namespace {
 
-// The last write of a range, and the reads since then that no later read is ordered after.
+// The last write of a range, and the later reads, except those that another read is ordered after.
 struct Record {
   StepPtr write;
   std::vector<StepPtr> reads;
@@ -88,8 +88,8 @@ std::string conflict(const Step& step, bool writes, const Step& other, bool othe
   const char* remedy =
       step.slot == kHostSlot || other.slot == kHostSlot
           ? "synchronise the stream, or an event recorded on it, before the host touches the memory"
-          : "record an event after the one and let the other's stream wait for it (wait_stream, wait_event); memory "
-            "that a second stream uses must not be given to anybody else before that (record_stream)";
+          : "record an event after the first and let the other stream wait for it (wait_stream, wait_event); if the "
+            "memory was freed in between, call record_stream so that it is not reused earlier";
   return text("%s %s that %s, and nothing orders one after the other: %s",
               side(step, writes ? "writes" : "reads").c_str(), describe_memory(start, end).c_str(),
               side(other, other_writes ? "writes" : "reads").c_str(), remedy);

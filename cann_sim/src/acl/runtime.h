@@ -1,4 +1,4 @@
-// Streams, events, devices and errors: what the files of this folder share.
+// Streams, events, devices and errors, shared by the files of this folder.
 #pragma once
 
 #include <atomic>
@@ -23,12 +23,12 @@ struct Context {
 };
 
 int32_t device_count();
-const Context* current_context();  // of this thread; null when it has none
+const Context* current_context();  // of this thread; null if it has none
 int32_t core_count(bool vector);
 
 // ---- streams and events ----
 
-// One recording of an event: done when its stream has come to it.
+// One recording of an event: done when its stream reaches it.
 struct Recording {
   bool done = false;
   uint64_t time_ns = 0;
@@ -41,17 +41,17 @@ struct Task {
   enum class Kind { work, wait, host } kind = Kind::work;
   StepPtr step;
   std::function<void()> run;             // work
-  std::shared_ptr<Recording> recording;  // what a wait waits for, or what completes when the task has run
+  std::shared_ptr<Recording> recording;  // waited for by a wait, or else completed by the task
 };
 
-// An error that a synchronisation has yet to tell; a race is shared by both streams, and told once.
+// An error for the next synchronisation to return. Both streams of a race share one; it is returned once.
 struct Fault {
   aclError code;
   std::string message;
   bool told = false;
 };
 
-// All under runtime().mutex.
+// All members are protected by runtime().mutex.
 struct Stream : std::enable_shared_from_this<Stream> {
   int32_t device = 0, id = 0;
   uint32_t slot = 0, overflow = 0, priority = 0, flags = 0;
@@ -82,61 +82,60 @@ struct Runtime {
   uint32_t next_slot = kHostSlot + 1;
   int32_t next_stream = 0;
   bool hold_all = false;
-  // At exit first no more tasks are begun, then no more are waited for.
+  // At exit: first no more tasks are started (ending), then none are waited for (ended).
   bool ending = false, ended = false;
 };
 
 Runtime& runtime();
 using Lock = std::unique_lock<std::mutex>;
 
-// The stream of a handle; null is the default stream of the current device. Null when there is none, with the error
-// text set and `code` to return. Under the lock.
+// The stream of a handle; a null handle is the current device's default stream. Returns null if there is none, with
+// `code` and the error text set. Under the lock.
 StreamPtr find_stream(aclrtStream handle, aclError& code);
-// Those that were created and the default ones, in the order of their numbers. Under the lock.
+// Created and default streams, sorted by number. Under the lock.
 std::vector<StreamPtr> all_streams();
-// The next step of a stream. Under the lock.
+// Creates the next step of a stream. Under the lock.
 StepPtr next_step(Stream& stream, const std::string& name);
 // Puts a task in a stream's queue. Under the lock.
 void enqueue(Stream& stream, Task task);
-// The whole of it: looks the stream up, makes the step, enqueues work. `run` gets the step when it runs.
+// Finds the stream, creates the step and enqueues work, which calls `run` with the step.
 aclError enqueue_work(aclrtStream handle, const std::string& name, std::function<void(const StepPtr&, Stream&)> run,
                       bool wait_for_it = false);
-// A task is over; under the lock.
+// Marks a task as finished. Under the lock.
 void finish(Stream& stream, const Task& task);
-// Waits for `done`; false when the time is up (negative: no limit) or the process has ended its streams.
+// Waits for `done`; false after the timeout (negative: none) or if the process has ended its streams.
 bool wait_until(Lock& lock, int32_t timeout_ms, const std::function<bool()>& done);
-// The error of a wait that came to nothing: its own, or that the process has ended its streams. Under the lock.
+// The error of a failed wait: the given one, or that the process has ended its streams. Under the lock.
 aclError waited_in_vain(aclError code, const std::string& message);
-// Waits for all that was enqueued on a device.
+// Waits for all tasks enqueued on a device.
 aclError synchronize_device(int32_t device, int32_t timeout_ms);
-// The error that a stream's tasks left, once. Under the lock.
+// Returns the error of a stream's tasks, once. Under the lock.
 aclError take_fault(Stream& stream);
 
-// ---- errors that no return value could tell ----
+// ---- asynchronous errors ----
 
 struct Error {
   std::string kind, message;
   uint64_t count = 0;
 };
 
-// Keeps an error for the status and says it on standard error, the first time; the stream's next synchronisation
-// returns the code. Of very many different errors only the first are kept word by word.
+// Records an error for the status and, the first time, prints it to standard error; the stream's next synchronisation
+// returns the code. Only the first kErrorsKept different errors keep their messages.
 void report_error(const std::string& kind, const std::string& message, bool print = true);
 void report_error(Stream& stream, aclError code, const std::string& kind, const std::string& message,
                   bool print = true);
 std::vector<Error> errors();
 void clear_errors();
 
-// Notes an access of a task and reports a race. Non-zero: there is one.
+// Records an access of a task and reports a race. Non-zero if there is one.
 aclError check_access(const StepPtr& step, Stream& stream, uint64_t start, uint64_t end, bool writes);
 
 // ---- fork ----
 
-// A mutex that a child process must not find locked by a thread that it does not have. A lower rank is locked before a
-// higher one where both are held.
+// Registers a mutex that must be unlocked in a forked child. Mutexes are locked in ascending order of rank.
 void keep_over_fork(int rank, std::mutex& mutex);
 
-// The process's one State, which has such a mutex. It outlives static destructors.
+// The process's only State, whose mutex is kept over fork. It outlives static destructors.
 template <typename State>
 State& lasting(int rank) {
   static State* const state = [rank] {

@@ -1,4 +1,4 @@
-// Settings that are accepted and change nothing here, and the last error of a thread or a device, which is none.
+// Settings that are accepted and ignored; the last error of a thread or device, which is always none.
 #include "calls.h"
 #include "hccl/hccl.h"
 
@@ -45,7 +45,7 @@ aclError aclrtGetSysParamOpt(aclSysParamOpt /*option*/, int64_t* value) {
   return ACL_SUCCESS;
 }
 
-// There are no collectives, so those there are are deterministic; which hardware runs them cannot be chosen.
+// There are no collectives: asking for deterministic ones succeeds, choosing their hardware does not.
 HcclResult HcclSetConfig(HcclConfig config, HcclConfigValue /*value*/) {
   if (const aclError code = api(__func__).enter(__func__); code != ACL_SUCCESS) {
     return static_cast<HcclResult>(code);

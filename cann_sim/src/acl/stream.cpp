@@ -1,4 +1,4 @@
-// Streams: creating, destroying, synchronising, asking, and functions of the host that run in their turn.
+// Streams: creating, destroying, synchronising, querying, and host functions in stream order.
 #include <algorithm>
 #include <vector>
 
@@ -36,7 +36,7 @@ aclError create(aclrtStream* handle, uint32_t priority, uint32_t flags) {
   return ACL_SUCCESS;
 }
 
-// What was enqueued up to now, of each stream, has to be done; then the host comes after it.
+// Waits for everything enqueued so far on these streams, and orders the host after it.
 aclError synchronize(const std::vector<StreamPtr>& streams, int32_t timeout_ms, Lock& lock) {
   std::vector<uint64_t> targets;
   std::vector<Clock> clocks;
@@ -61,7 +61,7 @@ aclError synchronize(const std::vector<StreamPtr>& streams, int32_t timeout_ms, 
     if (code == ACL_SUCCESS) {
       code = take_fault(*streams[i]);
     }
-    streams[i]->fault = nullptr;  // the first is told, and all are over
+    streams[i]->fault = nullptr;  // the first is returned, all are cleared
   }
   return code;
 }
@@ -73,7 +73,7 @@ aclError synchronize_stream(aclrtStream handle, int32_t timeout_ms) {
   return stream == nullptr ? code : synchronize({stream}, timeout_ms, lock);
 }
 
-// What `use` does with a stream, if there is one; under the lock.
+// Calls `use` with the stream of the handle, under the lock.
 template <typename Use>
 aclError with_stream(aclrtStream handle, const Use& use) {
   const Lock lock(runtime().mutex);
@@ -91,8 +91,7 @@ aclError synchronize_current_device(int32_t timeout_ms) {
   return synchronize_device(current_context()->device, timeout_ms);
 }
 
-// What is queued does nothing when its turn comes. The operators of the host keep theirs, as a thread is in them or
-// waits for it, and so does what runs.
+// Turns queued tasks into no-ops. Running tasks finish; operators on the host stay, since a thread runs or awaits them.
 void drop_tasks(Stream& stream) {
   for (Task& task : stream.queue) {
     if (task.kind == Task::Kind::wait) {
@@ -249,7 +248,7 @@ aclError aclrtStreamGetFlags(aclrtStream handle, uint32_t* flags) {
   return with_stream(handle, [&](const Stream& stream) { *flags = stream.flags; });
 }
 
-// Streams go on after a task has failed, which is mode 0; the mode is accepted.
+// Accepts the mode. Streams continue after a failed task, which is mode 0.
 aclError aclrtSetStreamFailureMode(aclrtStream handle, uint64_t /*mode*/) {
   CANN_SIM_API();
   return with_stream(handle, [](const Stream&) {});

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Reads from the binaries of a torch_npu what it wants of CANN.
+"""Reads the CANN libraries and functions that torch_npu requires from its binaries.
 
 torch_npu_symbols.py libraries TORCH_NPU_DIR TORCH_LIB_DIR      names of the libraries, besides libascendcl.so
 torch_npu_symbols.py stubs TORCH_NPU_DIR OUTPUT OBJECT...       writes stubs of functions that no object defines
@@ -41,7 +41,7 @@ def libraries(torch_npu: Path, torch_lib: Path) -> list[str]:
 
 
 def stubs(torch_npu: Path, objects: list[Path]) -> str:
-    """C source with a function for each that torch_npu wants and nobody defines."""
+    """C source with a stub of each CANN function that torch_npu requires and no object defines."""
     wanted: set[str] = set().union(*(symbols(path, "-D", "--undefined-only") for path in binaries(torch_npu)))
     defined: set[str] = set().union(*(symbols(path, "--defined-only") for path in objects))
     missing = sorted(name for name in wanted - defined if CANN_FUNCTION.fullmatch(name))

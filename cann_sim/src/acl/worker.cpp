@@ -1,4 +1,4 @@
-// The threads behind the streams: tasks in order, each stream on its own, and the errors they leave (runtime.h).
+// The worker threads, one per stream, which run its tasks in order; and the errors of tasks (runtime.h).
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -42,7 +42,7 @@ void work(const StreamPtr& stream) {
 
 const pid_t owner = getpid();
 
-// At exit streams stop: what still runs is waited for, for a while, since it uses memory that is about to go.
+// At exit streams stop. Waits up to 5 s for running tasks, since they use memory that exit destroys.
 void end_workers() {
   if (getpid() != owner) {  // a child
     return;
@@ -58,7 +58,7 @@ void end_workers() {
   runtime().changed.notify_all();
 }
 
-// A child that was forked has no workers: if its parent had any, nothing runs.
+// A forked child has no workers: if its parent had any, tasks of the child never run.
 void end_in_child() {
   const std::vector<StreamPtr> streams = all_streams();
   if (std::any_of(streams.begin(), streams.end(), [](const StreamPtr& stream) { return stream->started; })) {
@@ -66,7 +66,7 @@ void end_in_child() {
   }
 }
 
-// The first error is the one to tell.
+// The first error is kept until it is returned.
 void set_fault(Stream& stream, const std::shared_ptr<Fault>& fault) {
   if (stream.fault == nullptr || stream.fault->told) {
     stream.fault = fault;
@@ -154,7 +154,7 @@ aclError enqueue_work(aclrtStream handle, const std::string& name, std::function
     return code;
   }
   const StepPtr step = next_step(*stream, name);
-  Stream* const target = stream.get();  // which its worker keeps alive
+  Stream* const target = stream.get();  // its worker keeps it alive
   enqueue(*stream, {Task::Kind::work, step, [run = std::move(run), step, target] { run(step, *target); }, nullptr});
   if (wait_for_it && !wait_until(lock, -1, [&] { return stream->done >= step->number; })) {
     return waited_in_vain(ACL_ERROR_RT_STREAM_NOT_COMPLETE, name + " has not run");

@@ -1,5 +1,5 @@
-// CPU tensors over the memory of npu tensors: simulated device memory is host memory, so a CPU kernel given the alias
-// reads and writes the npu tensor itself. Views of one storage become views of one alias, as overlap checks expect.
+// CPU tensors that alias npu tensors. Simulated device memory is host memory, so a CPU kernel reads and writes the npu
+// tensor through the alias. Views of one storage become views of one alias, as overlap checks expect.
 #pragma once
 
 #include <unordered_map>
@@ -17,12 +17,12 @@ class Aliases {
     bool written;
   };
 
-  // The alias of an npu tensor; any other tensor as it is.
+  // The alias of an npu tensor; any other tensor unchanged.
   at::Tensor to_cpu(const at::Tensor& tensor, bool written);
-  // The npu tensor that an alias stands for; a CPU tensor that is no alias becomes a new npu tensor, which wants write.
+  // The npu tensor of an alias. For any other CPU tensor a new npu tensor, which write() must fill.
   at::Tensor to_npu(const at::Tensor& tensor, c10::Device device);
-  // What a kernel left on the CPU: the new tensors, and those whose aliases it has resized (out=), which get the
-  // aliases' sizes here. All of them want write.
+  // Tensors whose results are still on the CPU: new tensors, and tensors whose aliases the kernel resized (out=), which
+  // are resized here. write() must fill all of them.
   std::vector<Pair> arriving() const;
   static void write(const Pair& pair);
 

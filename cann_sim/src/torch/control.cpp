@@ -1,4 +1,4 @@
-// Binds the control interface and turns tensors into the byte ranges that it takes.
+// Binds the control interface, and converts tensors to byte ranges.
 #include "control.h"
 
 #include <dlfcn.h>
@@ -12,7 +12,7 @@
 namespace cann_sim_torch {
 namespace {
 
-constexpr int64_t kMostRuns = 1 << 16;  // a tensor in more pieces is left out of the search for races
+constexpr int64_t kMostRuns = 1 << 16;  // a tensor with more pieces is not checked for races
 
 struct Control {
   uint64_t (*begin)(void*, const char*);
@@ -55,7 +55,7 @@ struct Dimension {
   int64_t size, stride;
 };
 
-// Dimensions that have more than one element, the outermost first, merged where they are dense in one another.
+// Dimensions with more than one element, outermost first; adjacent dense dimensions are merged.
 std::vector<Dimension> merged_dimensions(const at::TensorBase& tensor) {
   std::vector<Dimension> dimensions;
   for (int64_t i = 0; i < tensor.dim(); ++i) {
@@ -88,7 +88,7 @@ void tensor_freed(const void* start) {
 }
 
 Task::Task(c10::Device device, const std::string& name) : name_(name) {
-  // stream() empties torch_npu's task queue into the stream, begin waits for the stream.
+  // stream() flushes torch_npu's task queue to the stream; begin waits for the stream.
   task_ = control().begin(c10_npu::getCurrentNPUStream(device.index()).stream(), name.c_str());
   if (task_ == 0) {
     const char* why = control().message();
@@ -113,7 +113,7 @@ void Task::touch(const at::TensorBase& tensor, bool write) {
     return;
   }
   std::vector<Dimension> outer = merged_dimensions(tensor);
-  int64_t run = 1;  // elements that follow one another
+  int64_t run = 1;  // contiguous elements
   if (!outer.empty() && outer.back().stride == 1) {
     run = outer.back().size;
     outer.pop_back();

@@ -1,5 +1,5 @@
-// The simulated runtime, as the operators on the host see it: a task that stands in a stream in the place of a kernel.
-// The functions are those of cann_sim/acl_control.h, looked up in the libascendcl.so that torch_npu was loaded with.
+// The interface of the operators on the host to the simulated runtime: a task in a stream instead of a kernel. Uses the
+// functions of cann_sim/acl_control.h, looked up in the libascendcl.so that torch_npu uses.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@
 
 namespace cann_sim_torch {
 
-// One operator on the current stream of a device: begins when everything enqueued there before has run, and orders
-// nothing else. Tell it the memory it reads and writes before it ends.
+// One operator on the current stream of a device. It begins when everything enqueued there before has run, and orders
+// nothing else. Call touch() for the memory it reads and writes before end().
 class Task {
  public:
   Task(c10::Device device, const std::string& name);

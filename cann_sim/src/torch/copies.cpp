@@ -1,5 +1,5 @@
-// Copies. Transfers of dense tensors of one type stay torch_npu's (aclrtMemcpy and its queue, and what they
-// synchronise); the parts that would need a device kernel, strides and types, are done on the host.
+// Copies. torch_npu transfers dense tensors of one type (aclrtMemcpy, its queue and synchronisation); conversions of
+// strides and types, which would need a device kernel, run on the host.
 #include "operators.h"
 
 #include <ATen/ops/clone_ops.h>
@@ -20,7 +20,7 @@ at::Tensor copied(at::Tensor to, const at::Tensor& from, bool non_blocking) {
   return at::_ops::copy_::call(to, from, non_blocking);
 }
 
-// A dense tensor with the type and sizes of `to` and the values of `from`, where `from` is.
+// A dense tensor with the type and sizes of `to` and the values of `from`, on the device of `from`.
 at::Tensor prepared(const at::Tensor& from, const at::Tensor& to) {
   const at::Tensor like = at::empty_like(to, from.options().dtype(to.scalar_type()), at::MemoryFormat::Contiguous);
   return copied(like, from, false);

@@ -1,4 +1,4 @@
-// Puts the kernels into the dispatcher, over those of torch_npu that would call CANN.
+// Registers the kernels, replacing those of torch_npu that would call CANN.
 #include <memory>
 #include <set>
 #include <string>
@@ -17,7 +17,7 @@ namespace {
 
 using c10::DispatchKey;
 
-// Metadata, and what ends in calls of the runtime that the simulator has.
+// Operators that keep torch_npu's kernel: they only change metadata, or call runtime functions that are simulated.
 const std::set<std::string>& kept() {
   static const std::set<std::string> names = {"aten::_copy_from_and_resize",
                                               "aten::_fused_sdp_choice",
@@ -35,7 +35,7 @@ const std::set<std::string>& kept() {
   return names;
 }
 
-// What allocates: torch_npu's kernel, and then the runtime hears of the tensor.
+// Operators that allocate: they call torch_npu's kernel, and then report the tensor to the runtime.
 const std::set<std::string>& allocating() {
   static const std::set<std::string> names = {"aten::empty",   "aten::empty_like", "aten::empty_strided",
                                               "aten::resize_", "aten::resize_as_", "aten::new_empty_strided"};
@@ -62,7 +62,7 @@ bool runs_on_cpu(const c10::OperatorHandle& op) {
   return false;
 }
 
-// A kernel of the dispatcher, called in the place of another one with the keys of the call.
+// A dispatcher kernel that calls another kernel with the dispatch keys of the call.
 class Calling : public c10::OperatorKernel {
  public:
   Calling(c10::SafeKernelFunction kernel, bool allocates) : kernel_(std::move(kernel)), allocates_(allocates) {}
@@ -100,8 +100,8 @@ std::string full_name(const c10::OperatorName& name) {
   return name.overload_name.empty() ? name.name : name.name + "." + name.overload_name;
 }
 
-// Operators for which torch_npu has derivatives of its own, of backward operators that only CANN has, or which core
-// composes of others and torch_npu does not: as on the CPU.
+// Gives operators the CPU's derivatives where torch_npu registers its own: those call backward operators of CANN, or
+// replace a composition of other operators.
 void install_derivatives(torch::Library& library) {
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::AutogradPrivateUse1)) {
@@ -141,9 +141,9 @@ void install_kernels(torch::Library& library) {
   library.impl("_thnn_fused_gru_cell", &gru_cell);
 }
 
-// Operators of torch_npu's own: those of metadata and formats stay, all others would call CANN.
+// torch_npu's own operators raise, since they would call CANN, except the ones listed here.
 void install_own_operators(torch::Library& library) {
-  // Metadata, formats, and moves of memory that torch_npu composes its copies of.
+  // Metadata, formats, and memory moves that torch_npu's copies are composed of.
   static const std::set<std::string> names = {
       "npu::_npu_format_cast", "npu::copy_memory_",     "npu::get_npu_format",
       "npu::get_storage_size", "npu::npu_broadcast",    "npu::npu_change_data_ptr",
@@ -167,7 +167,7 @@ void install() {
     return;
   }
   find_control();
-  // Libraries take their registrations back when they are destroyed: these stay.
+  // Never destroyed: a Library's destructor removes its registrations.
   auto* kernels = new torch::Library(torch::Library::IMPL, "aten", DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto* own = new torch::Library(torch::Library::IMPL, "npu", DispatchKey::PrivateUse1, __FILE__, __LINE__);
   auto* derivatives =

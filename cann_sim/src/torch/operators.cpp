@@ -1,4 +1,4 @@
-// The kernel that nearly all operators of npu tensors get.
+// The kernel of nearly all operators of npu tensors.
 #include "operators.h"
 
 #include <algorithm>
@@ -19,14 +19,14 @@
 namespace cann_sim_torch {
 namespace {
 
-// Arguments that may be on the CPU beside npu tensors, as torch_npu allows.
+// Arguments that may be on the CPU although others are npu tensors, as torch_npu allows.
 bool may_be_on_cpu(const std::string& argument) {
   constexpr std::array<std::string_view, 6> kNames = {"indices",     "lengths",    "batch_sizes",
                                                       "state_steps", "grad_scale", "found_inf"};
   return std::find(kNames.begin(), kNames.end(), argument) != kNames.end();
 }
 
-// The device of an operator's npu tensors; raises where tensors of several devices meet.
+// The device of an operator's npu tensors; raises if they are on several devices.
 class OneDevice {
  public:
   explicit OneDevice(const c10::OperatorHandle& op) : op_(op) {}
@@ -111,7 +111,7 @@ bool synchronises(const c10::OperatorHandle& op) {
   return op.hasTag(at::Tag::dynamic_output_shape) || op.hasTag(at::Tag::data_dependent_output);
 }
 
-// The operator itself, from npu tensors on the stack to tensors on the stack that are aliases or new ones on the CPU.
+// Runs the operator: replaces npu tensors on the stack by results that are aliases or new CPU tensors.
 void run(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliases& aliases) {
   const c10::FunctionSchema& schema = op.schema();
   const std::vector<c10::Argument>& arguments = schema.arguments();
@@ -148,8 +148,8 @@ void run(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliase
   task.end();
 }
 
-// Writes to npu tensors what the kernel left on the CPU: new results, and aliases that it has resized (out=), which
-// move. A task of its own: where memory is short, the allocator waits for all tasks there are.
+// Writes results that are still on the CPU to npu tensors: new results, and resized aliases (out=). Allocates before
+// its task begins, because an allocator that is short of memory waits for all tasks.
 void deliver(const c10::OperatorHandle& op, Stack* stack, c10::Device device, Aliases& aliases) {
   {
     const SettledLater later;
@@ -195,10 +195,9 @@ void host_kernel(const c10::OperatorHandle& op, Stack* stack) {
 }
 
 void missing_kernel(const c10::OperatorHandle& op, Stack*) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      false, "cann_sim: ", op.operator_name(),
-      " is not simulated: torch_npu runs it with a kernel of CANN, and torch has none for the CPU "
-      "that could stand in for it. Compose it of operators that the CPU has, or write a kernel.");
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "cann_sim: ", op.operator_name(),
+                              " is not simulated: torch_npu runs it with a kernel of CANN, and torch has no CPU kernel "
+                              "for it. Compose it of operators that have a CPU kernel, or write a kernel.");
 }
 
 }  // namespace cann_sim_torch

@@ -1,4 +1,4 @@
-// Kernels for the dispatcher: an operator of npu tensors on the host, and what else takes its place.
+// Kernels for the dispatcher: operators of npu tensors on the host.
 #pragma once
 
 #include <optional>
@@ -36,11 +36,11 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input_gates, const
 // tensors.cpp
 void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                        Stack* stack);  // calls torch_npu's kernel, which allocates
-// Tells the runtime of a device's tensors now, and what is in the task queue before that; not inside of a Task.
+// Flushes the task queue and reports the device's tensors to the runtime now. Do not call inside a Task.
 void settle_tensors(c10::DeviceIndex device);
 void settle_all_tensors();
 
-// While alive, what this thread allocates waits for settle_tensors: quicker than the task queue.
+// While alive, this thread's allocations wait for settle_tensors, which is faster than the task queue.
 struct SettledLater {
   SettledLater();
   ~SettledLater();

@@ -1,6 +1,5 @@
-// Random numbers: an operator draws on the CPU from a stream that its npu generator's seed and offset determine, and
-// moves the offset on. So torch.manual_seed, rng states and checkpointing work, and the CPU's own numbers are not used
-// up.
+// Random numbers: an operator uses a CPU generator seeded by its npu generator's seed and offset, and advances the
+// offset. So torch.manual_seed, rng states and checkpointing work, and the CPU's default generator does not advance.
 #pragma once
 
 #include <optional>
@@ -11,10 +10,10 @@
 
 namespace cann_sim_torch {
 
-// A CPU generator in the place of `generator`, or of the device's default one where it is not given.
+// A CPU generator that replaces `generator`, or the device's default generator if not given.
 at::Generator cpu_generator(const std::optional<at::Generator>& generator, c10::Device device);
 
-// While alive, the CPU's default generator is such a one: for random operators that take no generator.
+// While alive, replaces the CPU's default generator by such a generator, for operators that take no generator.
 class DefaultGeneratorGuard {
  public:
   explicit DefaultGeneratorGuard(c10::Device device);

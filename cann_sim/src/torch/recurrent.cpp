@@ -1,4 +1,4 @@
-// The fused cells of LSTM and GRU, which torch has no CPU kernels for: composed of operators that have.
+// The fused cells of LSTM and GRU, which have no CPU kernels in torch, composed of other operators.
 #include <tuple>
 
 #include <ATen/ops/add.h>

@@ -1,7 +1,7 @@
-// Follows torch_npu's caching allocator, which cuts tensors out of large segments: each tensor becomes an allocation of
-// its own for the runtime, so that a kernel is held to the tensor's bytes and to what was written in them.
-// The allocator reports while it holds its lock, and hands memory on while launches that use it still wait in
-// torch_npu's task queue. So reports are noted down, and told to the runtime in the order of that queue.
+// Follows torch_npu's caching allocator, which places tensors in large segments. Each tensor is reported to the runtime
+// as an allocation, so that kernels are checked for bounds and initialization per tensor.
+// The allocator reports while it holds its lock, and reuses memory while launches that use it still wait in torch_npu's
+// task queue. So its reports are stored as notes, and passed to the runtime in the order of that queue.
 #include <map>
 #include <mutex>
 #include <utility>
@@ -25,15 +25,15 @@ struct Note {
   bool allocated;
 };
 
-// Of one device, which has one allocator and one task queue. Held for long, `queueing` is not what the allocator waits
-// for: a full queue is emptied by a thread that frees memory.
+// The notes of one device, which has one allocator and one task queue. `queueing` may be held for long, so the
+// allocator must never wait for it: a full task queue is emptied by a thread that frees memory.
 struct Notes {
-  std::mutex queueing;  // from taking notes until they are told or in the queue: who finds none left comes after them
+  std::mutex queueing;  // held from taking notes until they are reported or queued, to keep their order
   std::vector<Note> list;
 };
 
 struct AllNotes {
-  std::mutex mutex;  // of the map and of the lists
+  std::mutex mutex;  // protects the map and the lists
   std::map<c10::DeviceIndex, Notes> devices;
 };
 
@@ -77,7 +77,7 @@ thread_local bool settled_later = false;
 
 void enqueue_tensors(c10::DeviceIndex device) {
   Notes& notes = notes_of(device);
-  const c10_npu::NPUGuard on_device(device);  // whose queue it is
+  const c10_npu::NPUGuard on_device(device);  // selects the device's queue
   const std::lock_guard<std::mutex> lock(notes.queueing);
   std::vector<Note> now = taken(notes);
   if (!now.empty()) {
@@ -95,7 +95,7 @@ void settle_tensors(c10::DeviceIndex device) {
   const std::lock_guard<std::mutex> lock(notes.queueing);
   const std::vector<Note> now = taken(notes);
   if (!now.empty()) {
-    c10_npu::getCurrentNPUStream(device).stream();  // empties the queue of what came before these notes
+    c10_npu::getCurrentNPUStream(device).stream();  // flushes the tasks queued before these notes
     tell(now);
   }
 }
@@ -122,7 +122,7 @@ SettledLater::~SettledLater() {
 
 void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                        Stack* stack) {
-  // The allocator has no devices to follow before the first allocation.
+  // The allocator has no devices before the first allocation.
   static std::once_flag followed;
   auto* allocator = c10_npu::NPUCachingAllocator::get();
   if (allocator->initialized()) {

@@ -1,10 +1,10 @@
-// One chunk of one row, vectorised with at::vec. This file is compiled once per instruction set, with
-// CPU_CAPABILITY naming it, and everything in it lives in a namespace of that name or is anonymous: a symbol
-// shared between variants would let the linker put AVX512 code on a machine without it.
+// One chunk of one row, vectorised with at::vec. This file is compiled once per instruction set, which CPU_CAPABILITY
+// names. Everything in it is in a namespace of that name or anonymous: if variants shared a symbol, the linker could
+// pick the AVX512 version for every machine.
 //
-// Why one exp an element is enough: `stats` keeps exp(z - max of the chunk) while the chunk is in cache, and the
-// gradient only scales it by exp(max of the chunk - lse). Why that comes near to what memory allows: while `stats` is
-// busy with exponentials, the chunk that is next comes into the cache; and large outputs go past it.
+// One exp per element suffices: `stats` keeps exp(z - max of the chunk) while the chunk is in cache, and the gradient
+// scales it by exp(max of the chunk - lse). To run near memory bandwidth, `stats` prefetches the next chunk while it
+// computes exponentials, and large outputs bypass the cache.
 #include "cpu/kernels/chunk_kernels.h"
 
 #include <algorithm>
@@ -18,7 +18,7 @@
 namespace npu_xent::cpu::CPU_CAPABILITY {
 namespace {
 
-// z of LogitMap as a product, base(x) * factor; and z + offset, where the product is not rounded by itself.
+// LogitMap without a softcap: z = base(x) * factor. z + offset is one fused multiply-add.
 template <typename acc>
 struct Scaled {
   static constexpr bool capped = false;
@@ -29,9 +29,9 @@ struct Scaled {
   Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return at::vec::fmadd(base, factor, offset); }
 };
 
-// The same with a softcap. Here z is rounded before anything is added to it (CpuVariants.cmake keeps the compiler from
-// contracting the two): the maximum of a chunk and the target's logit are rounded likewise, so that z is off by the
-// same wherever it comes from, and a confident prediction's loss does not consist of the difference.
+// LogitMap with a softcap. Here z is rounded before the addition (CpuVariants.cmake disables contraction): the maximum
+// of the chunk and the target's logit are rounded in the same way, so these errors cancel in the loss of a confident
+// prediction.
 template <typename acc>
 struct Capped {
   static constexpr bool capped = true;
@@ -42,7 +42,7 @@ struct Capped {
   Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return base * factor + offset; }
 };
 
-// Calls f with the one of these that m asks for.
+// Calls f with the map that m describes.
 template <typename acc, typename F>
 void with_map(const LogitMap<acc>& m, const F& f) {
   m.softcap == 0 ? f(Scaled<acc>(m)) : f(Capped<acc>(m));
@@ -58,7 +58,7 @@ Pair<acc> base_of(const Map& z, const Pair<acc>& x) {
   return {z.base(x.lo), z.base(x.hi)};
 }
 
-// max of scale x over the chunk. It may overlook a NaN, which the sum of the exponentials will show.
+// max of scale x over the chunk. It may miss a NaN, which then appears in the sum of the exponentials.
 template <typename scalar_t>
 acc_t<scalar_t> scaled_max(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) {
   using acc = acc_t<scalar_t>;
@@ -66,7 +66,7 @@ acc_t<scalar_t> scaled_max(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) 
   const Vec<acc> factor(scale);
   Pair<acc> top{Vec<acc>(lowest), Vec<acc>(lowest)};
   const auto add = [&](const Pair<acc>& v) {
-    // Not at::vec::maximum, which looks for NaN.
+    // Not at::vec::maximum, which also propagates NaN and is slower.
     top.lo = at::vec::clamp_min(top.lo, v.lo);
     top.hi = at::vec::clamp_min(top.hi, v.hi);
   };
@@ -85,8 +85,8 @@ acc_t<scalar_t> scaled_max(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) 
   return *std::max_element(lanes, lanes + kBlock<acc>);
 }
 
-// The same for a 16-bit type and scale > 0, without converting. Read as integers, such numbers are in ascending order
-// from +0 on, and in descending order from -0 on, all below 0.
+// The same for a 16-bit type and scale > 0, without converting to float. Read as int16, positive floats keep their
+// order; negative floats are below 0 and in reverse order.
 template <typename scalar_t>
 float scaled_max_of_bits(const scalar_t* x, int64_t n, float scale) {
   using Bits = Vec<int16_t>;
@@ -114,7 +114,7 @@ float scaled_max_of_bits(const scalar_t* x, int64_t n, float scale) {
   return static_cast<float>(*as_vec(&max)) * scale;
 }
 
-// max of z over the chunk, but for a NaN. A softcap leaves the order of logits as it is.
+// max of z over the chunk, possibly missing a NaN. A softcap keeps the order of the logits.
 template <typename scalar_t>
 acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map) {
   using acc = acc_t<scalar_t>;
@@ -145,7 +145,7 @@ bool has_nan(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) {
   return std::any_of(lanes, lanes + Vec<acc>::size(), [](acc lane) { return std::isnan(lane); });
 }
 
-// The block at `ahead` + i goes into the cache, if it exists.
+// Prefetches the block at `ahead` + i, which may be past the end.
 template <typename scalar_t>
 void prefetch_block(const scalar_t* ahead, int64_t i) {
   constexpr uintptr_t cache_line = 64, bytes = kBlock<acc_t<scalar_t>> * sizeof(scalar_t);
@@ -219,7 +219,7 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
   if (std::isfinite(max) && result.sum < infinity) {
     return result;
   }
-  // All -inf, or a +inf or NaN: of the sums only wsum is worth having, and it is what the arithmetic gives.
+  // All -inf, or a +inf or NaN: only wsum is used, and it follows IEEE arithmetic.
   const bool nan = std::isfinite(max) || has_nan(x, n, map.scale);
   result.max = nan ? std::numeric_limits<acc>::quiet_NaN() : max;
   result.sum = 0;
@@ -229,8 +229,8 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
   return result;
 }
 
-// out[i, i + valid) = f(i, valid), block by block. Whole blocks, where valid is a constant, and less than one at the
-// end; when streaming also at the beginning, up to where memory is aligned.
+// out[i, i + valid) = f(i, valid), block by block: whole blocks, for which valid is a compile-time constant, and a
+// partial one at the end. Streaming stores also begin with a partial block, up to an aligned address.
 template <typename scalar_t, typename F>
 void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
   using acc = acc_t<scalar_t>;
@@ -238,7 +238,7 @@ void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
   constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
   const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
   int64_t i = 0;
-  if (past_cache && unaligned % sizeof(scalar_t) == 0) {  // else no element begins where a vector may
+  if (past_cache && unaligned % sizeof(scalar_t) == 0) {  // otherwise no element is vector-aligned
     if (unaligned != 0) {
       i = std::min(n, static_cast<int64_t>((vector_bytes - unaligned) / sizeof(scalar_t)));
       store(out, f(0, i), i);
@@ -256,7 +256,7 @@ void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
   }
 }
 
-// From exponentials to a gradient: slope (scale e - offset w). Without label smoothing the offset is 0, and the weights
+// The gradient from exponentials: slope (scale e - offset w). Without label smoothing the offset is 0, and the weights
 // are not read.
 template <typename acc>
 class GradBlock {

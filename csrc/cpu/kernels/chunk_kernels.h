@@ -1,6 +1,6 @@
-// The vectorised loops of the CPU implementation: what happens to one chunk of one row of logits.
-// Compiled once per instruction set; which table serves this machine is decided at run time.
-// Raw pointers and plain structs only: of torch the loops take the arithmetic of at::vec, and nothing else.
+// The vectorised loops of the CPU implementation, each over one chunk of one row of logits. Compiled once per
+// instruction set; the table for this machine is picked at run time. Raw pointers and plain structs only: the loops use
+// at::vec and nothing else of torch.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace npu_xent::cpu {
 
-// 16-bit storage types, named here so that nobody who includes this file needs torch's.
+// 16-bit storage types, so that including this file does not require torch.
 struct bf16 {
   uint16_t bits;
 };
@@ -16,7 +16,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Statistics are kept in fp32, in fp64 for fp64 logits.
+// Statistics are fp32, or fp64 for fp64 logits.
 template <typename scalar_t>
 struct acc_type {
   using type = float;
@@ -28,7 +28,7 @@ struct acc_type<double> {
 template <typename scalar_t>
 using acc_t = typename acc_type<scalar_t>::type;
 
-// What the softmax sees of a stored logit: z(x) = scale x or, unless softcap is 0, softcap tanh(scale x / softcap).
+// The argument of the softmax for a stored logit x: z(x) = scale x, or softcap tanh(scale x / softcap) if softcap > 0.
 template <typename acc>
 struct LogitMap {
   acc scale, softcap;
@@ -38,7 +38,7 @@ template <typename acc>
 struct ChunkStats {
   acc max;  // of z; NaN if any element is NaN
   acc sum;  // of exp(z - max); 0 when max is not finite
-  // Unless asked for 0:
+  // 0 unless requested:
   acc wsum;    // of w (z - max)
   acc weight;  // of w
 };
@@ -49,12 +49,12 @@ template <typename scalar_t>
 struct ChunkKernels {
   using acc = acc_t<scalar_t>;
 
-  // Statistics; `exps` (null: not wanted) receives exp(z - max), all 0 when max is not finite. Meanwhile n elements at
-  // `next` (null: none; nor need they exist) come into the cache.
+  // Statistics. `exps`, if not null, receives exp(z - max), all 0 when max is not finite. Prefetches n elements at
+  // `next`, which may be null or past the end.
   ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum, acc* exps,
                            const scalar_t* next);
-  // Those below write. past_cache: not through the caches, for what is not read again soon; `finish` comes after, and
-  // out is not x. out = slope (scale exps - offset w); out may be x
+  // The functions below write to `out`. With past_cache they bypass the caches; then call `finish` afterwards, and out
+  // must not be x. out = slope (scale exps - offset w); out may be x
   void (*grad_from_exps)(const scalar_t* x, const acc* exps, const acc* w, int64_t n, LogitMap<acc> map, acc scale,
                          acc offset, scalar_t* out, bool past_cache);
   // out = slope (scale exp(z - shift) - offset w); out may be x
@@ -66,10 +66,10 @@ struct ChunkKernels {
   void (*fill)(scalar_t* out, int64_t n, acc value, bool past_cache);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
-  // z of one logit, with the bits that it has in a chunk.
+  // z of one logit, bitwise identical to its value in a chunk.
   acc (*mapped)(const scalar_t* x, LogitMap<acc> map);
   void (*store)(scalar_t* out, acc value);
-  // Makes what this thread has written past the cache visible to others.
+  // Makes this thread's cache-bypassing stores visible to other threads.
   void (*finish)();
 };
 
@@ -100,8 +100,8 @@ inline const ChunkKernels<f16>& KernelTable::of<f16>() const {
   return f16_;
 }
 
-// The table for `capability`, one of torch's names (DEFAULT, AVX2, AVX512, SVE256); the baseline for any
-// name that this library holds no variant for.
+// The table for `capability`, one of torch's names (DEFAULT, AVX2, AVX512, SVE256); the baseline if this library has no
+// variant of that name.
 const KernelTable& kernel_table(const std::string& capability);
 
 // The variants in this library, separated by spaces.

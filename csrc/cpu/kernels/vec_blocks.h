@@ -1,5 +1,5 @@
-// Blocks of accumulators: loads and stores of every storage type, through the caches and past them. Included by
-// chunk_kernels.cpp alone, and like it compiled once per instruction set.
+// Blocks of accumulators: loads and stores of every storage type, with and without the caches. Included only by
+// chunk_kernels.cpp, and like it compiled once per instruction set.
 #pragma once
 
 #include <ATen/cpu/vec/functional.h>
@@ -18,7 +18,7 @@ namespace {
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
-// Storage types as at::vec knows them.
+// The storage types of at::vec.
 template <typename scalar_t>
 struct vec_type {
   using type = scalar_t;
@@ -48,7 +48,7 @@ struct Pair {
   Vec<acc> lo, hi;
 };
 
-// Every loop works on blocks of two accumulator vectors, which is one vector of a 16-bit type.
+// Every loop works on blocks of two accumulator vectors, the size of one vector of a 16-bit type.
 template <typename acc>
 constexpr int64_t kBlock = 2 * Vec<acc>::size();
 
@@ -88,8 +88,8 @@ void store(scalar_t* p, const Pair<acc_t<scalar_t>>& v, int64_t n) {
   }
 }
 
-// Stores one vector past the caches: memory is written without having been read, and what the caches hold stays there.
-// p is aligned to the size of the vector.
+// Stores one vector bypassing the caches: the cache line is not read first, and nothing is evicted. p is aligned to the
+// size of the vector.
 template <typename T>
 void stream(T* p, const Vec<T>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -105,14 +105,14 @@ void stream(T* p, const Vec<T>& v) {
 #endif
 }
 
-// Before another thread may look at what was streamed.
+// Call before another thread reads the streamed data.
 inline void finish_streaming() {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   _mm_sfence();
 #endif
 }
 
-// A whole block, likewise.
+// Streams a whole block.
 template <typename scalar_t>
 void stream_block(scalar_t* p, const Pair<acc_t<scalar_t>>& v) {
   using acc = acc_t<scalar_t>;

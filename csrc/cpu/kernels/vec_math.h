@@ -1,5 +1,4 @@
-// The functions that a softmax needs. Included by chunk_kernels.cpp alone, and like it compiled once per instruction
-// set.
+// exp and tanh. Included only by chunk_kernels.cpp, and like it compiled once per instruction set.
 #pragma once
 
 #include "cpu/kernels/vec_blocks.h"
@@ -7,16 +6,15 @@
 namespace npu_xent::cpu::CPU_CAPABILITY {
 namespace {
 
-// exp(x) for x <= 0, within 2 ulp, and 0 where it would be subnormal, for -inf too. Of a NaN it makes NaN or inf: a sum
-// shows it.
+// exp(x) for x <= 0, within 2 ulp; 0 for -inf and where the result would be subnormal; NaN or inf for NaN.
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 // exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln(2) / 2; exp(r) is the polynomial of degree 5 with the
-// smallest relative error, 0.8 ulp. Half the instructions of at::vec's exp_u20, which takes care of x > 0 as well.
+// smallest relative error, 0.8 ulp. Half the instructions of at::vec's exp_u20, which also handles x > 0.
 inline Vec<float> exp(const Vec<float>& x) {
-  const Vec<float> to_integer(12582912.f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+  const Vec<float> to_integer(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec<float> biased = at::vec::fmadd(x, Vec<float>(1.44269504f), to_integer);
   const Vec<float> n = biased - to_integer;
-  const Vec<float> minus_ln2(-0.693147182f), rounding(1.90465421e-9f);  // of ln 2, which is less
+  const Vec<float> minus_ln2(-0.693147182f), rounding(1.90465421e-9f);  // float(ln 2) - ln 2
   const Vec<float> r = at::vec::fmadd(n, rounding, at::vec::fmadd(n, minus_ln2, x));
   Vec<float> p = at::vec::fmadd(r, Vec<float>(8.2902721e-3f), Vec<float>(4.1898160e-2f));
   p = at::vec::fmadd(p, r, Vec<float>(1.6667638e-1f));
@@ -44,8 +42,8 @@ inline Vec<double> exp(const Vec<double>& x) {
 }
 
 #ifdef CPU_CAPABILITY_SVE256
-// There at::vec has (exp(2 y) - 1) / (exp(2 y) + 1), of which little is left near 0. Here it is y + y^3 P(y^2), with
-// the coefficients of Cephes' tanhf (S. L. Moshier).
+// at::vec's tanh for SVE, (exp(2 y) - 1) / (exp(2 y) + 1), cancels near 0. There use y + y^3 P(y^2), with the
+// coefficients of Cephes' tanhf (S. L. Moshier).
 inline Vec<float> tanh(const Vec<float>& y) {
   const Vec<float> square = y * y;
   Vec<float> p = at::vec::fmadd(square, Vec<float>(-5.70498872745e-3f), Vec<float>(2.06390887954e-2f));
