@@ -227,7 +227,7 @@ $(VENV)/.train: $(TORCH_STAMP)
 # they require. unit_scaling imports docstring_parser and einops.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
-	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6"
+	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6" mypy==2.4.1
 	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2
 	@touch $@
 

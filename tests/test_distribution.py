@@ -68,7 +68,7 @@ def test_the_version_is_that_of_pyproject() -> None:
 
 
 def test_the_changelog_is_of_this_version() -> None:
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+    newest = re.search(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
     assert newest == version_in_pyproject()
 
 
