@@ -25,7 +25,7 @@ import npu_xent._C as _C
 ROOT = Path(__file__).resolve().parents[2]
 SOC = "Ascend910B3"
 
-# What csrc/tiling says, by way of the extension: nothing of it is repeated here.
+# The extension exports the numbers and layouts of csrc/tiling, so they are not repeated here.
 INTERFACE = _C.KERNEL_INTERFACE
 Stage = IntEnum("Stage", INTERFACE["Stage"])
 Reduction = IntEnum("Reduction", INTERFACE["Reduction"])

@@ -10,19 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-PIPES = ("S", "V", "MTE2", "MTE3")
-PIPE_NAMES = {"S": "scalar", "V": "vector", "MTE2": "GM to UB", "MTE3": "UB to GM"}
-
-
-class Event(NamedTuple):
-    """The time during which a pipe of the traced core executed one instruction."""
-
-    pipe: str
-    name: str
-    start_ns: float
-    end_ns: float
-    file: str
-    line: int
+from cann_sim.timeline import PIPE_NAMES, PIPES, Event, draw
 
 
 class SyncSite(NamedTuple):
@@ -121,8 +109,6 @@ class Report:
 
         Needs a launch with Config(trace_core=...), and matplotlib. `core`, if given, must be the traced core.
         """
-        from cann_sim.timeline import draw  # imports matplotlib
-
         if self.trace_core is None:
             raise ValueError(f"no trace of {self.kernel}: launch it with Config(trace_core=0) to record a core")
         if core is not None and core != self.trace_core:

@@ -7,9 +7,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from cann_sim.report import PIPE_NAMES, PIPES, Event
+PIPES = ("S", "V", "MTE2", "MTE3")
+PIPE_NAMES = {"S": "scalar", "V": "vector", "MTE2": "GM to UB", "MTE3": "UB to GM"}
+
+
+class Event(NamedTuple):
+    """The time during which a pipe of the traced core executed one instruction."""
+
+    pipe: str
+    name: str
+    start_ns: float
+    end_ns: float
+    file: str
+    line: int
+
 
 # At most this many instructions of the trace or window are drawn: the first ones.
 MAX_EVENTS = 4000
