@@ -16,7 +16,7 @@ from . import environment
 from .report import DEFAULT_FILE, Check, Failure, Report, Result, ending
 from .run import run_all
 
-SIMULATED = "SIMULATED: the toolkit's version says that no NPU is behind it. Times and memory below are simulated, too."
+SIMULATED = "SIMULATED: the toolkit's version names a simulator. Times and memory below are simulated, too."
 
 NO_CANN = (
     "Source the set_env.sh of CANN before Python starts; to check on a simulated NPU instead, run "
@@ -27,10 +27,10 @@ NO_CANN = (
 def main(arguments: list[str] | None = None) -> int:
     """Run all checks and print the report. Returns 0 if all pass and 1 if not; argparse exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m npu_xent.doctor", description="Is everything right? Looks at installation, results, times."
+        prog="python -m npu_xent.doctor", description="Checks the installation, results and times of npu_xent."
     )
     parser.add_argument("--device", type=_device, help="cpu, npu or npu:1; default: an NPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to FILE, as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full report to FILE, as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out long rows and large shapes")
     options = parser.parse_args(arguments)
     if options.json is not None and (unfit := _unfit_for_a_file(options.json.absolute())):

@@ -93,7 +93,7 @@ def same_bits(name: str, seen: Tensor, expected: Tensor) -> list[Failure]:
     return [Failure(f"{name}: {seen.dtype} {list(seen.shape)}, and {expected.dtype} {list(expected.shape)}", name)]
 
 
-@named("a target that is no class")
+@named("a target out of range")
 def bad_target(device: torch.device) -> list[Failure]:
     """A target out of range raises IndexError where targets are checked; elsewhere only its own row is NaN."""
     logits, target = inputs(device)
@@ -104,7 +104,7 @@ def bad_target(device: torch.device) -> list[Failure]:
             step(logits, target, device, reduction="none")
         except IndexError:
             return []
-        return [Failure(f"target[5] is {target[5]}, which is no class, and no IndexError was raised")]
+        return [Failure(f"target[5] is {target[5]}, which is out of range, but no IndexError was raised")]
     bad_loss, bad_gradient = step(logits, target, device, reduction="none")
     loss[5] = NAN
     gradient[5] = NAN

@@ -46,8 +46,8 @@ def table(report: Report) -> list[str]:
     """Format one table per row mode: options as rows, dtypes as columns."""
     checks = report.of(SECTION)
     lines = [
-        "  The largest error of loss, gradient and other outputs, as a part of what is allowed: more than 1 is wrong.",
-        "  In brackets: torch's own error, in the same dtype on the CPU, as a part of the same.",
+        "  The largest error of loss, gradient and other outputs, as a fraction of the allowed error; above 1 fails.",
+        "  In brackets: torch's own error, in the same dtype on the CPU, as a fraction of the same allowed error.",
     ]
     for index, group in enumerate(_by_shape(checks)):
         columns = list(dict.fromkeys(check.where["dtype"] for check in group))

@@ -158,7 +158,7 @@ def ending(report: Report, file: Path | None) -> list[str]:
             f"      and {len(report.failed) - LONGEST_LIST} more" + (f", in {file}" if file is not None else "")
         )
     notes = [note for check in report.checks for note in check.result.notes]
-    said = " (simulated, which says nothing of an NPU)" if report.simulated else ""
+    said = " (simulated, not representative of an NPU)" if report.simulated else ""
     lines += [f"note{said}: {note}" for note in dict.fromkeys(notes)]
     if report.failed:
         lines += [

@@ -65,7 +65,7 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
     """Measure medians, ratios and memory; skipped if that would take too long or does not fit in memory."""
     predicted = budget.predicted(rows * classes, rounds)
     if predicted > SECONDS:
-        return Result(skipped=f"would take some {predicted:.0f} s here")
+        return Result(skipped=f"would take about {predicted:.0f} s here")
     try:
         logits = torch.randn(rows, classes, device=device).to(dtype).requires_grad_()
         target = torch.randint(0, classes, (rows,), device=device)
@@ -75,7 +75,7 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        return Result(skipped="does not fit in memory beside what is there")
+        return Result(skipped="does not fit in the free memory")
     budget.seconds_each = sum(map(statistics.median, seconds.values())) / (rows * classes)
     ratios = {
         name: statistics.median(ours / other for ours, other in zip(seconds[OURS], times, strict=True))
@@ -169,7 +169,7 @@ def table(report: Report) -> list[str]:
     """Format one line per shape. On a simulated toolkit the header marks the figures as simulated."""
     said = ", simulated" if report.simulated else ""
     lines = [
-        f"  Median milliseconds{said}; in brackets, how many times npu_xent's time; peak memory in MiB{said}.",
+        f"  Median milliseconds{said}; in brackets, the time relative to npu_xent's; peak memory in MiB{said}.",
         f"    {'shape':<16}{'dtype':<6}" + "".join(f"{name + said:>28}" for name in (OURS, TORCH, VENDOR)),
     ]
     for check in report.of(SECTION):

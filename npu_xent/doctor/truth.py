@@ -167,7 +167,7 @@ def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[
     rows = f" in {int(wrong.any(dim=1).sum())} of {len(wrong)} rows" if wrong.dim() == 2 else ""
     words = (
         f"{place}: seen {numbers[0]:.9g}, expected {numbers[1]:.9g}, allowed error {numbers[2]:.2g}; "
-        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong{rows}, the worst by {worst:.3g} times that"
+        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong{rows}, the worst {worst:.3g} times the allowed error"
     )
     return worst, Failure(words, name, first, *numbers)
 
