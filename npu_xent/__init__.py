@@ -1,15 +1,15 @@
 """Fused cross entropy for Huawei Atlas NPUs and for CPUs::
 
-    npu_xent.cross_entropy              in the place of torch.nn.functional.cross_entropy
-    npu_xent.linear_cross_entropy       the same of a linear layer's output, which is never all there
-    npu_xent.CrossEntropyLoss           in the place of torch.nn.CrossEntropyLoss
-    npu_xent.npu_cross_entropy_loss     in the place of torch_npu.npu_cross_entropy_loss
-    npu_xent.compat                     in the place of the losses of nnsight, unit_scaling and mindformers
+    npu_xent.cross_entropy              drop-in replacement for torch.nn.functional.cross_entropy
+    npu_xent.linear_cross_entropy       the loss of a linear layer's output, without materializing the logits
+    npu_xent.CrossEntropyLoss           drop-in replacement for torch.nn.CrossEntropyLoss
+    npu_xent.npu_cross_entropy_loss     drop-in replacement for torch_npu.npu_cross_entropy_loss
+    npu_xent.compat                     drop-in replacements for the losses of nnsight, unit_scaling and mindformers
 
-On an NPU: npu_xent.patch_torch_npu replaces the vendor's function where others call it, and npu_xent.load_npu loads the
-kernels before the first npu tensor does. Importing this package never imports torch_npu.
+On an NPU, npu_xent.patch_torch_npu replaces the vendor's function for all callers, and npu_xent.load_npu loads the
+kernels before the first npu tensor is used. Importing this package never imports torch_npu.
 
-python -m npu_xent.doctor says whether an installation works as it should.
+`python -m npu_xent.doctor` checks an installation.
 """
 
 from __future__ import annotations

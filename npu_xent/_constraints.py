@@ -1,8 +1,8 @@
-"""The documented constraints of torch_npu.npu_cross_entropy_loss, checked before any work.
+"""The documented constraints of torch_npu.npu_cross_entropy_loss, checked before any computation.
 
-Source: the operator's page in the documentation of torch_npu (Ascend Extension for PyTorch). What passes here is
+Source: the operator's page in the documentation of torch_npu (Ascend Extension for PyTorch). A call that passes here is
 documented to run on the vendor's operator, with one exception: a row whose target is a negative ignore_index. The page
-allows targets in [0, C) only, and says that a negative ignore_index ignores nothing; the vendor's kernel does ignore
+allows only targets in [0, C) and says that a negative ignore_index ignores nothing. The vendor's kernel does ignore
 such rows, as torch does (read in its published sources).
 """
 
@@ -23,16 +23,16 @@ DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 
 
-# The way out where strict=False computes what was asked for; other rules name their own.
+# The advice where strict=False accepts the call; other rules have their own.
 LIFT = "Pass strict=False to lift the documented restrictions, or call npu_xent.cross_entropy."
 
 
 class ConstraintError(ValueError):
-    """A documented constraint of npu_cross_entropy_loss was broken: which one, the value seen, and the way out."""
+    """A documented constraint of npu_cross_entropy_loss is broken; the message gives rule, value and remedy."""
 
 
 class TargetConstraintError(ConstraintError, IndexError):
-    """A target is out of range: a broken constraint, and the IndexError that torch raises for it."""
+    """A target is out of range: a broken constraint, and an IndexError as in torch."""
 
 
 def _broken(rule: str, seen: str, way_out: str) -> ConstraintError:
@@ -40,7 +40,7 @@ def _broken(rule: str, seen: str, way_out: str) -> ConstraintError:
 
 
 def _require(condition: bool, rule: str, seen: str, *values: object, way_out: str = LIFT) -> None:
-    """Raise unless condition; `seen` is formatted with `values` only then, which keeps it out of a compiler's sight."""
+    """Raise unless condition holds. Only then is `seen` formatted, so that a compiler does not trace it."""
     if not condition:
         raise _broken(rule, seen.format(*values), way_out)
 
@@ -140,8 +140,8 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
         weight.dtype,
         way_out=LIFT if weight.dtype == input.dtype else "Convert it with weight.float().",
     )
-    # Values are checked where there are any and that is free: not under a compiler, in a fake tensor, or on a device
-    # that would have to be waited for (unless that was asked for).
+    # Values are not checked under a compiler, in a fake tensor, or on a device where checking would synchronize (unless
+    # NPU_XENT_DEBUG asks for it).
     if not torch.compiler.is_compiling() and may_look(weight.device.type) and not is_fake(weight):
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
@@ -152,7 +152,7 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
 
 @contextlib.contextmanager
 def target_errors_as_constraints() -> Iterator[None]:
-    """Raise the operator's IndexError, which quotes the target, as a broken constraint that is an IndexError too."""
+    """Turn the operator's IndexError for a target into a TargetConstraintError, which is an IndexError too."""
     try:
         yield
     except IndexError as error:
@@ -160,8 +160,8 @@ def target_errors_as_constraints() -> Iterator[None]:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor has no values, as when a compiler traces."""
-    # Not above: torch brings it in late, and warns then if there is no numpy. A plain tensor is none.
+    """Whether a tensor has no values, as during a compiler's tracing."""
+    # FakeTensor is imported late, because the import warns if numpy is missing. A plain tensor is never fake.
     if type(tensor) in (Tensor, torch.nn.Parameter):
         return False
     from torch._subclasses.fake_tensor import FakeTensor
@@ -170,12 +170,12 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def may_look(device: str) -> bool:
-    """Whether values on this device are checked: on the CPU always, on an NPU if NPU_XENT_DEBUG says so."""
+    """Whether values on this device are checked: always on the CPU, on an NPU only with NPU_XENT_DEBUG."""
     return device == "cpu" or (device == "npu" and os.environ.get("NPU_XENT_DEBUG", "0") not in ("", "0"))
 
 
 def _check_training(weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float) -> None:
-    """When input requires a gradient, "mean" takes three options at their defaults only, "sum" and "none" one."""
+    """With a gradient, "mean" takes three options at their defaults only, "sum" and "none" only label_smoothing."""
     rule = f"with input.requires_grad and reduction {reduction!r}, {{}} must keep its default"
     if reduction == "mean":
         _require(weight is None, rule.format("weight") + " None", "a tensor was given")

@@ -1,4 +1,4 @@
-"""Cross entropy of a linear layer's output, without the logits: thin over torch.ops.npu_xent.linear_cross_entropy."""
+"""linear_cross_entropy: a thin wrapper over torch.ops.npu_xent.linear_cross_entropy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._tensors import check_tensors, index_target, transformed, z_loss_like
 from .functional import CrossEntropyOutput, cross_entropy
 
 
-# For type checkers: what the two flags return.
+# Overloads for type checkers: the return type depends on return_lse and return_z_loss.
 # fmt: off
 @overload
 def linear_cross_entropy(
@@ -61,54 +61,54 @@ def linear_cross_entropy(
     return_lse: bool = False,
     return_z_loss: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """`cross_entropy` of the logits F.linear(input, linear_weight, linear_bias), which are never all there.
+    """`cross_entropy` of F.linear(input, linear_weight, linear_bias), without materializing the N x C logits.
 
-    Rows are taken in chunks. While the logits of a chunk are there, the same memory is used for their gradient, and the
-    gradients of input, linear_weight and linear_bias are made of that; so no memory of size N x C is needed. The
-    formulas of the loss, z-loss and softcap are those of `cross_entropy`. ("mean" and "sum" make the gradients during
-    the forward, of those tensors that need one, and scale them in the backward: Liger Kernel,
-    https://arxiv.org/abs/2410.10989, sec. 3.2. "none", float16, and hooks on saved tensors such as activation
-    checkpointing make the logits again in the backward.)
+    Rows are processed in chunks. The gradient of a chunk overwrites its logits, and the gradients of input,
+    linear_weight and linear_bias are computed from it. The formulas of the loss, z-loss and softcap are those of
+    `cross_entropy`. ("mean" and "sum" compute the gradients in the forward, of those tensors that need one, and scale
+    them in the backward: Liger Kernel, https://arxiv.org/abs/2410.10989, sec. 3.2. "none", float16, and hooks on saved
+    tensors such as activation checkpointing recompute the logits in the backward.)
 
     Args:
         input: [..., H], any number of leading dimensions, N rows in all; float32, bfloat16, float16 or float64.
         linear_weight: [C, H], C > 0, in the dtype of input.
-        target: classes in [0, C) or ignore_index, any integer dtype, in the shape of input without H; or class
-            probabilities, floating point, in the shape of the logits. Those are as large as the logits: they are served
-            by F.linear and `cross_entropy`, and so are the transforms of torch.func.
+        target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without H; or class
+            probabilities, floating point, in the shape of the logits. Probabilities, which are as large as the logits,
+            and the transforms of torch.func use F.linear and `cross_entropy`, with all logits in memory.
         linear_bias: [C], in the dtype of input.
-        weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
+        weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target take no part, as in `cross_entropy`. On the CPU they cost no time either:
-            they are left out before the products, unless return_lse asks for their lse. NaN in them does no harm.
+        ignore_index: rows with this target are ignored, as in `cross_entropy`. The CPU also skips them in the matrix
+            products, unless return_lse needs their lse. NaN in ignored rows does not propagate.
         label_smoothing: in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
-        softcap: c in [1e-6, 1e6], or None: c * tanh(logits / c) takes the place of the logits.
-        chunk_rows: rows in a chunk, at least 1: more are faster up to some hundreds, and need more memory. With None
-            the logits of a chunk have 4 % of the memory that all would have in float32, in at least 128 rows (256 in 16
-            bits) and at most 512; or it has as many rows as 32 MiB hold, if those are more.
-        return_lse: also return logsumexp of every row, ignored ones included.
-        return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already.
+        softcap: c in [1e-6, 1e6], or None. Replaces the logits by c * tanh(logits / c).
+        chunk_rows: rows per chunk, at least 1. Larger chunks are faster up to some hundreds of rows, and need more
+            memory. Default: 4 % of the memory of all logits in float32, clamped to [128, 512] rows ([256, 512] in 16
+            bits); or the rows that fit in 32 MiB, if those are more.
+        return_lse: also return logsumexp of every row, ignored rows included.
+        return_z_loss: also return the z-loss separately, for logging. The loss already includes it.
 
     Returns:
-        What `cross_entropy` returns: the loss, [] or for "none" in the shape of target, in the dtype of input (float32
-        under autocast); a CrossEntropyOutput(loss, lse, z_loss) if an extra is asked for. Only the loss is
-        differentiable, once, in input, linear_weight and linear_bias. With retain_graph=True the backward hands over
-        copies, so that a second one is right.
+        The same as `cross_entropy`: the loss, [] or for "none" in the shape of target, in the dtype of input (float32
+        under autocast); with return_lse or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss). Only the loss is
+        differentiable, once, in input, linear_weight and linear_bias. A backward with retain_graph=True returns copies
+        of the gradients, so that a second backward is correct.
 
-        Logits are rounded to the dtype of input, as F.linear does. Gradients of linear_weight and linear_bias are added
-        up over chunks in float32 (float64) and rounded once; of 16-bit inputs, the part of a chunk of several is
-        rounded as the product is. Under autocast the three are cast as F.linear casts them.
+        Logits are rounded to the dtype of input, as in F.linear. Gradients of linear_weight and linear_bias are
+        accumulated over chunks in float32 (float64) and rounded once. For 16-bit inputs in several chunks, the
+        contribution of each chunk is also rounded, as the output of a matrix product. Under autocast input,
+        linear_weight and linear_bias are cast as F.linear casts them.
 
     Raises:
         ValueError: a shape, reduction, label_smoothing, lse_square_scale, softcap or chunk_rows that breaks the rules
             above; tensors on different devices.
-        TypeError: what should be a tensor, a number or a string and is not; a dtype that is not listed, dtypes of
-            input, linear_weight and linear_bias that differ, and float64 on an NPU.
-        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices, where nobody waits
-            to look, the row's loss is NaN, and with it every gradient that the row is part of.
+        TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed;
+            different dtypes of input, linear_weight and linear_bias; float64 on an NPU.
+        IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
+            checking would synchronize: the row's loss is NaN, and so is every gradient that the row contributes to.
         RuntimeError: weight requires a gradient; a second backward without retain_graph=True in the first; a second or
-            a forward-mode derivative. (The transforms of torch.func take any derivative.)
+            a forward-mode derivative. (The transforms of torch.func support all derivatives.)
     """
     options: dict[str, Any] = {
         "reduction": reduction,
@@ -181,7 +181,7 @@ def _check_as_the_operator_does(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """Raise what the operator would, of tensors without memory; devices are left to F.linear."""
+    """Raise the operator's errors, using meta tensors. F.linear checks the devices."""
 
     autocast = torch.is_autocast_enabled(input.device.type)
 

@@ -1,4 +1,4 @@
-"""Loads the compiled operators and the NPU kernels, or says in words why it cannot."""
+"""Loads the compiled operators and the NPU kernels; errors and warnings say why loading failed."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _FOLDER = Path(__file__).resolve().parent
 
 _lock = threading.Lock()
 _loaded = False
-_settled = False  # loaded, or the reason why not was said: either way there is nothing left to do
+_settled = False  # loaded, or the warning about missing kernels was given: nothing left to do
 
 
 def _release(version: str) -> str:
-    """The version without its local part: 2.13.0+cpu and 2.13.0+cu130 have the same C++ interface."""
+    """Drop the local part of a version: 2.13.0+cpu and 2.13.0+cu130 have the same C++ interface."""
     return version.partition("+")[0]
 
 
 def check_torch(built: str, running: str) -> None:
-    """Raise ImportError unless the extension was built for this torch, whose C++ interface differs between releases."""
+    """Raise ImportError unless the extension was built for this torch: the C++ interface differs between releases."""
     if _release(built) != _release(running):
         raise ImportError(
             f"npu_xent was built against torch {built}, but torch {running} is installed. {_REBUILD} "
@@ -42,7 +42,7 @@ def check_torch(built: str, running: str) -> None:
 
 
 def load_operators() -> None:
-    """Register torch.ops.npu_xent, and the NPU kernels if torch_npu is already at work.
+    """Register torch.ops.npu_xent, and the NPU kernels if torch_npu has already initialised its device.
 
     Raises:
         ImportError: the extension was never built here, or was built against another torch.
@@ -62,12 +62,12 @@ def load_operators() -> None:
 
 
 def load_npu() -> None:
-    """Load the NPU kernels now, or raise for the reason why they cannot be loaded.
+    """Load the NPU kernels now, and raise if they cannot be loaded.
 
-    The functions and modules of npu_xent do it by themselves when they first see an npu tensor, and warn instead of
-    raising. Call it where nothing of that kind comes first, such as an exported program that is run in a new process,
-    or where training without the kernels should not even start. torch_npu must have been imported; its device is
-    initialised. A second call does nothing.
+    The functions and modules of npu_xent load the kernels at their first npu tensor, and only warn if loading fails.
+    Call load_npu if none of them runs first, such as for an exported program in a new process, or if training must not
+    start without the kernels. torch_npu must have been imported; load_npu initialises its device. A second call does
+    nothing.
 
     Raises:
         RuntimeError: npu_xent was built without its NPU part, for another torch_npu or another kind of NPU; torch_npu
@@ -81,10 +81,10 @@ def load_npu() -> None:
 
 
 def prepare(tensor: Tensor) -> None:
-    """Load the NPU kernels, or warn that they are missing, when `tensor` is the first on an npu."""
-    if not tensor.is_cpu and tensor.device.type == _DEVICE:  # is_cpu is the cheap one
+    """If `tensor` is the first npu tensor, load the NPU kernels, or warn that they are missing."""
+    if not tensor.is_cpu and tensor.device.type == _DEVICE:  # is_cpu is the cheaper check
         if is_fake(tensor):
-            _load_if_npu_is_at_work()  # nothing runs: no reason to initialise a device, or to complain
+            _load_if_npu_is_at_work()  # a fake tensor runs no kernel: no device is initialised, no warning given
         else:
             _load_or_warn()
 
@@ -95,7 +95,7 @@ def _kernels_are_required() -> bool:
 
 
 def _load_or_warn() -> None:
-    """load_npu at the first call, with a warning instead of its error unless the kernels are required."""
+    """Call load_npu at the first call; its error becomes a warning unless the kernels are required."""
     global _settled
     if _loaded or (_settled and not _kernels_are_required()):
         return
@@ -110,20 +110,20 @@ def _load_or_warn() -> None:
             warnings.warn(
                 f"{error} Until then npu tensors are served by PyTorch operations: the same results up to rounding, "
                 "but more time and memory.",
-                stacklevel=4,  # whoever called the public function
+                stacklevel=4,  # the caller of the public function
             )
 
 
-# What torch.compiler.assume_constant_result sets, and importing torch._dynamo only for that would take a second: called
-# while compiling, instead of being traced. The compiled code then calls the operators with their kernels in place.
+# The compiler calls this function instead of tracing it, so the kernels are loaded before the compiled code runs.
+# torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo, which takes a second.
 _load_or_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load_if_npu_is_at_work() -> None:
-    """load_npu, unless that would initialise the device, whose choice is the program's; failing is not said yet."""
+    """Call load_npu if the program has already initialised the device. Errors are reported later."""
     torch_npu = sys.modules.get("torch_npu")
     if torch_npu is not None and hasattr(torch_npu, "npu") and torch_npu.npu.is_initialized():
-        with contextlib.suppress(RuntimeError):  # said when an npu tensor comes
+        with contextlib.suppress(RuntimeError):  # the first npu tensor will warn
             load_npu()
 
 
@@ -131,7 +131,7 @@ _load_if_npu_is_at_work._dynamo_marked_constant = True  # type: ignore[attr-defi
 
 
 def _load_kernels() -> None:
-    """Raise RuntimeError in words, or register the kernels that run on this NPU."""
+    """Register the kernels that run on this NPU, or raise RuntimeError."""
     from . import _build, _soc
 
     built_with = getattr(_build, "TORCH_NPU_VERSION", None)
@@ -171,10 +171,10 @@ def _load_kernels() -> None:
 
 
 def _share_runtime_symbols() -> None:
-    """Let the kernels' library find the toolkit's own ones.
+    """Make the symbols of the toolkit's libraries visible to the kernels' library.
 
-    It calls functions of theirs but does not always name them, as a program that links it would; torch_npu has loaded
-    them for itself alone. Which there are differs between releases.
+    The kernels' library calls their functions without always naming the libraries as dependencies, and torch_npu loads
+    them with local visibility. Each release has a different set of these libraries.
     """
     for name in (
         "ascendcl",

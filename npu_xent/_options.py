@@ -1,4 +1,4 @@
-"""The options of the public functions, in one table, and what is checked about them.
+"""One table with the options of the public functions, and the checks of their types and ranges.
 
 The signatures repeat names and defaults, for readers and tools; tests/test_options.py compares them with the table.
 """
@@ -15,13 +15,13 @@ CROSS_ENTROPY, LINEAR, CONTRACT = "cross_entropy", "linear_cross_entropy", "npu_
 
 
 class Option(NamedTuple):
-    """An option of some of the functions. None is a value where it is the default."""
+    """An option of one or more functions. None is a valid value only if it is the default."""
 
     name: str
     default: str | float | bool | None
     kind: type[str] | type[int] | type[float] | type[bool]
     functions: tuple[str, ...]
-    # Values lie in [low, high], else this is the operator's message. Python needs it only where no operator runs.
+    # `message` is the operator's error for values outside [low, high]; Python raises it only where no operator runs.
     low: float = -math.inf
     high: float = math.inf
     message: str = ""
@@ -68,11 +68,11 @@ OPTIONS = (
 
 
 def options_of(function: str) -> tuple[Option, ...]:
-    """The options of a function, in the table's order."""
+    """Return the options of a function, in the table's order."""
     return tuple(option for option in OPTIONS if function in option.functions)
 
 
-# For each function the options that have a type to check: flags may be whatever is true or false.
+# The options of each function whose type is checked. Flags are not: any truthy or falsy value is accepted.
 _CHECKED = {
     function: tuple((option.name, option.kind) for option in options_of(function) if option.kind is not bool)
     for function in (CROSS_ENTROPY, LINEAR, CONTRACT)
@@ -82,7 +82,7 @@ _RANGES = tuple(option for option in OPTIONS if option.message)
 
 
 def check_types(function: str, options: dict[str, Any]) -> None:
-    """Raise TypeError for an option of the wrong type. The operators would say it in C++ terms."""
+    """Raise TypeError for an option of the wrong type, with a clearer message than the C++ operators'."""
     for name, kind in _CHECKED[function]:
         value = options[name]
         if type(value) is kind or (value is None and name in _OPTIONAL):
@@ -93,7 +93,7 @@ def check_types(function: str, options: dict[str, Any]) -> None:
                     f'npu_xent.{function}: reduction must be "mean", "sum" or "none", but is a {type(value).__name__}'
                 )
         elif torch.compiler.is_compiling():
-            continue  # a compiler cannot trace the question, and needs no such words
+            continue  # compilers cannot trace hasattr here, and do not need these messages
         elif kind is int and not hasattr(value, "__index__"):
             raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}")
         elif kind is float and not hasattr(value, "__float__"):

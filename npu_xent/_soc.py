@@ -1,6 +1,6 @@
-"""Names of Ascend SoCs: as users and tools write them, as the toolkit writes them, and which kernels run on which.
+"""Names of Ascend SoCs: conversion to the toolkit's spelling, detection, and the choice of kernels for a SoC.
 
-Used by the build as well, so it imports nothing of the package.
+The build uses this module too, so it imports nothing from the package.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import re
 import subprocess
 
-# What the toolkit knows as one family, dav-2201: Atlas A2 and A3. Kernels take the number of cores at run time, so
-# those that were built for one of them serve all.
+# Atlas A2 and A3, one family in the toolkit (dav-2201). Kernels read the number of cores at run time, so kernels built
+# for one of these SoCs run on all of them.
 SUPPORTED = (
     *("Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1"),
     *("Ascend910_9362", "Ascend910_9372", "Ascend910_9381", "Ascend910_9382", "Ascend910_9391", "Ascend910_9392"),
@@ -17,10 +17,10 @@ SUPPORTED = (
 
 
 def canonical(name: str) -> str:
-    """The toolkit's way to write a SoC: Ascend910B1 for ascend910b1, 910b1 or ASCEND910B1.
+    """Return a SoC's name in the toolkit's spelling: Ascend910B1 for ascend910b1, 910b1 or ASCEND910B1.
 
     Raises:
-        ValueError: not one that the kernels are written for.
+        ValueError: npu_xent has no kernels for this SoC.
     """
     written = f"Ascend{name.strip().upper().removeprefix('ASCEND')}"
     if written not in SUPPORTED:
@@ -31,10 +31,10 @@ def canonical(name: str) -> str:
 
 
 def parse_list(text: str) -> tuple[str, ...]:
-    """Canonical names out of a list separated by commas, semicolons or spaces, each once.
+    """Split a list at commas, semicolons or spaces into canonical names without duplicates.
 
     Raises:
-        ValueError: a name that is not supported, or none at all.
+        ValueError: a name is not supported, or the list is empty.
     """
     names = tuple(dict.fromkeys(canonical(part) for part in re.split(r"[;,\s]+", text) if part))
     if not names:
@@ -43,7 +43,7 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 
 def choose(running: str, built: tuple[str, ...]) -> str | None:
-    """Which of the SoCs that kernels were built for serves the running one; None if none does."""
+    """Choose, among the SoCs that kernels were built for, one whose kernels run on `running`; None if there is none."""
     try:
         wanted = canonical(running)
     except ValueError:
@@ -71,7 +71,7 @@ def from_board(report: str) -> str | None:
 
 
 def npu_smi(*arguments: str) -> str | None:
-    """What npu-smi prints; None if it is not there, fails, or does not answer."""
+    """Return the output of npu-smi; None if it is not installed, fails, or does not answer."""
     try:
         command = ["npu-smi", *arguments]
         return subprocess.run(command, capture_output=True, errors="replace", timeout=30, check=True).stdout

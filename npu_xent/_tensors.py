@@ -1,4 +1,4 @@
-"""What the functions have in common about their tensors."""
+"""Tensor checks and conversions that the public functions share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OPTIONAL = ("weight", "linear_bias")  # may be None
 
 
 def check_tensors(function: str, **tensors: Any) -> None:
-    """Raise TypeError for what is not a dense tensor. The operators would say it in C++ terms."""
+    """Raise TypeError for an argument that is not a dense tensor, with a clearer message than the C++ operators'."""
     for argument, value in tensors.items():
         if isinstance(value, Tensor):
             require_dense(function, **{argument: value})
@@ -22,7 +22,7 @@ def check_tensors(function: str, **tensors: Any) -> None:
 
 
 def require_dense(function: str, **tensors: Tensor) -> None:
-    """Raise TypeError for a tensor whose memory is not one value for each element."""
+    """Raise TypeError for sparse, nested and quantized tensors."""
     for argument, tensor in tensors.items():
         if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
             continue
@@ -37,18 +37,18 @@ def require_dense(function: str, **tensors: Tensor) -> None:
 
 
 def index_target(target: Tensor) -> Tensor:
-    """Any integer dtype as int64, which the operators take; others as they are, for the operators to refuse."""
-    if target.dtype == torch.uint64:  # what does not fit in int64 is no class, and must not wrap round to ignore_index
+    """Convert integer dtypes to int64, which the operators take. The operators reject the other dtypes."""
+    if target.dtype == torch.uint64:  # values above int64 must not wrap to ignore_index
         target = target.view(torch.int64)
         return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
     return target.long() if target.dtype in INTEGERS else target
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func is at work, which the C++ autograd functions do not take part in."""
+    """Whether a torch.func transform is active. The C++ autograd functions do not support them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:
-    """The z-loss in the shape of the loss; the operator leaves it out when its scale is 0."""
+    """Return the z-loss in the shape of the loss: zeros if its scale is 0, where the operator returns none."""
     return torch.zeros_like(loss, requires_grad=False) if z_loss.numel() != loss.numel() else z_loss.view(loss.shape)

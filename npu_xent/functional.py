@@ -1,4 +1,4 @@
-"""The functions: thin over torch.ops.npu_xent, whose C++ checks every argument again before it touches memory."""
+"""Public functions: thin wrappers over torch.ops.npu_xent. The C++ code checks all arguments before using them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-# By name, so that whoever puts this package's function in its place in torch.nn.functional does not put it here too.
+# Imported by name, so that monkey-patching F.cross_entropy with this package's function does not recurse.
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from ._constraints import check_documented_constraints, target_errors_as_constraints
@@ -18,14 +18,14 @@ from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_l
 
 
 class CrossEntropyOutput(NamedTuple):
-    """What cross_entropy returns when an extra is asked for; an extra that was not is None."""
+    """Output of cross_entropy with return_lse or return_z_loss. An output that was not requested is None."""
 
     loss: Tensor
     lse: Tensor | None
     z_loss: Tensor | None
 
 
-# For type checkers: what the two flags return.
+# Overloads for type checkers: the return type depends on return_lse and return_z_loss.
 # fmt: off
 @overload
 def cross_entropy(
@@ -72,9 +72,9 @@ def cross_entropy(
     return_z_loss: bool = False,
     consume_logits: bool = False,
 ) -> Tensor | CrossEntropyOutput:
-    """Cross entropy between logits and classes or probabilities, as torch.nn.functional.cross_entropy computes it.
+    """Cross entropy between logits and targets; drop-in replacement for torch.nn.functional.cross_entropy.
 
-    With k_n = 1 for rows that are kept, lp = log_softmax(input), e = label_smoothing and w the class weights::
+    With lp = log_softmax(input), e = label_smoothing, class weights w, and k_n = 0 for ignored rows and 1 for others::
 
         l_n = k_n [ (1 - e) w[target_n] (-lp[n, target_n]) + e/C sum_c(-w_c lp[n, c]) ]
         "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]
@@ -83,52 +83,52 @@ def cross_entropy(
 
     Args:
         input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
-            strided; one copy is made where the classes are not adjacent in memory ([N, C, d1, ...] as a rule), or the
-            other dimensions together have no single stride.
-        target: classes in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
-            [N, d1, ...]; or class probabilities, floating point, in the shape of input. Those are differentiable too,
-            and computed by torch operations, not fused.
-        weight: a weight for each class, [C], float32 or the dtype of input. It must not require a gradient.
+            strided. The logits are copied once if the classes are not adjacent in memory (usual for [N, C, d1, ...]),
+            or if the other dimensions together have no single stride.
+        target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
+            [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
+            differentiable; torch operations compute their loss, without fusion.
+        weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
         size_average, reduce: must be None. torch has deprecated them: use reduction.
-        ignore_index: rows with this target take no part: loss 0, gradient 0, not counted. Their logits are not read
-            (unless return_lse asks for their lse), so NaN in them does no harm; torch lets it into the gradient. With
-            class probabilities it must be negative, and means nothing.
+        ignore_index: rows with this target are ignored: loss 0, gradient 0, not counted. Their logits are not read
+            (except for return_lse), so NaN in them does not propagate; in torch it reaches the gradient. With class
+            probabilities ignore_index must be negative and has no effect.
         reduction: "mean", "sum" or "none".
         label_smoothing: e above, in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to
-            the loss**; "mean" divides it by the number of kept rows. (PaLM, https://arxiv.org/abs/2204.02311, sec. 5.)
-        softcap: c in [1e-6, 1e6], or None. softcap * tanh(input / softcap) takes the place of input throughout: in the
-            loss, lse and z-loss, and in the gradient, which is that of the uncapped input. An infinite logit counts as
-            c or -c, so -inf masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
-        return_lse: also return logsumexp of every row, ignored ones included.
-        return_z_loss: also return the z-loss by itself, for logging. It is part of the loss already: adding it would
-            count it twice.
-        consume_logits: write the gradient over the logits instead of into new memory: during the forward, or for
-            float16 and reduction "none" during the backward. Whoever reads `input` afterwards sees the gradient;
-            operations that saved it for their own backward raise. A second backward is refused.
+            the loss**; "mean" divides it by the number of rows not ignored. (PaLM, https://arxiv.org/abs/2204.02311,
+            sec. 5.)
+        softcap: in [1e-6, 1e6], or None. Replaces input by softcap * tanh(input / softcap) in the loss, lse and z-loss.
+            The gradient is with respect to the uncapped input. An infinite logit becomes softcap or -softcap, so -inf
+            masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
+        return_lse: also return logsumexp of every row, ignored rows included.
+        return_z_loss: also return the z-loss separately, for logging. The loss already includes it: do not add it.
+        consume_logits: overwrite the logits with their gradient instead of allocating memory for it: in the forward, or
+            in the backward for float16 and for reduction "none". Later reads of `input` see the gradient; operations
+            that saved `input` for their own backward raise. A second backward raises.
 
     Returns:
-        The loss, [] or for "none" [N] (input's shape without C), in the dtype of input (float32 under autocast). If an
-        extra is asked for, a CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input),
-        z_loss shaped as the loss. Only the loss is differentiable, once: a second derivative is refused. (The
-        transforms of torch.func are served by torch operations, which take any derivative.)
+        The loss, [] or for "none" [N] (input's shape without C), in the dtype of input (float32 under autocast). With
+        return_lse or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64
+        input), z_loss in the shape of the loss. Only the loss is differentiable, once; a second derivative raises.
+        (The transforms of torch.func run on torch operations, which support all derivatives.)
 
-        Statistics are kept in float32 (float64 for float64) and rounded once. All rows ignored, or N = 0: "mean" is
-        NaN, with gradient 0. A kept row with a NaN, or without softcap with +inf or of nothing but -inf: NaN.
+        Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
+        "mean" is NaN, with gradient 0. A row that is not ignored is NaN if it has a NaN, or, without softcap, a +inf or
+        only -inf.
 
     Raises:
         ValueError: a shape, reduction, label_smoothing, lse_square_scale or softcap that breaks the rules above;
             tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on an NPU,
-            in a format of its own), with class probabilities, in a transform of torch.func, or where no gradient is
-            needed.
-        TypeError: what should be a tensor, a number or a string and is not; a dtype that is not listed, and float64 on
-            an NPU; size_average or reduce is not None.
-        IndexError: a target that is neither a class nor ignore_index, on the CPU. On other devices nothing is read out
-            of bounds either, but looking would mean waiting: the row's loss and gradient are NaN. (On an NPU, the
-            environment variable NPU_XENT_DEBUG=1 asks for looking.)
-        RuntimeError: weight requires a gradient; a second backward after consume_logits, or a backward after the
-            logits that it consumed were written to; a second or a forward-mode derivative; ignore_index >= 0 with
-            class probabilities.
+            in a private format), with class probabilities, in a transform of torch.func, or without a gradient to
+            compute.
+        TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed, or
+            float64 on an NPU; size_average or reduce is not None.
+        IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
+            checking would synchronize: the row's loss and gradient are NaN, and nothing is read out of bounds.
+            (The environment variable NPU_XENT_DEBUG=1 makes an NPU check.)
+        RuntimeError: weight requires a gradient; a second backward after consume_logits; a backward after the consumed
+            logits were modified; a second or a forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
     refuse_deprecated("cross_entropy", size_average, reduce)
     options: dict[str, Any] = {
@@ -178,36 +178,37 @@ def npu_cross_entropy_loss(
     *,
     strict: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cross entropy with the documented contract of torch_npu.npu_cross_entropy_loss.
+    """Drop-in replacement for torch_npu.npu_cross_entropy_loss, with its documented contract.
 
-    The loss is that of `cross_entropy`. With strict=True (the default) every documented constraint is enforced, so that
-    what passes here is documented to run on the vendor's operator; the constraints are marked (strict) below. One
+    The loss is the same as in `cross_entropy`. strict=True (the default) enforces every documented constraint, so that
+    a call that passes here is documented to run on the vendor's operator; (strict) marks the constraints below. One
     exception: rows whose target is a negative ignore_index, -100 by default, are ignored as in torch. The vendor's page
-    allows targets in [0, C) only; its kernel ignores such rows too (read in its published sources).
+    allows targets in [0, C) only; its kernel also ignores such rows (read in its published sources).
 
     Args:
         input: logits, [N, C], float16, float32 or bfloat16, C > 0; (strict) 0 < N <= 200000. float64 without strict.
-        target: classes in [0, C) or ignore_index, [N], int64; any integer dtype without strict.
-        weight: a weight for each class, [C], float32, (strict) values in (0, 1]. Values are looked at on the CPU only;
-            on an NPU too if the environment variable NPU_XENT_DEBUG is 1, which waits for the device.
+        target: class indices in [0, C) or ignore_index, [N], int64; any integer dtype without strict.
+        weight: one weight per class, [C], float32, (strict) values in (0, 1]. Values are checked on the CPU; on an NPU
+            only with the environment variable NPU_XENT_DEBUG=1, because the check synchronizes.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target take no part; (strict) less than C.
+        ignore_index: rows with this target are ignored; (strict) less than C.
         label_smoothing: in [0, 1]; (strict) in [0, 1).
         lse_square_scale_for_zloss: scale of the z-loss, which is added to the loss; (strict) must be 0, since the
             vendor has not enabled it.
-        return_zloss: also return the z-loss, as part of the loss and by itself; (strict) must be False.
-        strict: enforce the documented constraints. They include, when input requires a gradient and gradients are
-            enabled: "mean" takes weight, ignore_index and label_smoothing at their defaults only; "sum" and "none" take
-            label_smoothing at its default only.
+        return_zloss: also return the z-loss, which the loss includes; (strict) must be False.
+        strict: enforce the documented constraints. If input requires a gradient and gradients are enabled, they also
+            demand: for "mean", weight, ignore_index and label_smoothing at their defaults; for "sum" and "none",
+            label_smoothing at its default.
 
     Returns:
-        (loss, log_prob, zloss, lse_for_zloss), all in the dtype of input, autocast or not: loss [1], or [N] for "none";
-        log_prob [N, C] = log_softmax(input); zloss of shape [0], shaped as the loss if return_zloss; lse_for_zloss of
-        shape [0], [N] if lse_square_scale_for_zloss is not 0. Only loss and zloss are differentiable, once.
+        (loss, log_prob, zloss, lse_for_zloss), all in the dtype of input, even under autocast: loss [1], or [N] for
+        "none"; log_prob [N, C] = log_softmax(input); zloss of shape [0], or of the loss's shape with return_zloss;
+        lse_for_zloss of shape [0], or [N] if lse_square_scale_for_zloss is not 0. Only loss and zloss are
+        differentiable, once.
 
     Raises:
-        ConstraintError: (strict) a documented constraint is broken. It is a ValueError; for a target that is out of
-            range, on the CPU or with NPU_XENT_DEBUG=1, it is an IndexError too (compiled code raises IndexError alone).
+        ConstraintError: (strict) a documented constraint is broken. It is a ValueError. For a target out of range, on
+            the CPU or with NPU_XENT_DEBUG=1, it is also an IndexError (compiled code raises a plain IndexError).
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
@@ -239,7 +240,7 @@ def npu_cross_entropy_loss(
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-    """[C] or [N, C, d1, ...] as rows [M, C], and its target as [M]; a view where the strides allow it."""
+    """Reshape [C] or [N, C, d1, ...] to rows [M, C], and target to [M]; views where the strides allow it."""
     if input.dim() == 2:
         return input, target
     if input.dim() == 1:
@@ -255,13 +256,13 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
 
 
 def _check_shapes(input: Tensor, target: Tensor) -> None:
-    """Raise ValueError unless target has the shape of input (probabilities), or that without its classes (indices)."""
+    """Raise ValueError unless target has the shape of input (probabilities) or of input without C (indices)."""
     if input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0:
         raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape
     if not target.is_floating_point():
         if input.dim() == 2 and not transformed():
-            return  # the operator says it, row by row
+            return  # the operator checks these shapes itself
         expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
     if input.dim() == 0 or target.shape != expected:
         hint = ""
@@ -294,7 +295,7 @@ def _by_torch_operations(
     return_lse: bool,
     return_z_loss: bool,
 ) -> Tensor | CrossEntropyOutput:
-    """cross_entropy out of torch operations, in float32 (float64): for probabilities and for torch.func."""
+    """cross_entropy by torch operations, in float32 (float64): for probabilities and for torch.func."""
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")

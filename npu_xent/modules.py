@@ -11,16 +11,16 @@ _OPTIONS = options_of(CROSS_ENTROPY)
 
 
 class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module, a drop-in replacement for torch.nn.CrossEntropyLoss.
+    """`cross_entropy` as a module; drop-in replacement for torch.nn.CrossEntropyLoss.
 
     Args:
-        weight: a weight for each class, [C], or None. Kept as a buffer: it moves with the module, and is in its
+        weight: one weight per class, [C], or None. Registered as a buffer: it moves with the module and is part of its
             state_dict.
         size_average, ignore_index, reduce, reduction, label_smoothing: as for `cross_entropy`.
         lse_square_scale, softcap, return_lse, return_z_loss, consume_logits: as for `cross_entropy`.
 
-    Called as module(input, target), it returns and raises what `cross_entropy` does. To type checkers the result of a
-    call is Any, as that of every module of torch. With return_lse or return_z_loss, annotate it::
+    module(input, target) returns and raises the same as `cross_entropy`. Type checkers see Any, as for every torch
+    module. With return_lse or return_z_loss, annotate the result::
 
         output: npu_xent.CrossEntropyOutput = criterion(logits, target)
     """
@@ -55,13 +55,13 @@ class CrossEntropyLoss(nn.Module):
         self.consume_logits = consume_logits
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
-        """The loss of `input` against `target`."""
+        """Return the loss of `input` against `target`."""
         options = {option.name: getattr(self, option.name) for option in _OPTIONS}
         output: Tensor | CrossEntropyOutput = cross_entropy(input, target, self.weight, **options)
         return output
 
     def extra_repr(self) -> str:
-        """The options that are not at their defaults."""
+        """List the options that differ from their defaults."""
         given = [option.name for option in _OPTIONS if getattr(self, option.name) != option.default]
         options = [f"{name}={getattr(self, name)!r}" for name in given]
         return ", ".join([*(["weight=..."] if self.weight is not None else []), *options])

@@ -508,7 +508,7 @@ def test_shapes_that_take_too_long_are_left_out() -> None:
     assert budget.predicted(10**9, 7) == 0
     budget.seconds_each = 1e-6
     result = timing.measure(1000, 1000000, torch.float32, torch.device("cpu"), 7, budget)
-    assert result.skipped == "would take some 8000 s here"
+    assert result.skipped == "would take about 8000 s here"
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("NPU out of memory"), RuntimeError("NPU out of memory. ...")])
@@ -518,7 +518,7 @@ def test_shapes_that_do_not_fit_are_left_out(error: RuntimeError, monkeypatch: p
 
     monkeypatch.setattr(timing, "candidates", refuse)
     result = timing.measure(4, 5, torch.float32, torch.device("cpu"), 3, timing.Budget())
-    assert result.skipped == "does not fit in memory beside what is there"
+    assert result.skipped == "does not fit in the free memory"
 
 
 def test_peak_memory_is_what_is_in_use_at_a_time(device: torch.device) -> None:

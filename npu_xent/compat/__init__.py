@@ -5,8 +5,8 @@
     npu_xent.compat.unit_scaling.CrossEntropyLoss       for unit_scaling.CrossEntropyLoss
     npu_xent.compat.mindformers.CrossEntropyLoss        for mindformers.core.CrossEntropyLoss, on torch tensors
 
-None of them needs the original package. Each docstring says where the replacement differs on purpose, and where the
-original's documentation differs from its code.
+No replacement needs the original package. Each docstring lists the intended differences from the original, and the
+differences between the original's documentation and its code.
 """
 
 from . import mindformers, nnsight, unit_scaling

@@ -15,7 +15,7 @@ from .._tensors import LOGITS, require_dense
 
 IGNORE_INDEX = -100
 EPSILON = 1e-8
-# For keywords that are accepted and ignored: what decides instead.
+# For each keyword that is accepted and ignored: the alternative that the warning names.
 INSTEAD = {
     "reduction": "the loss is sum(l * input_mask) / (sum(input_mask) + 1e-8); calculate_per_token_loss=True returns "
     "numerator and denominator",
@@ -31,9 +31,9 @@ class CrossEntropyLoss(nn.Module):
     """Cross entropy weighted by a mask, as mindformers.core.loss.CrossEntropyLoss computes it.
 
     Args:
-        parallel_config: an object or mapping with data_parallel and model_parallel, or None. The classes of the logits
-            are sharded over model_parallel there; only 1 is supported here.
-        check_for_nan_in_loss_and_grad: print the local loss (it changes nothing else, as in the original).
+        parallel_config: an object or mapping with data_parallel and model_parallel, or None. The original
+            shards the classes of the logits over model_parallel; only 1 is supported here.
+        check_for_nan_in_loss_and_grad: also print the local loss. Results do not change, as in the original.
         calculate_per_token_loss: return numerator and denominator instead of their quotient.
         **kwargs: ignored as in the original, but with a UserWarning.
 
@@ -41,7 +41,7 @@ class CrossEntropyLoss(nn.Module):
 
     - logits: [N, C], float32, bfloat16, float16 or float64; computed in float32 (float64).
     - label: class indices, [N] or any shape of N values, int32 or int64; or class probabilities, [N, C], floating
-      point. Where input_mask is 0 it may be anything.
+      point. Labels where input_mask is 0 are ignored, whatever their value.
     - input_mask: the weight of each row, fractions included, N values in any shape.
 
     The loss of a row is l_n = -log_softmax(logits)[n, label_n] for class indices and
@@ -56,12 +56,12 @@ class CrossEntropyLoss(nn.Module):
     need not sum to 1. A class of probability 0 whose logit is -inf contributes 0.
 
     Warns:
-        UserWarning: a keyword is ignored, one warning for each. The message says what decides instead.
+        UserWarning: a keyword is ignored; one warning for each. The message names the alternative.
 
     Raises:
         NotImplementedError: model_parallel above 1.
         TypeError: label is neither int32 nor int64 nor floating point, or logits have another dtype.
-        ValueError: logits are not [N, C] with C > 0; class indices or input_mask have not one value for each row; class
+        ValueError: logits are not [N, C] with C > 0; class indices or input_mask do not have N values; class
             probabilities do not have the shape of logits.
         RuntimeError: N = 0, or input_mask requires a gradient.
         IndexError: a class index outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
@@ -76,7 +76,7 @@ class CrossEntropyLoss(nn.Module):
     - The page describes class probabilities as labels. The code raises TypeError for them. Here they are supported, and
       divided by the same denominator as class indices; the page divides by N.
     - The page's formulas have weights, ignore_index and the reductions "none", "mean" and "sum", and no input_mask. The
-      code has none of these, nor has this class. Passed as keywords they are ignored: input_mask weights the rows, and
+      code and this class have none of these. Passed as keywords, they are ignored: input_mask weights the rows, and
       calculate_per_token_loss decides what is returned.
 
     Parameters and their order are those of mindformers 1.3.2. Later releases add, move and remove some: pass them by
@@ -156,7 +156,7 @@ class CrossEntropyLoss(nn.Module):
 
 
 def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss of each row, [N], by the fused operator; 0 where masked. Neither logits nor label are read there."""
+    """The loss of each row, [N], by the fused operator. Masked rows are 0, and their logits and label are not read."""
     target = label.reshape(-1).to(torch.int64)
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
@@ -166,8 +166,8 @@ def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: tor
                 f"mindformers.CrossEntropyLoss: label[{row}] is {int(target[row])}, which is not a class in "
                 f"[0, {logits.shape[1]}); set input_mask to 0 where there is nothing to predict"
             )
-    # An ignored row must not be confused with a label that happens to be IGNORE_INDEX under the mask: that one is
-    # moved to another value that is no class either, so that it is refused like any label out of range.
+    # Only masked rows may be ignored. A label that happens to equal IGNORE_INDEX in another row becomes another value
+    # out of range, so that the operator handles it like every label out of range.
     target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
     prepare(logits)
     loss: Tensor

@@ -1,7 +1,7 @@
 """nnsight's cross_entropy_loss: a mean of row means over a batch of token sequences.
 
-The original is nnsight.util.cross_entropy_loss of nnsight 0.0.8 to 0.1.18, the same in all of them; releases from 0.2.4
-on do not have it. Its documentation page calls the module nnsight.utils, which is not its name in any of them.
+The original is nnsight.util.cross_entropy_loss, identical in nnsight 0.0.8 to 0.1.18 and absent from 0.2.4 on. Its
+documentation page calls the module nnsight.utils, a name that none of these releases uses.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def cross_entropy_loss(
 
     Args:
         logits: [B, T, C], or [T, C] for a batch of one; float32, bfloat16, float16 or float64.
-        target_ids: [B, T], or [T] for a batch of one; classes in [0, C) or -100 for tokens that take no part. Converted
-            to int64.
+        target_ids: [B, T], or [T] for a batch of one; class indices in [0, C), or -100 for tokens to ignore.
+            Converted to int64.
         shift: score the logits of each token against the next token: drops the last logits and the first target of each
             sequence.
         avg_batch: mean over the sequences.
-        avg_token: mean over the tokens that take part, for each sequence by itself.
+        avg_token: mean over the tokens of each sequence that are not ignored.
 
     Returns:
         The loss, on the CPU, in the dtype of logits (float32 under autocast). Its shape is [] with both means, [T]
-        without avg_token, [B] without avg_batch, [B, T] without either; T is one less with shift. With both means it is
-        a mean of row means, not a mean over tokens. A sequence without a token that takes part is NaN.
+        without avg_token, [B] without avg_batch, [B, T] with neither; T is one less with shift. With both means it is
+        a mean of row means, not a mean over tokens. A sequence with only ignored tokens is NaN.
 
     Raises:
         AssertionError: ranks, batch or length of logits and target_ids differ.

@@ -1,4 +1,4 @@
-"""unit_scaling's cross_entropy: the loss as usual, and a gradient of unit scale."""
+"""unit_scaling's cross_entropy: the usual loss with a gradient of unit scale."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._tensors import index_target, require_dense
 
 
 class _ScaleForward(torch.autograd.Function):
-    """x * factor, whose gradient is that of x alone: unit scaling's forward factors do not reach the gradient."""
+    """x * factor with the gradient of x: unit scaling's forward factors do not reach the gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -27,7 +27,7 @@ class _ScaleForward(torch.autograd.Function):
 
 
 class _ScaleBackward(torch.autograd.Function):
-    """x itself, whose gradient is multiplied by factor."""
+    """The identity, with its gradient multiplied by factor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
@@ -39,7 +39,7 @@ class _ScaleBackward(torch.autograd.Function):
         return grad * ctx.factor, None
 
 
-# With types, which `apply` does not have.
+# Typed aliases: `apply` has no types.
 _scale_forward: Callable[[Tensor, float], Tensor] = _ScaleForward.apply
 _scale_backward: Callable[[Tensor, float], Tensor] = _ScaleBackward.apply
 
@@ -59,14 +59,14 @@ def cross_entropy(
 
     Args:
         input: logits, [N, V], or [V] for one row; float32, bfloat16, float16 or float64.
-        target: classes in [0, V) or ignore_index, [N] or []; or class probabilities in the shape of input.
+        target: class indices in [0, V) or ignore_index, [N] or []; or class probabilities in the shape of input.
         weight, size_average, reduce, label_smoothing: must keep their defaults.
-        ignore_index: rows with this target take no part, but N counts them.
+        ignore_index: rows with this target are ignored, but N counts them.
         reduction: "mean" divides by N, ignored rows included; "sum" does not.
         mult: the inverse temperature; it does not scale the gradient.
 
     Returns:
-        The loss, [], in the dtype of input (float32 under autocast). Its gradient, for "mean" and "sum" alike and in
+        The loss, [], in the dtype of input (float32 under autocast). Its gradient, equal for "mean" and "sum" and in
         the dtype of input, is V / sqrt(V - 1) * (softmax(mult * input) - one_hot(target)) * upstream, with a standard
         deviation of about 1 at initialisation (unit scaling, https://arxiv.org/abs/2303.11257).
 
@@ -77,9 +77,9 @@ def cross_entropy(
         ZeroDivisionError: V = 1, or "mean" over N = 0 rows.
         IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
-    Differs from the original on purpose: statistics in float32 whatever the dtype; with class indices the scaled
-    gradient comes out of the sweep over the logits instead of a multiplication of its own; every integer dtype is a
-    target. Like the original, it does not support the transforms of torch.func.
+    Differs from the original on purpose: statistics are float32 for every dtype but float64; with class indices the
+    fused kernel scales the gradient, without a separate multiplication; target may have any integer dtype. Like
+    the original, it does not support the transforms of torch.func.
 
     Where the original's documentation page and its code differ, this function does what the code does:
 
@@ -111,7 +111,7 @@ def cross_entropy(
     loss_scale = 1.0 / rows if reduction == "mean" else 1.0
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if target.is_floating_point():
-        # Class probabilities are not fused: torch's own, between two scalings that keep mult out of the gradient.
+        # Class probabilities use torch's cross_entropy; the two scalings around it keep mult out of the gradient.
         scaled = _scale_backward(input.to(dtype), grad_scale)
         scaled = scaled if mult == 1.0 else _scale_forward(scaled, mult)
         loss = torch_cross_entropy(scaled, target.to(dtype), ignore_index=ignore_index, reduction="sum")
@@ -132,7 +132,7 @@ def cross_entropy(
 
 
 class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module, a drop-in replacement for unit_scaling.CrossEntropyLoss: `mult` comes first."""
+    """`cross_entropy` as a module; drop-in replacement for unit_scaling.CrossEntropyLoss, with mult first."""
 
     weight: Tensor | None
 
@@ -156,7 +156,7 @@ class CrossEntropyLoss(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of `input` against `target`; arguments, results and errors are those of `cross_entropy`."""
+        """Return the loss of `input` against `target`: same results and errors as `cross_entropy`."""
         return cross_entropy(
             input,
             target,

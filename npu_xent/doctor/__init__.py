@@ -1,4 +1,4 @@
-"""Is everything right? `python -m npu_xent.doctor` looks at the installation, the results and the times, and says so.
+"""`python -m npu_xent.doctor` checks the installation, the results and the times, and prints a report.
 
-Not imported by npu_xent itself.
+npu_xent itself does not import this package.
 """

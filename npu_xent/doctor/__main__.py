@@ -16,7 +16,7 @@ from . import environment
 from .report import DEFAULT_FILE, Check, Failure, Report, Result, ending
 from .run import run_all
 
-SIMULATED = "SIMULATED: the toolkit's version says that no NPU is behind it. Times and memory below are simulated, too."
+SIMULATED = "SIMULATED: the toolkit's version names a simulator. Times and memory below are simulated, too."
 
 NO_CANN = (
     "Source the set_env.sh of CANN before Python starts; to check on a simulated NPU instead, run "
@@ -25,12 +25,12 @@ NO_CANN = (
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs everything and prints the report. 0: all is right; 1: something is not; 2 is argparse's, for wrong usage."""
+    """Run all checks and print the report. Returns 0 if all pass and 1 if not; argparse exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
-        prog="python -m npu_xent.doctor", description="Is everything right? Looks at installation, results, times."
+        prog="python -m npu_xent.doctor", description="Checks the installation, results and times of npu_xent."
     )
     parser.add_argument("--device", type=_device, help="cpu, npu or npu:1; default: an NPU if there is one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all of it to FILE, as JSON")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the full report to FILE, as JSON")
     parser.add_argument("--quick", action="store_true", help="leave out long rows and large shapes")
     options = parser.parse_args(arguments)
     if options.json is not None and (unfit := _unfit_for_a_file(options.json.absolute())):
@@ -78,14 +78,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _device(text: str) -> str:
-    """Under the name of npu torch knows the device once torch_npu is imported, so it stays a name here."""
+    """Check a device's name. It stays a string, because torch knows `npu` only after importing torch_npu."""
     if not re.fullmatch(r"cpu|npu(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, npu, npu:0, npu:1, ...")
     return text
 
 
 def _unfit_for_a_file(path: Path) -> str | None:
-    """Why the report cannot be written there, if that is known before there is one."""
+    """Return why the report cannot be written to `path`, as far as that can be checked beforehand; else None."""
     if not path.parent.is_dir():
         return f"{path.parent} is not a folder"
     if path.is_dir():
@@ -98,5 +98,5 @@ def _say(lines: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.enable()  # a driver that takes the process along leaves a Python stack
+    faulthandler.enable()  # if a driver crashes the process, print the Python stack
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the operators do with values, memory and streams that are out of the ordinary."""
+"""Checks the operators on special values, memory layouts and streams."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHECKS: list[tuple[str, Check]] = []
 
 
 def tasks(device: torch.device) -> Iterator[Task]:
-    """Those that the device has a meaning for."""
+    """Yield the checks that apply to the device."""
     for name, check in CHECKS:
         if device.type == "npu" or check not in NPU_ONLY:
             yield Task(SECTION, name, partial(_result_of, check, device))
@@ -40,7 +40,7 @@ def _result_of(check: Check, device: torch.device) -> Result:
 
 
 def named(name: str) -> Callable[[Check], Check]:
-    """Puts a check on the list, by a name for the report."""
+    """Register a check under a name for the report."""
 
     def add(check: Check) -> Check:
         CHECKS.append((name, check))
@@ -50,32 +50,32 @@ def named(name: str) -> Callable[[Check], Check]:
 
 
 def step(logits: Tensor, target: Tensor, device: torch.device, **options: Any) -> tuple[Tensor, Tensor]:
-    """The loss and the gradient of its sum, by the device and back on the CPU."""
+    """Compute the loss and the gradient of its sum on the device; return both on the CPU."""
     loss, gradient = step_there(logits.to(device), target.to(device), **options)
     return loss.cpu(), gradient.cpu()
 
 
 def step_there(logits: Tensor, target: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """The same where the tensors are."""
+    """Compute the loss and the gradient of its sum on the tensors' own device."""
     leaf = logits.detach().requires_grad_()
     loss: Tensor = npu_xent.cross_entropy(leaf, target, **options)
     return loss.detach(), torch.autograd.grad(loss, leaf, torch.ones(loss.shape).to(loss.device))[0]
 
 
 def inputs(device: torch.device, index: int = 0) -> tuple[Tensor, Tensor]:
-    """Logits and targets of one of the shapes for a device, by its number; on the CPU."""
+    """Return logits and targets on the CPU, in the device's test shape number `index`."""
     shape = shapes(torch.float32, device)[index]
     problem = make_problem(LOSS_OF_ROWS, shape.rows, shape.classes, torch.float32)
     return problem.logits, problem.target
 
 
 def expect(condition: bool, words: str) -> list[Failure]:
-    """A failure in words unless the condition holds."""
+    """Return a failure with the message `words` unless the condition holds."""
     return [] if condition else [Failure(words)]
 
 
 def same_bits(name: str, seen: Tensor, expected: Tensor) -> list[Failure]:
-    """A failure unless every bit is the same. NaN is NaN: its other bits have no meaning."""
+    """Return a failure unless both are bitwise equal. All NaN count as equal: their payload bits have no meaning."""
     first, second = (t.detach().cpu().reshape(-1) for t in (seen, expected))
     first, second = (torch.where(t.isnan(), NAN, t) for t in (first, second))
     if seen.dtype == expected.dtype and seen.shape == expected.shape:
@@ -93,9 +93,9 @@ def same_bits(name: str, seen: Tensor, expected: Tensor) -> list[Failure]:
     return [Failure(f"{name}: {seen.dtype} {list(seen.shape)}, and {expected.dtype} {list(expected.shape)}", name)]
 
 
-@named("a target that is no class")
+@named("a target out of range")
 def bad_target(device: torch.device) -> list[Failure]:
-    """Looking at it would make an NPU wait: there its row is NaN, and no other. NPU_XENT_DEBUG=1 looks."""
+    """A target out of range raises IndexError where targets are checked; elsewhere only its own row is NaN."""
     logits, target = inputs(device)
     loss, gradient = step(logits, target, device, reduction="none")
     target[5] = logits.shape[1]
@@ -104,7 +104,7 @@ def bad_target(device: torch.device) -> list[Failure]:
             step(logits, target, device, reduction="none")
         except IndexError:
             return []
-        return [Failure(f"target[5] is {target[5]}, which is no class, and no IndexError was raised")]
+        return [Failure(f"target[5] is {target[5]}, which is out of range, but no IndexError was raised")]
     bad_loss, bad_gradient = step(logits, target, device, reduction="none")
     loss[5] = NAN
     gradient[5] = NAN
@@ -113,7 +113,7 @@ def bad_target(device: torch.device) -> list[Failure]:
 
 @named("NaN in ignored rows")
 def nan_in_ignored_rows(device: torch.device) -> list[Failure]:
-    """Their gradient is 0, and everything else what it is without NaN."""
+    """The gradient of ignored rows is 0, and NaN in them changes no other result."""
     found = []
     for index in (0, 1):
         logits, target = inputs(device, index)
@@ -128,7 +128,7 @@ def nan_in_ignored_rows(device: torch.device) -> list[Failure]:
 
 @named("NaN, infinities and masked classes")
 def special_values(device: torch.device) -> list[Failure]:
-    """NaN and +inf spoil their row alone; -inf is a class of probability 0, and a row of nothing else has none."""
+    """NaN and +inf make only their own row NaN. -inf has probability 0; a row of only -inf is NaN."""
     found = []
     for index in (0, 1):
         logits, target = inputs(device, index)
@@ -141,7 +141,7 @@ def special_values(device: torch.device) -> list[Failure]:
         words = f"loss[10], with half of the classes at -inf: {float(special_loss[10])}, expected {float(masked)}"
         found += expect(error < 1e-4, words)
         found += expect(not bool(special_gradient[10, 1::2].any()), "gradient[10] of classes at -inf: not 0")
-        special_loss[10], special_gradient[10] = loss[10], gradient[10]  # looked at; what is left is exact
+        special_loss[10], special_gradient[10] = loss[10], gradient[10]  # checked; other rows are bitwise equal
         loss[[1, 4, 7]] = NAN
         gradient[[1, 4, 7]] = NAN
         found += same_bits("loss", special_loss, loss) + same_bits("gradient", special_gradient, gradient)
@@ -150,7 +150,7 @@ def special_values(device: torch.device) -> list[Failure]:
 
 @named("rows with a stride")
 def strided_rows(device: torch.device) -> list[Failure]:
-    """What lies between rows, NaN here, is neither read nor written; the order of arithmetic is that of dense rows."""
+    """Memory between rows, NaN here, is neither read nor written. Results equal those of dense rows bitwise."""
     found = []
     for index in (0, 1):
         logits, target = inputs(device, index)
@@ -166,7 +166,7 @@ def strided_rows(device: torch.device) -> list[Failure]:
 
 @named("logits are left alone, or consumed")
 def written_logits(device: torch.device) -> list[Failure]:
-    """Only consume_logits writes over them, and what it writes is the gradient."""
+    """Only consume_logits overwrites the logits, and it overwrites them with the gradient."""
     logits, target = inputs(device, 1)
     there = logits.to(device)
     _, gradient = step_there(there, target.to(device))
@@ -179,7 +179,7 @@ def written_logits(device: torch.device) -> list[Failure]:
 
 @named("several streams")
 def several_streams(device: torch.device) -> list[Failure]:
-    """Three side streams at a time give what the current stream gives."""
+    """Three concurrent side streams give the same results as the current stream."""
     problems = [[tensor.to(device) for tensor in inputs(device, index)] for index in range(3)]
     expected = [step_there(*problem) for problem in problems]
     main, seen = npu().current_stream(device), []
@@ -200,7 +200,7 @@ def several_streams(device: torch.device) -> list[Failure]:
 
 
 def on_another(device: torch.device, other: int) -> Result:
-    """Skipped where torch's own operations do not run there: it may be another process's, or its memory."""
+    """Run same_on; skip it if torch's own operations fail on that device, which another process may occupy."""
     try:
         (torch.ones(8).to(torch.device("npu", other)) + 1).cpu()
     except RuntimeError as error:
@@ -209,7 +209,7 @@ def on_another(device: torch.device, other: int) -> Result:
 
 
 def same_on(device: torch.device, other: int) -> list[Failure]:
-    """One loaded library of kernels serves every device of the process."""
+    """The kernel library, loaded once, serves every device of the process."""
     logits, target = inputs(device, 1)
     here = step(logits, target, device)
     with npu().device(other):

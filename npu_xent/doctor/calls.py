@@ -1,4 +1,4 @@
-"""Calls the operators as a case says, on a device, and brings back what comes out in the shape of plain rows."""
+"""Calls the operators for a case on a device, and returns the outputs in the shape of [N, C] rows."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .cases import Case, Problem
 
 
 def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
-    """The outputs by name, on the CPU: loss, and what the case asks for of z_loss, lse, log_prob and gradient.
+    """Return the outputs by name, on the CPU: loss, and those of z_loss, lse, log_prob and gradient that the case has.
 
-    The device is left to do what is looked at; all else happens on the CPU.
+    Only the operators under test run on the device; everything else runs on the CPU.
     """
     case = problem.case
     weight = None if problem.weight is None else problem.weight.to(device)
@@ -35,7 +35,7 @@ def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
 
 
 def laid_out(layout: str, rows: Tensor, device: torch.device) -> Tensor:
-    """[N, C] on the CPU as `Case.layout` says, on the device."""
+    """Copy rows [N, C] from the CPU to the device, in the layout that `Case.layout` names."""
     if layout == "classes second":
         return rows.view(3, -1, rows.shape[1]).movedim(-1, 1).contiguous().to(device)
     if layout == "strided":
@@ -46,7 +46,7 @@ def laid_out(layout: str, rows: Tensor, device: torch.device) -> Tensor:
 
 
 def _ours(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-    # consume_logits takes the output of an operation.
+    # consume_logits does not accept a leaf tensor.
     logits = leaf.clone() if case.options.get("consume_logits") else leaf
     result = npu_xent.cross_entropy(logits, target, weight, **case.options)
     if isinstance(result, Tensor):

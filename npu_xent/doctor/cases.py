@@ -1,4 +1,4 @@
-"""What the doctor computes: every option of the operators, on shapes for every way in which a device cuts rows."""
+"""The cases that the doctor computes: every option of the operators, on shapes for every row mode."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SHORT_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 
 @dataclass(frozen=True)
 class Case:
-    """A way to call an operator. The same numbers come out of all layouts and both functions."""
+    """One way to call an operator. All layouts and both functions must give the same numbers."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     weight: bool = False
     ignored: bool = False  # every third row
     upstream: float = 1.0  # the gradient that reaches the loss
-    grad: bool = True  # else the loss alone, which other kernels compute
+    grad: bool = True  # False: only the loss, which other kernels compute
     layout: str = "rows"  # "classes second": [B, C, T]; "strided": columns of a wider tensor, full of NaN
     contract: bool = False  # npu_cross_entropy_loss instead of cross_entropy
-    everywhere: bool = False  # also where rows are so long that the rest would take too much time
-    transform: Callable[[Tensor], Tensor] = lambda logits: logits  # what an option does to each logit, for the truth
+    everywhere: bool = False  # also run on long rows, where other cases take too much time
+    transform: Callable[[Tensor], Tensor] = lambda logits: logits  # an option's change to each logit
 
 
 CAP = 10.0
@@ -42,7 +42,7 @@ CASES = (
     Case("mean", everywhere=True),
     Case("sum", {"reduction": "sum"}),
     Case("none", {"reduction": "none"}, everywhere=True),
-    # Of 16-bit logits, lse tells more than a loss that was rounded to 16 bits.
+    # For 16-bit logits, lse in float32 shows errors that a loss rounded to 16 bits hides.
     Case("loss and lse alone", {"return_lse": True}, grad=False),
     Case("upstream gradient 3", upstream=3.0),
     Case("weight", weight=True),
@@ -50,7 +50,7 @@ CASES = (
     Case("label_smoothing", SMOOTHING),
     Case("weight, label_smoothing", SMOOTHING, weight=True),
     Case("z-loss", Z_LOSS),
-    # Everywhere, since it comes into the arithmetic of each row mode.
+    # Run everywhere, because softcap changes the arithmetic of every row mode.
     Case("softcap", {"softcap": CAP, **SMOOTHING}, True, everywhere=True, transform=lambda x: CAP * (x / CAP).tanh()),
     Case("return_lse", {"return_lse": True}),
     Case("consume_logits", {"consume_logits": True}),
@@ -66,13 +66,13 @@ CASES = (
 
 
 def dtypes(device: torch.device) -> list[torch.dtype]:
-    """Those that the operators take on a device."""
+    """Return the dtypes that the operators support on a device."""
     return [d for d in SHORT_NAMES if d != torch.float64 or device.type == "cpu"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Rows and classes, and how a device cuts them."""
+    """Number of rows and classes, and the row mode in which a device processes them."""
 
     rows: int
     classes: int
@@ -84,16 +84,16 @@ class Shape:
 
 
 def shapes(dtype: torch.dtype, device: torch.device) -> list[Shape]:
-    """One for each row mode; on the CPU, one for each way to share out rows. All have a partial piece at the end."""
+    """Return one shape per row mode, or on the CPU one per way to split rows over threads. All have a partial tail."""
     if device.type != "npu":
         return [Shape(96, 130, None), Shape(30, 5001, None), Shape(3, 35_001, None)]
-    streaming = 35_001 if dtype.itemsize >= 4 else 75_001  # just too long for the unified buffer
+    streaming = 35_001 if dtype.itemsize >= 4 else 75_001  # slightly too long for the unified buffer
     sizes = ((96, 130), (30, 5001), (3, 5001), (48, streaming))
     return [Shape(rows, cols, row_mode(rows, cols, dtype), long=cols == streaming) for rows, cols in sizes]
 
 
 def row_mode(rows: int, classes: int, dtype: torch.dtype) -> str:
-    """How a device kernel cuts logits [rows, classes], by the planner itself."""
+    """Return the row mode of a device kernel for logits [rows, classes], as the planner chooses it."""
     return ROW_MODES[_C.plan_rows(rows, classes, _C.KERNEL_INTERFACE["LogitsType"][SHORT_NAMES[dtype]])["mode"]]
 
 
@@ -109,11 +109,11 @@ class Problem:
 
 
 def make_problem(case: Case, rows: int, classes: int, dtype: torch.dtype) -> Problem:
-    """Always the same for the same arguments.
+    """Make the inputs of a case; the same arguments always give the same inputs.
 
-    In each row one class has most of the probability, and over the rows it moves from the first class to the last: a
-    piece of a row that is lost, wherever it lies, is most of some row. float16 gets the gradient that a GradScaler
-    would send, since its small numbers would be lost otherwise.
+    In each row one class has most of the probability. It moves from the first class to the last over the rows, so that
+    a lost piece of a row, wherever it lies, is most of some row. The upstream gradient of float16 is scaled as by a
+    GradScaler, because small gradients would underflow otherwise.
     """
     generator = torch.Generator().manual_seed(rows * 1_000_003 + classes)
     logits = 2 * torch.randn(rows, classes, generator=generator)
@@ -126,5 +126,5 @@ def make_problem(case: Case, rows: int, classes: int, dtype: torch.dtype) -> Pro
     weight = 0.1 + 0.9 * torch.rand(classes, generator=generator) if case.weight else None
     upstream = torch.tensor(case.upstream * (1024.0 if dtype == torch.float16 else 1.0))
     if case.options.get("reduction") == "none":
-        upstream = upstream * (1 + row % 3)  # a row that gets another row's is wrong
+        upstream = upstream * (1 + row % 3)  # differs by row, so that mixed-up rows are detected
     return Problem(case, logits.to(dtype), target, weight, upstream.to(dtype))

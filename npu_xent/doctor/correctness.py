@@ -1,4 +1,4 @@
-"""Every option, dtype and row mode against the truth: one check for each, and a table of them."""
+"""Compares every option, dtype and row mode with float64 results: one check for each, and a table of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECTION = "correctness"
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
-    """By row mode, then option, then dtype. The quick way leaves out what only long rows tell."""
+    """Yield the checks by row mode, then option, then dtype. `quick` leaves out long rows."""
     for index, _ in enumerate(shapes(torch.float32, device)[: 2 if quick else None]):
         for case in CASES:
             for dtype in dtypes(device):
@@ -31,7 +31,7 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
 
 
 def check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Result:
-    """Compares each output with the truth; beside it what torch's own, in the same dtype, would be in this."""
+    """Compare each output with the float64 result, and also torch's own results in the same dtype."""
     problem = make_problem(case, shape.rows, shape.classes, dtype)
     seen = observe(problem, device)
     with one_thread():
@@ -43,11 +43,11 @@ def check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def table(report: Report) -> list[str]:
-    """Options down, dtypes across, a table for each row mode."""
+    """Format one table per row mode: options as rows, dtypes as columns."""
     checks = report.of(SECTION)
     lines = [
-        "  The largest error of loss, gradient and other outputs, as a part of what is allowed: more than 1 is wrong.",
-        "  In brackets: torch's own error, in the same dtype on the CPU, as a part of the same.",
+        "  The largest error of loss, gradient and other outputs, as a fraction of the allowed error; above 1 fails.",
+        "  In brackets: torch's own error, in the same dtype on the CPU, as a fraction of the same allowed error.",
     ]
     for index, group in enumerate(_by_shape(checks)):
         columns = list(dict.fromkeys(check.where["dtype"] for check in group))
@@ -62,7 +62,7 @@ def table(report: Report) -> list[str]:
 
 
 def _by_shape(checks: list[Check]) -> list[list[Check]]:
-    """Groups of consecutive checks, from one first option to the next."""
+    """Split the checks into groups; each group starts with the first option."""
     groups: list[list[Check]] = []
     for check in checks:
         if not groups or (check.name == CASES[0].name and groups[-1][-1].name != CASES[0].name):

@@ -1,4 +1,4 @@
-"""What the doctor's run ran on: machine, versions, how the extension was built, what the environment says."""
+"""Collects the environment of a run: machine, versions, build of the extension, environment variables."""
 
 from __future__ import annotations
 
@@ -26,39 +26,39 @@ VARIABLES = re.compile(
 
 
 def import_torch_npu() -> str | None:
-    """Import torch_npu, which the kernels need. What stands in the way of an NPU, if anything does."""
+    """Import torch_npu, which the kernels need. Returns the reason if no NPU is available, else None."""
     if importlib.util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
     try:
         torch_npu = importlib.import_module("torch_npu")
         count = torch_npu.npu.device_count()
-    except Exception as error:  # a library that is missing, another torch: whatever it is, it is to be told
+    except Exception as error:  # a missing library, another torch, or any other cause: report it
         return f"torch_npu cannot be imported: {first_line(error)}"
     return None if count else "torch_npu sees no NPU"
 
 
 def npu() -> Any:
-    """torch.npu. torch_npu adds it, so torch's types do not have it."""
+    """Return torch.npu. torch_npu adds it, so torch's type stubs do not have it."""
     return torch.npu  # type: ignore[attr-defined]
 
 
 def use_npu(device: str) -> str | None:
-    """Make it the current device, which opens it. What stands in the way, if anything does."""
+    """Make `device` the current device, which opens it. Returns the reason if that fails, else None."""
     try:
         npu().set_device(device)
-    except Exception as error:  # the driver's, or another process has it to itself
+    except Exception as error:  # a driver error, or another process has exclusive use
         return f"{device} cannot be used: {first_line(error)}"
     return None
 
 
 def has_cann() -> bool:
-    """Whether the environment names a toolkit that is more than a simulator's."""
+    """Whether the environment names a CANN toolkit that is not a simulator's."""
     toolkit = _toolkit.home()
     return toolkit is not None and not _says_simulated(_toolkit.version(toolkit))
 
 
 def gather() -> dict[str, Any]:
-    """All of it, by name. Imports nothing; torch_npu is asked if it is there. What cannot be found out is None."""
+    """Return all values by name; unknown ones are None. Queries torch_npu only if it is already imported."""
     toolkit, npu_smi = _toolkit.home(), _soc.npu_smi("info")
     found: dict[str, Any] = {
         "system": f"{platform.platform()}, {_distribution()}",
@@ -90,14 +90,14 @@ def gather() -> dict[str, Any]:
     torch_npu = sys.modules.get("torch_npu")
     if torch_npu is not None and hasattr(torch_npu, "npu"):
         found["torch_npu"] = torch_npu.__version__
-        with contextlib.suppress(Exception):  # a device that cannot be used is told elsewhere
+        with contextlib.suppress(Exception):  # use_npu reports a device that cannot be used
             found["devices"] = torch_npu.npu.device_count()
             found["soc"] = torch_npu.npu.get_device_name() if found["devices"] else None
     return found
 
 
 def is_simulated(environment: dict[str, Any]) -> bool:
-    """Whether a toolkit's version, the running one's or that of the build, says that nothing of it is a device."""
+    """Whether the version of the running toolkit, or of the one at build time, names a simulator."""
     return any(map(_says_simulated, (environment["cann"], environment["built"]["cann"])))
 
 
@@ -106,7 +106,7 @@ def _says_simulated(version: str | None) -> bool:
 
 
 def lines(environment: dict[str, Any]) -> list[str]:
-    """For people."""
+    """Format the environment for people."""
     built = environment["built"]
     rows = {
         "system": environment["system"],
@@ -130,12 +130,12 @@ def lines(environment: dict[str, Any]) -> list[str]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what an exception says, or its type."""
+    """Return the first line of an exception's message, or its type if it has none."""
     return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
 
 
 def _installed(package: str) -> str | None:
-    """The version, whether or not it can be imported."""
+    """Return a package's version, even if the package cannot be imported."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -150,7 +150,7 @@ def _distribution() -> str:
 
 
 def _processor() -> str:
-    """Of /proc/cpuinfo: "model name" on x86-64; Arm tells numbers."""
+    """Read the processor from /proc/cpuinfo: "model name" on x86-64, numeric codes on Arm."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -160,9 +160,9 @@ def _processor() -> str:
 
 
 def _driver(npu_smi: str | None) -> str | None:
-    """The version that the driver's own file tells, else that in npu-smi's report, which comes with it."""
+    """Return the driver's version from its own file, or else from npu-smi's output."""
     found = None
-    with contextlib.suppress(OSError):  # a driver may be installed for one group of users
+    with contextlib.suppress(OSError):  # a driver's files may be readable by one group only
         text = DRIVER.read_text(errors="replace")
         found = re.search(r"^\s*Version\s*=\s*(\S+)", text, re.MULTILINE | re.IGNORECASE)
     found = found or re.search(r"Version:\s*(\S+)", npu_smi or "")

@@ -1,4 +1,4 @@
-"""The same call gives the same bits: again, with other threads, after other work."""
+"""Checks that repeated calls are bitwise identical: again, with other thread counts, after other work."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ THREADS = (1, 2, 3)
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
-    """A check for each row mode and dtype."""
+    """Yield one check per row mode and dtype."""
     for dtype in dtypes(device):
         for shape in shapes(dtype, device)[: 2 if quick else None]:
             problems = [make_problem(case, shape.rows, shape.classes, dtype) for case in CASES if case.name in REPEATED]
@@ -28,7 +28,7 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
 
 
 def check(problems: list[Problem], device: torch.device) -> list[Failure]:
-    """Compares later runs with the first, bit by bit."""
+    """Compare later runs with the first, bitwise."""
     found = []
     for problem in problems:
         first = observe(problem, device)
@@ -50,7 +50,7 @@ def _on_cpu(problem: Problem, device: torch.device) -> Iterator[tuple[str, dict[
 
 def _on_npu(problem: Problem, device: torch.device) -> Iterator[tuple[str, dict[str, Tensor]]]:
     yield "again", observe(problem, device)
-    # Leaves other numbers in the unified buffers, and in the memory that results will lie in.
+    # Fill the unified buffers, and the memory that later results will reuse, with other numbers.
     other = make_problem(CASES[0], 70, 3000, torch.float32)
     observe(other, device)
     junk = [torch.full((n,), float("nan"), device=device) for n in (1000, problem.logits.numel())]

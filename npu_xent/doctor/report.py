@@ -1,4 +1,4 @@
-"""What the doctor finds: checks, what each saw, and the report of them as text and as JSON."""
+"""The doctor's data: checks, their results, and the report as text and as JSON."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 SCHEMA_VERSION = 1
 DEFAULT_FILE = "npu_xent_doctor.json"
-LONGEST_LIST = 40  # failing checks that are printed; the file has them all
+LONGEST_LIST = 40  # failed checks to print; the file lists all
 
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that is wrong. For an output: the first element that is, [row, class] for a gradient."""
+    """One error. For an output: its first wrong element, [row, class] for a gradient."""
 
     words: str
     output: str | None = None
@@ -28,17 +28,17 @@ class Failure:
 
 @dataclass(frozen=True)
 class Result:
-    """What a check saw: numbers by name, and what is wrong; nothing, if it passed."""
+    """Result of a check: numbers by name, and failures; a check without failures has passed."""
 
     numbers: dict[str, Any] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
-    skipped: str | None = None  # why there was nothing to check; neither passed nor failed
-    notes: list[str] = field(default_factory=list)  # worth knowing, and no failure
+    skipped: str | None = None  # why the check did not run; it neither passed nor failed
+    notes: list[str] = field(default_factory=list)  # remarks that are not failures
 
 
 @dataclass(frozen=True)
 class Task:
-    """A check before it has run. `where` says on what: option, shape, dtype, row mode."""
+    """A check that has not run yet. `where` gives its option, shape, dtype and row mode."""
 
     section: str
     name: str
@@ -59,11 +59,11 @@ class Check:
 
     @property
     def failed(self) -> bool:
-        """Whether something is wrong."""
+        """Whether the check has failures."""
         return bool(self.result.failures)
 
     def lines(self) -> list[str]:
-        """What a failed check has to say."""
+        """Format a failed check for the report."""
         place = ", ".join(f"{name} {value}" for name, value in self.where.items() if value is not None)
         return [
             f"FAIL  {self.section}: {self.name}" + (f" ({place})" if place else ""),
@@ -73,15 +73,15 @@ class Check:
 
 @dataclass
 class Report:
-    """All that is known, as far as it got."""
+    """The results so far."""
 
     device: str
     environment: dict[str, Any]
-    simulated: bool  # the toolkit's version says that there is no device behind it
+    simulated: bool  # the toolkit's version names a simulator
     quick: bool = False
-    chosen: str = ""  # why this device
+    chosen: str = ""  # the device, and why it was chosen
     checks: list[Check] = field(default_factory=list)
-    stopped: str | None = None  # why the rest was not run
+    stopped: str | None = None  # why the remaining checks did not run
     seconds: float = 0.0
 
     @property
@@ -91,12 +91,12 @@ class Report:
 
     @property
     def judged(self) -> int:
-        """How many checks passed or failed."""
+        """Number of checks that passed or failed."""
         return sum(check.result.skipped is None for check in self.checks)
 
     @property
     def verdict(self) -> str:
-        """In a line."""
+        """The result of the run in one line."""
         outcome = (
             f"{len(self.failed)} of {self.judged} checks failed" if self.failed else f"all {self.judged} checks passed"
         )
@@ -104,11 +104,11 @@ class Report:
         return f"verdict: {outcome}{on}" + (f"; stopped: {self.stopped}" if self.stopped else "")
 
     def of(self, section: str) -> list[Check]:
-        """The checks of a section."""
+        """Return the checks of a section."""
         return [check for check in self.checks if check.section == section]
 
     def write(self, path: Path) -> None:
-        """Everything, as JSON. NaN and infinities are strings there."""
+        """Write the whole report as JSON. NaN and infinities become strings."""
         content = {
             "schema_version": SCHEMA_VERSION,
             "program": "npu_xent.doctor",
@@ -138,7 +138,7 @@ class Report:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can say, strictly: it has no NaN and no infinity."""
+    """Convert a value to strict JSON types; NaN and infinities, which JSON lacks, become strings."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -149,7 +149,7 @@ def _plain(value: Any) -> Any:
 
 
 def ending(report: Report, file: Path | None) -> list[str]:
-    """What is wrong, what to do with it, and the verdict."""
+    """Format the failures, how to report them, and the verdict."""
     lines = []
     for check in report.failed[:LONGEST_LIST]:
         lines += check.lines()
@@ -158,7 +158,7 @@ def ending(report: Report, file: Path | None) -> list[str]:
             f"      and {len(report.failed) - LONGEST_LIST} more" + (f", in {file}" if file is not None else "")
         )
     notes = [note for check in report.checks for note in check.result.notes]
-    said = " (simulated, which says nothing of an NPU)" if report.simulated else ""
+    said = " (simulated, not representative of an NPU)" if report.simulated else ""
     lines += [f"note{said}: {note}" for note in dict.fromkeys(notes)]
     if report.failed:
         lines += [

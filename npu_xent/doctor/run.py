@@ -1,4 +1,4 @@
-"""Runs the checks one by one, each on its own: what one of them raises is its failure, and the others go on."""
+"""Runs the checks one by one. An exception fails its own check, and the others still run."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from .report import Check, Failure, Report, Result, Task
 
 DEVICE_LOST = "the device computes nothing any more; a new process is needed"
 INTERRUPTED = "interrupted"
-HANGS_AFTER = 300  # seconds in one check
+HANGS_AFTER = 300  # seconds for one check
 NO_KERNELS = "without the NPU kernels there is nothing to check on an NPU"
 
 
 class Progress:
-    """On standard error: the check under way on a terminal, elsewhere a line for each section."""
+    """Shows progress on standard error: on a terminal the current check, elsewhere a line per section."""
 
     def __init__(self) -> None:
         self.on_terminal: bool = sys.stderr.isatty()
         self.section: str = ""
 
     def show(self, number: int, task: Task) -> None:
-        """`task` begins. Should it hang, or take the process along, this is the last that is seen."""
+        """Show the check before it runs, so that a hang or a crash leaves its name as the last output."""
         if self.on_terminal:
             where = " ".join(str(value) for value in task.where.values() if value is not None)
             print(f"\r\033[K[{number}] {task.section}: {task.name} {where}", end="", file=sys.stderr, flush=True)
@@ -41,13 +41,13 @@ class Progress:
         self.section = task.section
 
     def clear(self) -> None:
-        """Before something else is printed."""
+        """Clear the line before other output."""
         if self.on_terminal:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def sections(device: torch.device, quick: bool) -> Iterator[tuple[Iterable[Task], Callable[[Report], list[str]]]]:
-    """Tasks, and how to print what came of them, in the order of the report."""
+    """Yield the tasks of each section and the function that formats their results, in the report's order."""
     yield correctness.tasks(device, quick), correctness.table
     yield behaviour.tasks(device), lambda report: listed(report, behaviour.SECTION)
     yield repeatability.tasks(device, quick), lambda report: listed(report, repeatability.SECTION)
@@ -57,7 +57,7 @@ def sections(device: torch.device, quick: bool) -> Iterator[tuple[Iterable[Task]
 
 
 def run_all(report: Report, device: torch.device, say: Callable[[list[str]], None]) -> None:
-    """Fills the report, and says each section when it is done."""
+    """Run all checks into the report, and print each section when it is complete."""
     progress = Progress()
     if device.type == "npu":
         check = run_task(Task("environment", "the NPU kernels are loaded", load_kernels))
@@ -72,7 +72,7 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
             progress.show(len(report.checks) + 1, task)
             try:
                 check = run_task(task)
-            except KeyboardInterrupt:  # what hangs is interrupted, and what is known by then is worth having
+            except KeyboardInterrupt:  # the user interrupts a hanging check: keep the results so far
                 result, report.stopped = Result(failures=[Failure(INTERRUPTED)]), INTERRUPTED
                 stack = traceback.format_exc()
                 report.checks.append(Check(task.section, task.name, task.where, result, traceback=stack))
@@ -92,9 +92,9 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
 
 
 def run_task(task: Task) -> Check:
-    """The check, come what may."""
+    """Run a check. An exception becomes a failure."""
     start, trace = time.perf_counter(), None
-    faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.__stderr__ or sys.stderr)  # where it hangs
+    faulthandler.dump_traceback_later(HANGS_AFTER, file=sys.__stderr__ or sys.stderr)  # prints the stack
     try:
         result = task.run()
     except Exception as error:
@@ -106,7 +106,7 @@ def run_task(task: Task) -> Check:
 
 
 def blamed(check: Check) -> Check:
-    """A check after which the device is lost has failed, even if it was skipped: for an error of another's operator."""
+    """Mark the check as failed, even if it was skipped, because the device was lost after it."""
     if check.failed:
         return check
     failure = Failure(f"{check.result.skipped}; {DEVICE_LOST}")
@@ -114,7 +114,7 @@ def blamed(check: Check) -> Check:
 
 
 def load_kernels() -> Result:
-    """Without them npu tensors are served by torch operations, and all that follows would be about those."""
+    """Load the kernels. Without them, all checks would test the fallback to torch operations."""
     try:
         npu_xent.load_npu()
     except RuntimeError as error:
@@ -123,9 +123,9 @@ def load_kernels() -> Result:
 
 
 def answers(device: torch.device) -> bool:
-    """Whether the device still computes: after some errors nothing does until the process ends, at times in silence.
+    """Whether the device still computes. After some errors nothing runs until the process ends, sometimes silently.
 
-    A kernel of torch's and one of ours, which goes another way to the device: loading has seen it work.
+    Runs one torch kernel and one npu_xent kernel. The latter is launched differently; loading has already checked it.
     """
     with contextlib.suppress(Exception):
         npu().synchronize(device)
@@ -136,7 +136,7 @@ def answers(device: torch.device) -> bool:
 
 
 def listed(report: Report, section: str) -> list[str]:
-    """The names of a section's checks with their outcomes, those of one name in a line."""
+    """Format the outcomes of a section's checks, one line per name."""
     checks = report.of(section)
     skipped = {check.result.skipped for check in checks}
     if len(skipped) == 1 and None not in skipped:

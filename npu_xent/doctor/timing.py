@@ -1,9 +1,9 @@
-"""Time and memory of a training step, beside PyTorch's and the vendor's. They decide nothing, unless absurd.
+"""Time and memory of a training step, compared with PyTorch and the vendor. Only an absurdly slow step is a failure.
 
-Candidates take turns, so that a machine that is busy for a while is so for all, and a ratio is the median of the ratios
-of the turns. A time is of the wall, from an idle device to an idle device: launches are in it. Memory is the largest
-that a step has in use beyond its inputs, as the allocator counts it: torch.npu.max_memory_allocated on an NPU, and on
-the CPU the running sum of the allocations and releases that torch.profiler records.
+Candidates take turns, so that other load on the machine affects all of them; a ratio is the median of the ratios of the
+turns. Times are wall-clock times from idle device to idle device, and include launches. Memory is a step's peak beyond
+its inputs, as the allocator counts it: torch.npu.max_memory_allocated on an NPU, and on the CPU the running sum of the
+allocations and releases that torch.profiler records.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SHAPES = {
 }
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDS, QUICK_ROUNDS = 7, 3
-SECONDS = 12.0  # that a shape may take; larger ones are left out where the one before says that they would take more
+SECONDS = 12.0  # limit per shape; a larger shape is skipped if its predicted time exceeds the limit
 ABSURD = 100  # times as slow as F.cross_entropy: something is broken
 OURS, TORCH, VENDOR = "npu_xent", "F.cross_entropy", "torch_npu"
 
@@ -41,7 +41,7 @@ Step = Callable[[], Tensor]
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
-    """For each dtype and shape, from small to large."""
+    """Yield one task per dtype and shape, from small to large."""
     for dtype in DTYPES:
         budget = Budget()
         for rows, classes in SHAPES[device.type][: 1 if quick else None]:
@@ -51,21 +51,21 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
 
 
 class Budget:
-    """Says beforehand how long a shape will take, by the time that the last one took for an element."""
+    """Predicts the time of a shape from the previous shape's time per element."""
 
     def __init__(self) -> None:
         self.seconds_each: float = 0.0
 
     def predicted(self, elements: int, rounds: int) -> float:
-        """Seconds; 0 for the first shape."""
+        """Return the predicted seconds; 0 for the first shape."""
         return self.seconds_each * elements * (rounds + 1)
 
 
 def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, rounds: int, budget: Budget) -> Result:
-    """Medians, ratios and memory; skipped if it would take too long or does not fit."""
+    """Measure medians, ratios and memory; skipped if that would take too long or does not fit in memory."""
     predicted = budget.predicted(rows * classes, rounds)
     if predicted > SECONDS:
-        return Result(skipped=f"would take some {predicted:.0f} s here")
+        return Result(skipped=f"would take about {predicted:.0f} s here")
     try:
         logits = torch.randn(rows, classes, device=device).to(dtype).requires_grad_()
         target = torch.randint(0, classes, (rows,), device=device)
@@ -75,7 +75,7 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        return Result(skipped="does not fit in memory beside what is there")
+        return Result(skipped="does not fit in the free memory")
     budget.seconds_each = sum(map(statistics.median, seconds.values())) / (rows * classes)
     ratios = {
         name: statistics.median(ours / other for ours, other in zip(seconds[OURS], times, strict=True))
@@ -96,7 +96,7 @@ def measure(rows: int, classes: int, dtype: torch.dtype, device: torch.device, r
 
 
 def candidates(logits: Tensor, target: Tensor) -> tuple[dict[str, Step], dict[str, str]]:
-    """A training step of each, and why one is missing. Each has run once."""
+    """Return the training steps to compare, each run once, and the reason for each missing one."""
 
     def of(function: Callable[[Tensor, Tensor], Tensor]) -> Step:
         return lambda: torch.autograd.grad(function(logits, target), logits)[0]
@@ -119,12 +119,12 @@ def candidates(logits: Tensor, target: Tensor) -> tuple[dict[str, Step], dict[st
 
 
 def out_of_memory(error: Exception) -> bool:
-    """torch_npu says it by OutOfMemoryError or, of the workspace of an operator, by a plain RuntimeError."""
+    """Whether memory ran out: torch_npu raises OutOfMemoryError, or RuntimeError for an operator's workspace."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 def in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """The seconds of each step in each round; in the odd ones the order is the other way round."""
+    """Return the seconds of each step in each round; odd rounds run the steps in reverse order."""
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -138,14 +138,14 @@ def in_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device is idle."""
+    """Wait until the device is idle."""
     if device.type == "npu":
         npu().synchronize(device)
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Bytes that a step has in use at the most, beyond those in use before."""
-    gc.collect()  # what an exception still holds would be in use before, and not afterwards
+    """Return the peak number of bytes that a step allocates beyond those in use before."""
+    gc.collect()  # free what exceptions still hold, or the difference would be too small
     if device.type == "npu":
         synchronize(device)
         npu().reset_peak_memory_stats(device)
@@ -154,7 +154,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
         synchronize(device)
         peak: int = npu().max_memory_allocated(device)
         return peak - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports its start and its end on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # keeps the profiler from printing its start and end on stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         step()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -166,10 +166,10 @@ def peak_memory(step: Step, device: torch.device) -> int:
 
 
 def table(report: Report) -> list[str]:
-    """A line for each shape. Where the toolkit is a simulated one, so are the figures, and the header says it."""
+    """Format one line per shape. On a simulated toolkit the header marks the figures as simulated."""
     said = ", simulated" if report.simulated else ""
     lines = [
-        f"  Median milliseconds{said}; in brackets, how many times npu_xent's time; peak memory in MiB{said}.",
+        f"  Median milliseconds{said}; in brackets, the time relative to npu_xent's; peak memory in MiB{said}.",
         f"    {'shape':<16}{'dtype':<6}" + "".join(f"{name + said:>28}" for name in (OURS, TORCH, VENDOR)),
     ]
     for check in report.of(SECTION):

@@ -1,21 +1,21 @@
-"""The results in float64, written out from their formulas, and how far from them an operator may be.
+"""The expected results in float64, computed from their formulas, and the error that an operator may have.
 
-What is allowed. npu_xent computes in float32 (float64 for float64) and rounds each result once, a gradient that is
-scaled afterwards twice. So an element may be off by one unit in the last place of its own dtype, and by some units of
-float32 on the terms that it is made of: an exponential of x - lse carries the roundings of x and of lse, and a
-probability that the target or the smoothing is taken off is no more accurate than before.
+npu_xent computes in float32 (float64 for float64) and rounds each result once, or twice for a gradient that is scaled
+afterwards. So the allowed error of an element is one unit in the last place of its own dtype, plus some units of
+float32 of the terms that add up to it: exp(x - lse) inherits the rounding errors of x and of lse, and subtracting the
+target or the smoothing from a probability does not reduce its error.
 
-  CPU   4 units: all tests are held to them. Up to 1.5 have been seen; torch's own float32 makes up to 6.
-  npu   32 units: of exact functions the kernels make less than 2, but nobody has measured the device's Exp and Ln. 32
-        leaves them a relative error of some 1e-5.
+  CPU   4 units, which all tests must meet. The largest error seen is 1.5 units; torch's own float32 reaches 6.
+  npu   32 units. With exact functions the kernels stay below 2, but the accuracy of the device's Exp and Ln has not
+        been measured. 32 units allow them a relative error of about 1e-5.
 
-Wrong kernels are far outside: what they lose is a class, a chunk, a weight, a row, and `make_problem` sees to it that
-each is a part of some result that is larger than 1e-2. Element by element, because next to the target's gradient
-everybody else's is small. For bfloat16 and float16 the bound is tighter than torch's own error, which rounds log_prob
-to 16 bits and loses up to some percent; the report has that error beside ours.
+A wrong kernel exceeds this by far: it loses a class, a chunk, a weight or a row, and `make_problem` makes each of them
+contribute more than 1e-2 to some result. Errors are compared per element, because all other gradients are small next to
+the target's. For bfloat16 and float16 the bound is tighter than torch's own error, since torch rounds log_prob to 16
+bits and loses up to some percent; the report shows torch's error next to ours.
 
-The tests have a truth of their own, tests/reference.py, which is not installed: it knows NaN, infinities and the
-primitives' arguments too, and counts the roundings of each result. Both are compared with torch in float64.
+The tests use their own reference, tests/reference.py, which is not installed. It also covers NaN, infinities and the
+primitives' arguments, and counts the roundings of each result. Both are compared with torch in float64.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ INF = float("inf")
 
 
 def slack_of(device: torch.device) -> float:
-    """Units in the last place of the statistics' dtype, of the terms of a result."""
+    """Return the allowed error of the terms of a result, in units in the last place of the statistics' dtype."""
     return 32.0 if device.type == "npu" else 4.0
 
 
 class Expected(NamedTuple):
-    """A result in float64, and the size of the terms that were added up to make it."""
+    """A result in float64, and the size of the terms that add up to it."""
 
     value: Tensor
     terms: Tensor
@@ -48,7 +48,7 @@ class Expected(NamedTuple):
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """For the operations here, which are small: several threads would spend their time waiting for one another."""
+    """Use one thread for the small operations here: several would mostly wait for one another."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 
 def truth(problem: Problem) -> dict[str, Expected]:
-    """What is right, by name: loss, z_loss, lse, log_prob, gradient. Shares nothing with what it judges."""
+    """Return the expected loss, z_loss, lse, log_prob and gradient by name. Shares no code with the operators."""
     options = problem.case.options
     reduction, e, scale = options.get("reduction", "mean"), options.get("label_smoothing", 0.0), z_scale(problem)
     rows, classes = problem.logits.shape
@@ -68,14 +68,14 @@ def truth(problem: Problem) -> dict[str, Expected]:
 
     leaf = problem.logits.double().requires_grad_()
     x = problem.case.transform(leaf)
-    (slope,) = torch.autograd.grad(x.sum(), leaf)  # of the transform, element by element
+    (slope,) = torch.autograd.grad(x.sum(), leaf)  # derivative of the transform, per element
     x = x.detach()
     top = x.amax(dim=1, keepdim=True)
     lse = top + (x - top).exp().sum(dim=1, keepdim=True).log()
     log_prob = x - lse
     p, one_hot = log_prob.exp(), torch.zeros_like(x).scatter_(1, target, 1.0)
 
-    own = (1 - e) * weight[target]  # [N, 1], as all that follows for a row
+    own = (1 - e) * weight[target]  # [N, 1], like all values per row below
     by_weight = by_rows = 1.0
     if reduction == "mean":
         by_weight, by_rows = float((weight[target] * kept).sum()), float(kept.sum())
@@ -86,7 +86,7 @@ def truth(problem: Problem) -> dict[str, Expected]:
     of_loss = own * (p - one_hot) + e / classes * (weight.sum() * p - weight)
     gradient = slope * upstream * (of_loss / by_weight + 2 * scale * lse * p / by_rows)
 
-    # The sizes of the terms: what is added up above, taken as positive, with the roundings of x and lse.
+    # Sizes of the terms: the sums above with absolute values, plus the rounding errors of x and lse.
     size, lse_size = x.abs(), lse.abs()
     p = (1 + size + lse_size) * p + one_hot
     of_loss = own * p + e / classes * (weight.sum() * p + weight)
@@ -109,7 +109,7 @@ def truth(problem: Problem) -> dict[str, Expected]:
 
 
 def composed(problem: Problem) -> dict[str, Tensor]:
-    """The same by torch's operations in the dtype of the logits, on the CPU: what torch's own errors are."""
+    """Compute the same with torch's operations in the dtype of the logits, on the CPU, to get torch's own errors."""
     options, dtype = problem.case.options, problem.logits.dtype
     reduction = options.get("reduction", "mean")
     leaf = problem.logits.detach().requires_grad_()
@@ -134,20 +134,20 @@ def composed(problem: Problem) -> dict[str, Tensor]:
 
 
 def z_scale(problem: Problem) -> float:
-    """The scale of the z-loss, by either name."""
+    """Return the scale of the z-loss, under either option name."""
     options = problem.case.options
     return float(options.get("lse_square_scale", options.get("lse_square_scale_for_zloss", 0.0)))
 
 
 def allowed_error(expected: Expected, dtype: torch.dtype, slack: float) -> Tensor:
-    """How far a result in `dtype` may be from what is expected, element by element. The file's first lines say why."""
+    """Return the allowed error of a result in `dtype`, per element. The module's docstring explains it."""
     result, stats = torch.finfo(dtype), torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     rounded = result.eps * (expected.value.abs() + result.tiny)
     return rounded + slack * stats.eps * expected.terms + stats.tiny
 
 
 def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[float, Failure | None]:
-    """The largest error as a part of what is allowed, and the first element that is wrong, if any is."""
+    """Return the largest error as a fraction of the allowed error, and the first wrong element, if there is one."""
     if seen.shape != expected.value.shape:
         words = f"{name}: shape {list(seen.shape)}, expected {list(expected.value.shape)}"
         return INF, Failure(words, name)
@@ -167,7 +167,7 @@ def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[
     rows = f" in {int(wrong.any(dim=1).sum())} of {len(wrong)} rows" if wrong.dim() == 2 else ""
     words = (
         f"{place}: seen {numbers[0]:.9g}, expected {numbers[1]:.9g}, allowed error {numbers[2]:.2g}; "
-        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong{rows}, the worst by {worst:.3g} times that"
+        f"{int(wrong.sum())} of {wrong.numel()} elements are wrong{rows}, the worst {worst:.3g} times the allowed error"
     )
     return worst, Failure(words, name, first, *numbers)
 
@@ -175,6 +175,6 @@ def compare(name: str, seen: Tensor, expected: Expected, slack: float) -> tuple[
 def compare_all(
     seen: Mapping[str, Tensor], expected: Mapping[str, Expected], slack: float
 ) -> tuple[dict[str, float], list[Failure]]:
-    """`compare` for each output that was seen: the parts by name, and what is wrong."""
+    """Run `compare` for each output; return the fractions by name, and the failures."""
     found = {name: compare(name, tensor, expected[name], slack) for name, tensor in seen.items()}
     return {name: part for name, (part, _) in found.items()}, [wrong for _, wrong in found.values() if wrong]

@@ -1,8 +1,7 @@
-"""Agreement with torch_npu's own operator, as far as the contracts overlap.
+"""Agreement with torch_npu's own operator, where both contracts overlap.
 
-It looks for a difference of meaning: an option that the two take differently. Rounding is not judged here, ours was
-before and the vendor's is the vendor's: 1 % of the terms of a result is allowed, for a gradient made of a log_prob in
-16 bits among others.
+These checks find options that the two operators interpret differently. They do not judge rounding: the allowed error is
+1 % of the terms of a result, because the vendor's gradient, for example, uses a log_prob in 16 bits.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ CASES = (
     Case("mean"),
     Case("sum, weight, ignore_index", {"reduction": "sum"}, weight=True, ignored=True),
     Case("none, weight, ignore_index", {"reduction": "none"}, weight=True, ignored=True),
-    # Row by row: over many rows a loss with smoothing comes out much as one without.
+    # Per row, because summed over many rows the losses with and without smoothing are similar.
     Case("label_smoothing, loss alone", {"reduction": "none", "label_smoothing": 0.1}, weight=True, grad=False),
 )
 
 
 def tasks(device: torch.device) -> Iterator[Task]:
-    """For each dtype and what both take."""
+    """Yield one check per dtype and case that both operators support."""
     for case in CASES:
         for dtype in dtypes(device):
             problem = make_problem(case, *SHAPE, dtype)
@@ -40,7 +39,7 @@ def tasks(device: torch.device) -> Iterator[Task]:
 
 
 def check(problem: Problem, device: torch.device) -> Result:
-    """The vendor's results against the truth, which ours have been compared with."""
+    """Compare the vendor's results with the float64 results, with which ours have been compared."""
     import torch_npu
 
     case = problem.case
@@ -64,13 +63,13 @@ def check(problem: Problem, device: torch.device) -> Result:
 
 
 def as_documented(problem: Problem) -> tuple[Tensor, int]:
-    """The targets, and ignore_index, as the vendor documents them: rows that are ignored have a class of no other row.
+    """Return targets and ignore_index as the vendor documents them: ignored rows have a class that no other row has.
 
-    A negative ignore_index is documented to ignore nothing: such a target would then lie outside of its row.
+    By the vendor's documentation a negative ignore_index ignores nothing, so such a target would be out of range.
     """
     ignored = problem.target == IGNORE
     if not problem.case.ignored:
-        return problem.target, IGNORE  # the default, which "mean" with a gradient wants
+        return problem.target, IGNORE  # the default, which "mean" with a gradient requires
     taken = torch.zeros(problem.logits.shape[1], dtype=torch.bool)
     taken[problem.target[~ignored]] = True
     index = int(taken.logical_not().nonzero()[0])

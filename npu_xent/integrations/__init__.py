@@ -1,6 +1,6 @@
-"""npu_xent inside other packages, whose callers stay as they are.
+"""Use npu_xent inside other packages without changing their callers.
 
-`patch_torch_npu` in npu_xent.integrations.torch_npu puts npu_cross_entropy_loss in the place of the vendor's.
+`patch_torch_npu` in npu_xent.integrations.torch_npu replaces the vendor's npu_cross_entropy_loss.
 """
 
 from . import torch_npu

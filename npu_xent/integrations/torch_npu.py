@@ -1,4 +1,4 @@
-"""The vendor's npu_cross_entropy_loss replaced where other code calls it."""
+"""Replaces torch_npu.npu_cross_entropy_loss for code that calls it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..functional import npu_cross_entropy_loss
 _NAME = "npu_cross_entropy_loss"
 
 _lock = threading.Lock()
-_active: list[PatchHandle] = []  # in the order in which they were made: the last one decides
-_vendors: Any = None  # what stands below them
+_active: list[PatchHandle] = []  # in the order of creation: the last one is in effect
+_vendors: Any = None  # torch_npu's own function, without any patch
 
 
 class PatchHandle:
-    """A patch of torch_npu: `remove()` takes it back, and so does leaving a `with` statement."""
+    """A patch of torch_npu. `remove()` or the end of a `with` statement undoes it."""
 
     def __init__(self, module: ModuleType, replacement: Callable[..., Any]) -> None:
         global _vendors
@@ -33,9 +33,10 @@ class PatchHandle:
             setattr(module, _NAME, replacement)
 
     def remove(self) -> None:
-        """Bring back what was there before: an earlier patch that has not been removed, else the vendor's function.
+        """Restore the latest patch that has not been removed, or else the vendor's function.
 
-        Patches may be removed in any order, and again. A function that other code has put there since stays.
+        Patches may be removed in any order, and more than once. If other code has replaced the function since, that
+        replacement stays.
         """
         with _lock:
             if self not in _active:
@@ -52,28 +53,28 @@ class PatchHandle:
 
 
 def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
-    """Put npu_xent.npu_cross_entropy_loss in the place of torch_npu.npu_cross_entropy_loss, for all who call it::
+    """Replace torch_npu.npu_cross_entropy_loss with npu_xent.npu_cross_entropy_loss, for all callers::
 
         npu_xent.patch_torch_npu()              # from here on
 
         with npu_xent.patch_torch_npu():        # for a while
             ...
 
-    Arguments and results are the vendor's. Whoever looked the function up earlier (`from torch_npu import
-    npu_cross_entropy_loss`) keeps the one that was there then; the operator torch.ops.npu.npu_cross_entropy_loss
-    itself stays the vendor's.
+    Arguments and results stay the same as the vendor's. Code that imported the function earlier (`from torch_npu import
+    npu_cross_entropy_loss`) keeps the function it imported. The operator torch.ops.npu.npu_cross_entropy_loss is not
+    replaced.
 
     Args:
-        strict: enforce the documented constraints, as `npu_cross_entropy_loss` does: what runs then also runs without
-            the patch. False lifts the restrictions.
+        strict: enforce the documented constraints, as `npu_cross_entropy_loss` does, so that the same calls also run
+            without the patch. False lifts the vendor's restrictions.
 
     Returns:
-        A handle, also a context manager, whose remove() takes the patch back. Patches nest: the latest that is not
-        removed decides.
+        A handle, also a context manager, whose remove() undoes the patch. Patches nest: the latest one that has not
+        been removed is in effect.
 
     Raises:
-        RuntimeError: torch_npu has not been imported (npu_xent does not do it by itself), is not installed, or has no
-            such function.
+        RuntimeError: torch_npu has not been imported (npu_xent does not import it), is not installed, or has no such
+            function.
     """
     module = sys.modules.get("torch_npu")
     if module is None:
