@@ -40,7 +40,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train test test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -162,6 +162,14 @@ check:
 	@cd build && PATH="$(abspath $(VENV)/bin):$$PATH" PYTHONPATH=$(CURDIR) \
 	  basedpyright --verifytypes npu_xent --ignoreexternal >types.log || { cat types.log; exit 1; }
 
+# clang-tidy, by the compile commands of the last build; .clang-tidy says what it checks. Minutes, so not part of check.
+TIDY_FILES = $(wildcard csrc/*.cpp csrc/autograd/*.cpp csrc/cpu/*.cpp csrc/cpu/kernels/*.cpp csrc/npu/*.cpp)
+tidy:
+	+@$(call set_up,$(VENV)/.tidy $(VENV)/.npu)
+	@echo "== Checking csrc with clang-tidy"
+	@echo $(TIDY_FILES) | xargs -n 1 -P $(JOBS) $(VENV)/bin/clang-tidy --quiet --extra-arg=-fno-openmp \
+	  -p "$$(ls -d build/torch*/ | tail -1)"
+
 format:
 	+@$(call set_up,$(VENV)/.check)
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
@@ -235,6 +243,11 @@ $(VENV)/.test: $(VENV)/.train
 $(VENV)/.bench: $(TORCH_STAMP)
 	@echo "== Installing what the benchmarks need"
 	@$(PIP) install matplotlib && $(PIP) install --no-deps cut-cross-entropy
+	@touch $@
+
+$(VENV)/.tidy: $(VENV)/.created
+	@echo "== Installing clang-tidy"
+	@$(PIP) install clang-tidy==23.1.4
 	@touch $@
 
 $(VENV)/.docs: $(VENV)/.created

@@ -110,6 +110,8 @@ template <typename T>
 const T& to_flat(const T& member) {
   return member;
 }
+template <typename T>
+const T& to_flat(const T&& member) = delete;  // it would return a reference to a temporary
 inline std::string_view to_flat(Reduction reduction) {
   return reduction == Reduction::mean ? "mean" : reduction == Reduction::sum ? "sum" : "none";
 }
