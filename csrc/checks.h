@@ -1,4 +1,4 @@
-// Argument checks of the operators, made before any work or allocation, with the same messages on every device.
+// Argument checks of the operators, made before any sweep, with the same messages on every device.
 // ValueError for shapes and ranges, TypeError for dtypes.
 #pragma once
 

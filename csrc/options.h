@@ -3,7 +3,7 @@
 // where the options come last.
 //
 //   reduction         "none": [N]; "mean" divides by the weight of the kept rows; "sum"
-//   ignore_index      rows with this target are ignored; their logits are read only if `read_ignored`
+//   ignore_index      rows with this target are ignored; their logits are read only for lse and log_prob
 //   label_smoothing   e: the probability mass spread evenly over all classes
 //   lse_square_scale  zs: the z-loss zs lse^2 is added to the loss
 //   logit_scale       t: softmax(t x)
@@ -143,6 +143,7 @@ struct Adaptor<f, R (*)(const Options&, Arguments...), std::tuple<Flat...>> {
     std::apply([&](auto&... member) { (from_flat(options, member), ...); }, Options::tie(o));
     return f(o, std::forward<Arguments>(arguments)...);
   }
+  // The handle is found once for each f, so f goes with one name.
   static R call(const char* name, const Options& o, Arguments... arguments) {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(Arguments..., Flat...)>();
     return std::apply(

@@ -10,7 +10,8 @@
 //
 // lse is stored as the sum of two numbers, `lse` and `lse_low`, and wsum is relative to lse; otherwise logits far from
 // 0 would cost the loss its precision. G and Z are the upstream gradients of the row's l and z; u is t unless
-// grad_scale is given. Plain C++17 without torch, shared by all implementations but the composite.
+// grad_scale is given. Plain C++17 without torch, shared by the CPU and the C++ tests;
+// the composite and the device kernels have the formulas in their own operations.
 #pragma once
 
 #include <cmath>

@@ -54,3 +54,23 @@ def test_values_on_the_device_under_test(device: torch.device, monkeypatch: pyte
         npu_xent.npu_cross_entropy_loss(logits, target, BAD_WEIGHT.to(device))
     with pytest.raises(IndexError, match=r"target\[0\] is 3"):
         npu_xent.cross_entropy(logits, target + 1)
+
+
+def test_primitives_check_targets_wherever_they_are_called(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU always, so this holds there without the variable too."""
+    monkeypatch.setenv("NPU_XENT_DEBUG", "1")
+    logits, target = make_logits(5, 3, torch.float32, device), make_target(5, 3, device) + 1
+    stats = torch.zeros(5, device=device)
+    ones = torch.ones(3, device=device)
+    ops, sizes = torch.ops.npu_xent, {"num_classes": 3, "loss_dtype": torch.float32}
+    for call in (
+        lambda: ops.row_stats(logits, target),
+        lambda: ops.row_grad(logits, target, None, stats, None, ones, None),
+        lambda: ops.row_stats_grad(logits, target, None, ones),
+        lambda: ops.reduce_rows(target, None, **sizes),
+        lambda: ops.reduce_rows(target, None, lse=stats, picked=stats, totals=ones, **sizes),
+    ):
+        with pytest.raises(IndexError, match=r"target\[0\] is 3, which is neither a class in \[0, 3\)"):
+            call()

@@ -72,7 +72,8 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
 template <typename scalar_t>
 void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel);
 
-// totals[kTotals] over all rows. Returns the first row whose target is out of range, and then no totals; else -1.
+// totals[kTotals] over all rows. Returns the first row whose target is out of range (the totals are then
+// meaningless), or -1.
 template <typename acc>
 int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
                       double* totals, const Parallel& parallel);

@@ -324,9 +324,9 @@ Reduced reduce_rows_npu(const Options& o, const Tensor& target, const OptionalTe
   reduce.args.cols = options.num_classes;
   reduce.kernel.target = as_targets(target);
   reduce.kernel.weight = as_values(weight);
+  check_targets_on_demand(options, reduce.kernel.target);
   const auto nothing = [&] { return not_wanted(target.options().dtype(loss_dtype)); };
   if (!lse) {
-    check_targets_on_demand(options, reduce.kernel.target);
     return {nothing(), nothing(), reduce.totals().to(stats_dtype(loss_dtype))};
   }
   reduce.kernel.lse = as_values(lse);
