@@ -75,7 +75,7 @@ JOBS = $${MAX_JOBS:-$$(nproc)}
 cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
   $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
-    -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
+    $(if $(filter true,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
   $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
   $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml
 
