@@ -105,8 +105,8 @@ def main() -> None:
     if device != "cpu" and (obstacle := open_npu(device)):
         parser.exit(
             2,
-            f"{parser.prog}: --device {device}: {obstacle}; use --device cpu, or another NPU (which needs torch_npu "
-            f"and CANN, its set_env.sh sourced), or simulate one: python -m cann_sim {sys.argv[0]} --device npu\n",
+            f"{parser.prog}: --device {device}: {obstacle}; use --device cpu, or install torch_npu and CANN and source "
+            f"its set_env.sh, or install cann_sim: python -m cann_sim {sys.argv[0]} --device npu simulates an NPU\n",
         )
     print(f"npu_xent.npu_cross_entropy_loss on {device}: logits [{ROWS}, {CLASSES}] in float32")
     example('Example 1, reduction "mean"', device)

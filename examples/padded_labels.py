@@ -3,7 +3,7 @@
 Token sequences of unequal length are padded to a rectangular batch, with the label -100 for padding. This script
 computes the loss of such a batch in steps (log-probabilities, rows that count, loss per token, mean) and by one call.
 Then it computes the loss of three rows with labels as ids and with one-hot rows. docs/padded_labels.md explains the
-steps and shows the plot. The script needs matplotlib.
+steps and shows the plot, which needs matplotlib.
 
     python examples/padded_labels.py --out padded_labels.png
 """
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import torch
-from matplotlib import pyplot
-from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
 from torch import Tensor
 from torch.nn import functional as F
 
 import npu_xent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 IGNORE = -100
 BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # keeps a number legible on a line
@@ -87,7 +87,14 @@ def ids_and_one_hot() -> None:
 
 def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
     """Plot the log-probabilities as a heat map with the labels marked, next to the loss of each row."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("Not drawn: that needs matplotlib (pip install matplotlib)")
+        return
     matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     figure, (left, right) = pyplot.subplots(
         1, 2, figsize=(11, 5), width_ratios=(3, 2), sharey=True, layout="constrained"
     )
@@ -109,6 +116,8 @@ def draw(path: Path, log_prob: Tensor, losses: Tensor, labels: Tensor) -> None:
 
 def draw_log_prob(axes: Axes, log_prob: Tensor, targets: list[int]) -> None:
     """Draw a row of squares with values for each token, and a red frame around the label's square."""
+    from matplotlib.patches import Rectangle
+
     axes.imshow(log_prob, cmap="viridis", aspect="auto")
     for row, values in enumerate(log_prob.tolist()):
         for column, value in enumerate(values):

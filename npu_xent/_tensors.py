@@ -26,14 +26,13 @@ def require_dense(function: str, **tensors: Tensor) -> None:
     for argument, tensor in tensors.items():
         if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
             continue
-        kind, remedy = f"of layout {tensor.layout}", "to_dense()"
-        if tensor.is_nested:
-            kind, remedy = "nested", "to_padded_tensor(0.0)"
+        kind, remedy = f"of layout {tensor.layout}", f"{argument}.to_dense()"
+        if tensor.is_nested:  # not padded: padding with 0 would count as class 0
+            joined = f"{argument}.values()" if tensor.layout is torch.jagged else f"torch.cat({argument}.unbind())"
+            kind, remedy = "nested", f"its rows, {joined}"
         elif tensor.is_quantized:
-            kind, remedy = "quantized", "dequantize()"
-        raise TypeError(
-            f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {argument}.{remedy}"
-        )
+            kind, remedy = "quantized", f"{argument}.dequantize()"
+        raise TypeError(f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {remedy}")
 
 
 def index_target(target: Tensor) -> Tensor:

@@ -213,16 +213,16 @@ def test_other_targets_are_a_type_error(dtype: torch.dtype, device: torch.device
 
 
 NOT_DENSE = {
-    "sparse": (lambda x: x.to_sparse(), "of layout torch.sparse_coo", "to_dense()"),
-    "sparse rows": (lambda x: x.to_sparse_csr(), "of layout torch.sparse_csr", "to_dense()"),
-    "mkldnn": (lambda x: x.to_mkldnn(), "of layout torch._mkldnn", "to_dense()"),
-    "nested": (lambda x: torch.nested.nested_tensor([x, x[:1]]), "nested", "to_padded_tensor(0.0)"),
+    "sparse": (lambda x: x.to_sparse(), "of layout torch.sparse_coo", "{}.to_dense()"),
+    "sparse rows": (lambda x: x.to_sparse_csr(), "of layout torch.sparse_csr", "{}.to_dense()"),
+    "mkldnn": (lambda x: x.to_mkldnn(), "of layout torch._mkldnn", "{}.to_dense()"),
+    "nested": (lambda x: torch.nested.nested_tensor([x, x[:1]]), "nested", "its rows, torch.cat({}.unbind())"),
     "jagged": (
         lambda x: torch.nested.nested_tensor([x, x[:1]], layout=torch.jagged),
         "nested",
-        "to_padded_tensor(0.0)",
+        "its rows, {}.values()",
     ),
-    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized", "dequantize()"),
+    "quantized": (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantized", "{}.dequantize()"),
 }
 
 
@@ -253,7 +253,10 @@ def test_tensors_that_are_not_dense_are_a_type_error(kind: str) -> None:
         argument = place.partition(": ")[2]
         with pytest.raises(TypeError) as raised:
             call()
-        assert str(raised.value) == f"npu_xent.{place} must be a dense tensor, but is {seen}; pass {argument}.{remedy}"
+        assert (
+            str(raised.value)
+            == f"npu_xent.{place} must be a dense tensor, but is {seen}; pass {remedy.format(argument)}"
+        )
 
 
 def test_complex_logits_are_a_type_error(device: torch.device) -> None:

@@ -99,5 +99,5 @@ def test_an_npu_that_is_not_there_is_said_in_one_sentence(tmp_path: Path, monkey
     said = (
         "--device npu:1: torch_npu cannot be imported (ImportError: libhccl.so: cannot open shared object file); use "
     )
-    assert said + "--device cpu, or another NPU" in output
+    assert said + "--device cpu, or install torch_npu and CANN" in output
     assert "python -m cann_sim" in output

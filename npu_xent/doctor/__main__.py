@@ -19,8 +19,8 @@ from .run import run_all
 SIMULATED = "SIMULATED: the toolkit's version names a simulator. Times and memory below are simulated, too."
 
 NO_CANN = (
-    "Source the set_env.sh of CANN before Python starts; to check on a simulated NPU instead, run "
-    "python -m cann_sim -m npu_xent.doctor"
+    "Install torch_npu of torch's release, and source the set_env.sh of CANN before Python starts; to check on a "
+    "simulated NPU instead, install cann_sim and run python -m cann_sim -m npu_xent.doctor"
 )
 
 
