@@ -107,11 +107,9 @@ inline RowOptions row_options(const Options& o, int64_t n_cols) {
 
 // A member as the dispatcher passes it: unchanged, except that the reduction is a string.
 template <typename T>
-const T& to_flat(const T& member) {
+T to_flat(const T& member) {
   return member;
 }
-template <typename T>
-const T& to_flat(const T&& member) = delete;  // it would return a reference to a temporary
 inline std::string_view to_flat(Reduction reduction) {
   return reduction == Reduction::mean ? "mean" : reduction == Reduction::sum ? "sum" : "none";
 }
