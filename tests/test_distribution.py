@@ -72,6 +72,15 @@ def test_the_changelog_is_of_this_version() -> None:
     assert newest == version_in_pyproject()
 
 
+def test_kernels_of_an_earlier_build_are_no_package(source: Path) -> None:
+    """A build without the NPU part removes them, and then setuptools must not look for them."""
+    code = "from setuptools import Distribution as D; d = D(); d.parse_config_files(); print(*d.packages)"
+    packages = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True, check=True)
+    found = packages.stdout.split()
+    assert "npu_xent.compat" in found
+    assert not [name for name in found if name.startswith("npu_xent.kernels")]
+
+
 def metadata(source: Path, **variables: str) -> Message:
     setup(source, "egg_info", **variables)
     return email.message_from_string((source / "npu_xent.egg-info" / "PKG-INFO").read_text())
