@@ -13,7 +13,8 @@
 #                 cann_sim's sdist and wheel
 #   make smoke    installs these wheels in environments without a compiler, and tests them
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
-#   make check    checks formatting and lint, as CI does      make format    fixes them
+#   make check    checks formatting, lint and types, as CI does      make format    fixes the formatting
+#   make tidy     checks csrc with clang-tidy
 #   make clean    removes all generated files
 #
 # Each target sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the
@@ -53,7 +54,7 @@ begin = touch $@.began
 end = mv $@.began $@
 
 help:
-	@sed -n '3,18s/^# \{0,1\}//p' Makefile
+	@sed -n '3,19s/^# \{0,1\}//p' Makefile
 
 train:
 	+@$(call set_up,$(VENV)/.train $(VENV)/.build)

@@ -16,7 +16,7 @@ def check_tensors(function: str, **tensors: Any) -> None:
     """Raise TypeError for an argument that is not a dense tensor, with a clearer message than the C++ operators'."""
     for argument, value in tensors.items():
         if isinstance(value, Tensor):
-            require_dense(function, **{argument: value})
+            _check_dense(function, argument, value)
         elif not (argument in _OPTIONAL and value is None):
             raise TypeError(f"npu_xent.{function}: {argument} must be a torch.Tensor, but is a {type(value).__name__}")
 
@@ -24,15 +24,19 @@ def check_tensors(function: str, **tensors: Any) -> None:
 def require_dense(function: str, **tensors: Tensor) -> None:
     """Raise TypeError for sparse, nested and quantized tensors."""
     for argument, tensor in tensors.items():
-        if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
-            continue
-        kind, remedy = f"of layout {tensor.layout}", f"{argument}.to_dense()"
-        if tensor.is_nested:  # not padded: padding with 0 would count as class 0
-            joined = f"{argument}.values()" if tensor.layout is torch.jagged else f"torch.cat({argument}.unbind())"
-            kind, remedy = "nested", f"its rows, {joined}"
-        elif tensor.is_quantized:
-            kind, remedy = "quantized", f"{argument}.dequantize()"
-        raise TypeError(f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {remedy}")
+        _check_dense(function, argument, tensor)
+
+
+def _check_dense(function: str, argument: str, tensor: Tensor) -> None:
+    if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
+        return
+    kind, remedy = f"of layout {tensor.layout}", f"{argument}.to_dense()"
+    if tensor.is_nested:  # not padded: padding with 0 would count as class 0
+        joined = f"{argument}.values()" if tensor.layout is torch.jagged else f"torch.cat({argument}.unbind())"
+        kind, remedy = "nested", f"its rows, {joined}"
+    elif tensor.is_quantized:
+        kind, remedy = "quantized", f"{argument}.dequantize()"
+    raise TypeError(f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {remedy}")
 
 
 def index_target(target: Tensor) -> Tensor:
