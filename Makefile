@@ -2,7 +2,10 @@
 #
 #   make train    trains a small GPT on real text with npu_xent's loss           (TRAIN_ARGS="--steps 50")
 #   make test     runs the tests on the CPU and on a simulated NPU, and cann_sim's tests
-#                 (TEST_ARGS="-k contract": selected tests, on the CPU only, or with DEVICE=npu on the simulated NPU)
+#                 (TEST_ARGS="-k contract": selected tests, on the CPU only, or with DEVICE=npu on the simulated NPU;
+#                 SUITES="cpu npu": selected suites)
+#   make matrix   builds and tests with one torch release after another, each in an environment that is removed again:
+#                 half an hour each; docs/compatibility.md shows the results (RELEASES="2.7.1 2.10.0")
 #   make test-aarch64
 #                 cross-compiles tests of the CPU loops, the planner and the device kernels, and runs them under qemu
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
@@ -27,8 +30,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
 
-# The release of torch_npu that goes with this torch.
-TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
+# The release of torch_npu that goes with this torch: the newest of its post-releases.
+TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH))))).*
 # The stamp's name contains the version, so that another TORCH is installed and built against. Only one stamp exists.
 TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
 DEVICE := cpu
@@ -41,7 +44,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -54,7 +57,7 @@ begin = touch $@.began
 end = mv $@.began $@
 
 help:
-	@sed -n '3,19s/^# \{0,1\}//p' Makefile
+	@sed -n '3,/^#$$/s/^# \{0,1\}//p' Makefile
 
 train:
 	+@$(call set_up,$(VENV)/.train $(VENV)/.build)
@@ -62,13 +65,16 @@ train:
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
 test:
-	+@$(call set_up,$(VENV)/.test $(VENV)/.npu)
+	+@$(call set_up,$(VENV)/.test $(if $(filter-out cpu cpp cpp_sanitized,$(or $(SUITES),npu)),$(VENV)/.npu,$(VENV)/.build))
 ifneq ($(TEST_ARGS),)
 	@echo "== Testing on the $(DEVICE): pytest $(TEST_ARGS)"
 	@$(PY) $(if $(filter npu,$(DEVICE)),-m cann_sim -m pytest --device npu,-m pytest) $(TEST_ARGS)
 else
-	@$(PY) tests/run_suites.py
+	@$(PY) tests/run_suites.py $(SUITES)
 endif
+
+matrix:
+	@$(PYTHON) tests/matrix.py $(RELEASES)
 
 # Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
 # run compares with them.

@@ -23,7 +23,10 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 root_doc = "README"
 # In the order of the sidebar; the last are there in some checkouts only.
 PAGES = (
-    ("Guides", ("docs/install", "docs/migration", "docs/padded_labels", "docs/atlas", "docs/acceptance")),
+    (
+        "Guides",
+        ("docs/install", "docs/compatibility", "docs/migration", "docs/padded_labels", "docs/atlas", "docs/acceptance"),
+    ),
     ("When something fails", ("docs/errors", "docs/limits", "docs/environment")),
     (
         "How it works",
