@@ -9,7 +9,7 @@
 namespace cann_sim_torch {
 namespace {
 
-std::optional<c10::SafeKernelFunction> torch_npu_copy;
+std::optional<Kernel> torch_npu_copy;
 
 bool transferable(const at::Tensor& to, const at::Tensor& from) {
   return to.scalar_type() == from.scalar_type() && to.sizes() == from.sizes() && to.is_contiguous() &&
@@ -28,7 +28,7 @@ at::Tensor prepared(const at::Tensor& from, const at::Tensor& to) {
 
 }  // namespace
 
-void keep_copy(c10::SafeKernelFunction kernel) {
+void keep_copy(Kernel kernel) {
   torch_npu_copy.emplace(std::move(kernel));
 }
 

@@ -65,7 +65,7 @@ bool runs_on_cpu(const c10::OperatorHandle& op) {
 // A dispatcher kernel that calls another kernel with the dispatch keys of the call.
 class Calling : public c10::OperatorKernel {
  public:
-  Calling(c10::SafeKernelFunction kernel, bool allocates) : kernel_(std::move(kernel)), allocates_(allocates) {}
+  Calling(Kernel kernel, bool allocates) : kernel_(std::move(kernel)), allocates_(allocates) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
     if (allocates_) {
@@ -76,11 +76,11 @@ class Calling : public c10::OperatorKernel {
   }
 
  private:
-  c10::SafeKernelFunction kernel_;
+  Kernel kernel_;
   bool allocates_;
 };
 
-torch::CppFunction calling(c10::SafeKernelFunction kernel, bool allocates) {
+torch::CppFunction calling(Kernel kernel, bool allocates) {
   return torch::CppFunction::makeFromBoxedFunctor<Calling>(std::make_unique<Calling>(std::move(kernel), allocates));
 }
 
@@ -108,7 +108,7 @@ void install_derivatives(torch::Library& library) {
     auto op = dispatcher.findSchema(name);
     if (name.name.rfind("aten::", 0) == 0 && op && runs_on_cpu(*op)) {
       library.impl(full_name(name).c_str(),
-                   calling(op->getComputedKernelForDispatchKey(DispatchKey::AutogradCPU), false));
+                   calling(computed_kernel(*op, DispatchKey::AutogradCPU), false));
     }
   }
   library.impl("_thnn_fused_lstm_cell", &lstm_cell);
@@ -118,7 +118,7 @@ void install_derivatives(torch::Library& library) {
 void install_kernels(torch::Library& library) {
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
   auto torch_npu_kernel = [](const c10::OperatorHandle& op) {
-    return op.getComputedKernelForDispatchKey(DispatchKey::PrivateUse1);
+    return computed_kernel(op, DispatchKey::PrivateUse1);
   };
   keep_copy(torch_npu_kernel(dispatcher.findSchemaOrThrow("aten::copy_", "")));
   for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {

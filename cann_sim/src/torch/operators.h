@@ -5,10 +5,11 @@
 #include <tuple>
 #include <vector>
 
-#include <ATen/core/boxing/KernelFunction.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/stack.h>
 #include <c10/core/Device.h>
+
+#include "kernels.h"
 
 namespace cann_sim_torch {
 
@@ -20,7 +21,7 @@ void host_kernel(const c10::OperatorHandle& op, Stack* stack);
 void missing_kernel(const c10::OperatorHandle& op, Stack* stack);
 
 // copies.cpp
-void keep_copy(c10::SafeKernelFunction torch_npu_copy);
+void keep_copy(Kernel torch_npu_copy);
 void copy_kernel(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack);
 at::Tensor contiguous_kernel(const at::Tensor& self, at::MemoryFormat format);
 
@@ -34,7 +35,7 @@ std::tuple<at::Tensor, at::Tensor> gru_cell(const at::Tensor& input_gates, const
                                             const std::optional<at::Tensor>& hidden_bias);
 
 // tensors.cpp
-void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+void allocating_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                        Stack* stack);  // calls torch_npu's kernel, which allocates
 // Flushes the task queue and reports the device's tensors to the runtime now. Do not call inside a Task.
 void settle_tensors(c10::DeviceIndex device);

@@ -120,7 +120,7 @@ SettledLater::~SettledLater() {
   settled_later = false;
 }
 
-void allocating_kernel(const c10::SafeKernelFunction& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+void allocating_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
                        Stack* stack) {
   // The allocator has no devices before the first allocation.
   static std::once_flag followed;
