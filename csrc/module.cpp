@@ -125,5 +125,7 @@ PYBIND11_MODULE(_C, m) {
         "csrc/tiling/row_plan.h, as a dict.");
   m.def("share_of", &share_of, pybind11::arg("total"), pybind11::arg("core"), pybind11::arg("cores"),
         "The pieces (begin, end) that one core takes.");
-  m.def("cpu_capability", &at::get_cpu_capability, "The instruction set chosen at run time, by torch's name.");
+  m.def(
+      "cpu_capability", [] { return npu_xent::cpu::variant_name(at::get_cpu_capability()); },
+      "The instruction set chosen at run time, by the name that torch from 2.8 on gives it.");
 }

@@ -415,9 +415,9 @@ import npu_xent
 
 torch.utils.rename_privateuse1_backend("npu")
 device = torch.device("npu", 0)
+logits, target = torch.empty(4, 7, device="meta"), torch.empty(4, dtype=torch.int64, device="meta")
 with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-    x = FakeTensor(mode, torch.empty(4, 7, device="meta"), device)
-    y = FakeTensor(mode, torch.empty(4, dtype=torch.int64, device="meta"), device)
+    x, y = FakeTensor(mode, logits, device), FakeTensor(mode, target, device)
     loss = npu_xent.cross_entropy(x, y)
     assert loss.device == device and loss.shape == ()
 assert "torch_npu" not in sys.modules

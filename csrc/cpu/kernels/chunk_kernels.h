@@ -106,5 +106,7 @@ const KernelTable& kernel_table(const std::string& capability);
 
 // The variants in this library, separated by spaces.
 std::string compiled_capabilities();
+// The name of the variant that kernel_table returns.
+std::string variant_name(const std::string& capability);
 
 }  // namespace npu_xent::cpu

@@ -20,6 +20,16 @@ const KernelTable& kernel_table(const std::string& capability) {
   return DEFAULT::table;
 }
 
+std::string variant_name(const std::string& capability) {
+#define X(NAME)              \
+  if (capability == #NAME) { \
+    return #NAME;            \
+  }
+  NPU_XENT_VARIANTS
+#undef X
+  return "DEFAULT";
+}
+
 std::string compiled_capabilities() {
   std::string names;
 #define X(NAME) names += names.empty() ? #NAME : " " #NAME;
