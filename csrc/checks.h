@@ -2,11 +2,13 @@
 // ValueError for shapes and ranges, TypeError for dtypes.
 #pragma once
 
+#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <c10/core/SymBool.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
+#include <initializer_list>
 #include <limits>
 
 #include "ops.h"
@@ -17,9 +19,38 @@
 
 namespace npu_xent {
 
+// A tensor, perhaps undefined or absent, with its name for messages.
+struct Named {
+  const char* name;
+  const Tensor* tensor;
+
+  Named(const char* name_, const Tensor& t) : name(name_), tensor(&t) {}
+  Named(const char* name_, const OptionalTensor& t) : name(name_), tensor(t ? &*t : nullptr) {}
+};
+
+// For kernels, which read memory by its address: a storage can be freed or shrunk (untyped_storage().resize_) behind a
+// tensor, to save memory.
+inline void check_storages(std::initializer_list<Named> tensors) {
+  for (const auto& [name, t] : tensors) {
+    if (t == nullptr || !t->defined() || t->numel() == 0) {
+      continue;
+    }
+    const size_t needed =
+        at::detail::computeStorageNbytes(t->sizes(), t->strides(), t->itemsize(), t->storage_offset());
+    TORCH_CHECK(needed <= t->storage().nbytes(), "npu_xent: ", name, " with shape ", t->sizes(), " needs ", needed,
+                " bytes of storage, but its storage has been resized to ", t->storage().nbytes(),
+                "; keep the storage until npu_xent has read it, in the forward or the backward.");
+  }
+}
+
 inline void check_loss_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ", dtype,
                    ".");
+}
+inline void check_loss_dtype(at::ScalarType dtype, at::ScalarType input) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == input,
+                   "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, ", input, ", but is ",
+                   dtype, ".");
 }
 
 // Checks that `columns` classes from class_start on lie within num_classes, and returns num_classes.
@@ -143,8 +174,9 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
 
 // The statistics and upstream gradients that the gradient of n rows of logits of this dtype is computed from.
 inline void check_for_gradient(const Options& o, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss, const c10::SymInt& n,
-                               at::ScalarType logits, c10::Device device) {
+                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                               const OptionalTensor& grad_lse, const c10::SymInt& n, at::ScalarType logits,
+                               c10::Device device) {
   check_stats(lse, "lse", n, stats_dtype(logits), device);
   if (lse_low) {
     check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);
@@ -152,14 +184,16 @@ inline void check_for_gradient(const Options& o, const Tensor& lse, const Option
   check_totals(totals, device);
   check_upstream(grad_loss, "grad_loss", o.reduction, n, device);
   check_upstream(grad_z_loss, "grad_z_loss", o.reduction, n, device);
+  check_upstream(grad_lse, "grad_lse", Reduction::none, n, device);
 }
 
 inline void check_row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                            const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss) {
+                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                           const OptionalTensor& grad_lse) {
   check_rows(o, logits, target, weight);
-  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, logits.sym_size(0), logits.scalar_type(),
-                     logits.device());
+  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse, logits.sym_size(0),
+                     logits.scalar_type(), logits.device());
 }
 
 inline void check_row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
@@ -215,10 +249,10 @@ inline void check_linear_rows(const Options& o, const LinearRows& rows) {
 
 inline void check_linear_row_grad(const Options& o, const LinearRows& rows, const Tensor& lse,
                                   const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
-                                  const OptionalTensor& grad_z_loss) {
+                                  const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
   check_linear_rows(o, rows);
-  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, rows.input.sym_size(0), rows.input.scalar_type(),
-                     rows.input.device());
+  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse, rows.input.sym_size(0),
+                     rows.input.scalar_type(), rows.input.device());
 }
 
 inline void check_linear_row_stats_grad(const Options& o, const LinearRows& rows, const Tensor& totals) {

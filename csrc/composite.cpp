@@ -82,9 +82,12 @@ RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tenso
   auto wsum = not_wanted(x.options());
   if (need_wsum) {
     const auto from_lse = x - true_lse.unsqueeze(1) - low.unsqueeze(1);
-    wsum = (weight ? from_lse * weight->to(x.scalar_type()).narrow(0, row.class_start, n_cols) : from_lse)
-               .sum(1)
-               .masked_fill(unread, 0);
+    if (weight) {
+      const auto w = weight->to(x.scalar_type()).narrow(0, row.class_start, n_cols);
+      wsum = (from_lse * w).masked_fill(w.eq(0), 0).sum(1).masked_fill(unread, 0);  // -inf * 0 would be NaN
+    } else {
+      wsum = from_lse.sum(1).masked_fill(unread, 0);
+    }
   }
   auto log_prob = not_wanted(logits.options());
   if (need_log_prob) {
@@ -99,8 +102,8 @@ template <bool over_logits>
 GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, const Tensor& target,
                                        const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
                                        const Tensor& totals, const OptionalTensor& grad_loss,
-                                       const OptionalTensor& grad_z_loss) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+                                       const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
+  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
   if (over_logits) {
     check_dense(logits);
   }
@@ -114,7 +117,10 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
     return g ? g->to(dtype).reshape(-1) : at::full({1}, 0.0, lse.options());
   };
   const auto from_loss = upstream(grad_loss);
-  const auto g = mean ? from_loss / denominators.select(0, kKeptWeight) : from_loss;
+  const auto named = target.eq(row.ignore_index);
+  const auto of_kept = [&](const Tensor& x) { return grad_lse ? x.masked_fill(named, 0) : x; };
+  // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
+  const auto g = of_kept(mean && grad_loss ? from_loss / denominators.select(0, kKeptWeight) : from_loss);
 
   // a, b and s of row_math.h, [N] or [1].
   const double per_class = o.label_smoothing / static_cast<double>(row.num_classes);
@@ -126,7 +132,13 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
   if (o.lse_square_scale != 0) {
     auto z = from_loss + upstream(grad_z_loss);
     z = mean ? z / denominators.select(0, kKeptRows) : z;
-    a = a + z * (2 * o.lse_square_scale) * lse;
+    a = a + of_kept(z * (2 * o.lse_square_scale) * lse);
+  }
+  auto without_gradient = named;
+  if (grad_lse) {
+    const auto from_lse = upstream(grad_lse);
+    a = a + from_lse;
+    without_gradient = named.logical_and(from_lse.eq(0));
   }
   const auto x = mapped(o, logits);
   const auto low = lse_low ? *lse_low : at::full({}, 0.0, lse.options());
@@ -149,7 +161,7 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
   grad = grad * row.grad_scale;
   const auto undefined = targets.bad.logical_or(lse.isfinite().logical_not());
   return placed<over_logits>(logits, grad.masked_fill(undefined.unsqueeze(1), kNaN)
-                                         .masked_fill(target.eq(row.ignore_index).unsqueeze(1), 0)
+                                         .masked_fill(without_gradient.unsqueeze(1), 0)
                                          .to(logits.scalar_type())
                                          .contiguous());
 }
@@ -166,10 +178,10 @@ StatsGradOf<over_logits> row_stats_grad_composite(const Options& o, const Tensor
       row_stats(o, logits, target, weight, o.need_wsum(), /*need_log_prob=*/false, read_ignored);
   const auto upstream = at::ones({}, lse.options());
   if constexpr (over_logits) {
-    row_grad<true>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt);
+    row_grad<true>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt, std::nullopt);
     return {lse, lse_low, picked, wsum};
   } else {
-    auto grad = row_grad<false>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt);
+    auto grad = row_grad<false>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt, std::nullopt);
     return {lse, lse_low, picked, wsum, grad};
   }
 }
@@ -190,7 +202,8 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
   }
   const auto denominators = totals->to(dtype);
   const auto nll = lse_low ? *lse - *picked + *lse_low : *lse - *picked;
-  auto loss = (1 - o.label_smoothing) * kept_weight * nll;
+  const auto share = (1 - o.label_smoothing) * kept_weight;
+  auto loss = (share * nll).masked_fill(share.eq(0), 0);
   if (o.label_smoothing != 0) {
     loss = loss - o.label_smoothing / static_cast<double>(row.num_classes) * *wsum;
   }

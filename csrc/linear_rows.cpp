@@ -52,6 +52,13 @@ class LinearSweep {
  public:
   // With `read_ignored`, chunks include ignored rows.
   LinearSweep(const Options& o, const LinearRows& rows, bool read_ignored) : rows_(rows) {
+    if (!rows.input.is_meta()) {
+      check_storages({{"input", rows.input},
+                      {"linear_weight", rows.linear_weight},
+                      {"linear_bias", rows.linear_bias},
+                      {"target", rows.target},
+                      {"weight", rows.weight}});
+    }
     const auto row = row_options(o, n_classes());
     ignore_index_ = row.ignore_index;
     if (rows.weight) {  // once, not in each chunk
@@ -162,11 +169,12 @@ void add_in_blocks(const Tensor& sum, const Tensor& part) {
 class LinearGrads {
  public:
   LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted);
-  void add(const Chunk& chunk, const Tensor& grad_logits);
+  // With grad_lse, ignored rows have a gradient too, except where it is 0.
+  void add(const Chunk& chunk, const Tensor& grad_logits, const OptionalTensor& grad_lse = std::nullopt);
   std::tuple<Tensor, Tensor, Tensor> results();
 
  private:
-  void add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits);
+  void add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits, const OptionalTensor& grad_lse);
 
   const LinearSweep& sweep_;
   std::array<bool, 3> wanted_;
@@ -191,7 +199,7 @@ LinearGrads::LinearGrads(const LinearSweep& sweep, std::array<bool, 3> wanted) :
   linear_bias_sum_ = wanted[2] ? at::zeros({sweep.n_classes()}, sums) : none();
 }
 
-void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
+void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits, const OptionalTensor& grad_lse) {
   if (wanted_[0]) {
     if (chunk.places.defined()) {
       auto part = at::empty({chunk.size, input_.size(1)}, input_.options());
@@ -203,7 +211,7 @@ void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
     }
   }
   if (wanted_[1]) {
-    add_to_linear_weight(chunk, grad_logits);
+    add_to_linear_weight(chunk, grad_logits, grad_lse);
   }
   if (wanted_[2]) {
     linear_bias_sum_.add_(grad_logits.sum(0, /*keepdim=*/false, linear_bias_sum_.scalar_type()));
@@ -211,11 +219,13 @@ void LinearGrads::add(const Chunk& chunk, const Tensor& grad_logits) {
   first_ = false;
 }
 
-void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits) {
+void LinearGrads::add_to_linear_weight(const Chunk& chunk, const Tensor& grad_logits, const OptionalTensor& grad_lse) {
   auto input = chunk.input;
   if (sweep_.may_have_ignored()) {
     // The gradient of ignored rows is 0, but 0 times a NaN input would be NaN.
-    input = input.masked_fill(chunk.target.eq(sweep_.ignore_index()).unsqueeze(1), 0);
+    auto zero = chunk.target.eq(sweep_.ignore_index());
+    zero = grad_lse ? zero.logical_and(grad_lse->eq(0)) : zero;
+    input = input.masked_fill(zero.unsqueeze(1), 0);
   }
   if (first_ || linear_weight_sum_.defined()) {
     at::mm_out(linear_weight_, grad_logits.t(), input);
@@ -262,19 +272,19 @@ LinearGrad linear_row_grad_composite(const Options& o, const Tensor& input, cons
                                      const OptionalTensor& linear_bias, const Tensor& target,
                                      const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
                                      const Tensor& totals, const OptionalTensor& grad_loss,
-                                     const OptionalTensor& grad_z_loss, std::optional<int64_t> chunk_rows,
-                                     std::array<bool, 3> output_mask) {
+                                     const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse,
+                                     std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
-  check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss);
-  const LinearSweep sweep(o, rows, /*read_ignored=*/false);
+  check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+  const LinearSweep sweep(o, rows, /*read_ignored=*/grad_lse.has_value());
   LinearGrads grads(sweep, output_mask);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
     const auto upstream = [&](const OptionalTensor& grad) {
       return grad && o.reduction == Reduction::none ? chunk.of(OptionalTensor(grad->reshape(-1))) : grad;
     };
     row_grad<true>(o, logits, chunk.target, sweep.rows().weight, chunk.of(lse), chunk.of(lse_low), totals,
-                   upstream(grad_loss), upstream(grad_z_loss));
-    grads.add(chunk, logits);
+                   upstream(grad_loss), upstream(grad_z_loss), chunk.of(grad_lse));
+    grads.add(chunk, logits, chunk.of(grad_lse));
   });
   return grads.results();
 }

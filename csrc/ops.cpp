@@ -28,10 +28,11 @@ TORCH_LIBRARY(npu_xent, m) {
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)");
 
   // One sweep that reads and writes: the gradient of the logits from the gradients of loss and z_loss ([N] for "none",
-  // else []; None means zeros). row_grad_ writes it over the logits.
+  // else []) and of lse ([N]); None means zeros. Ignored rows get the gradient that comes through lse: their logits are
+  // read only where grad_lse is not 0. row_grad_ writes the gradient over the logits.
   const std::string row_grad =
       " logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, "
-      "Tensor? grad_z_loss=None, *";
+      "Tensor? grad_z_loss=None, Tensor? grad_lse=None, *";
   def("row_grad", "Tensor" + row_grad, "Tensor");
   def("row_grad_", "Tensor(a!)" + row_grad, "()");
 
@@ -70,8 +71,8 @@ TORCH_LIBRARY(npu_xent, m) {
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)");
   def("linear_row_grad",
       linear +
-          ", Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, Tensor? grad_z_loss=None, *, "
-          "int? chunk_rows=None, bool[3] output_mask",
+          ", Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, Tensor? grad_z_loss=None, "
+          "Tensor? grad_lse=None, *, int? chunk_rows=None, bool[3] output_mask",
       "(" + linear_grads);
   def("linear_row_stats_grad",
       linear + ", Tensor totals, *, int? chunk_rows=None, bool read_ignored=False, bool[3] output_mask",
@@ -91,14 +92,17 @@ RowStats row_stats(const Options& o, const Tensor& logits, const Tensor& target,
 template <bool over_logits>
 GradOf<over_logits> row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                              const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                             const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss) {
+                             const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
+                             const OptionalTensor& grad_lse) {
   return call<row_grad<over_logits>>(over_logits ? "npu_xent::row_grad_" : "npu_xent::row_grad", o, logits, target,
-                                     weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+                                     weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
 }
 template Tensor row_grad<false>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&);
+                                const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                const OptionalTensor&);
 template void row_grad<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                             const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&);
+                             const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&);
 
 template <bool over_logits>
 StatsGradOf<over_logits> row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
@@ -147,9 +151,9 @@ LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& 
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                            const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                            const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
+                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
   return call<linear_row_grad>("npu_xent::linear_row_grad", o, input, linear_weight, linear_bias, target, weight, lse,
-                               lse_low, totals, grad_loss, grad_z_loss, chunk_rows, output_mask);
+                               lse_low, totals, grad_loss, grad_z_loss, grad_lse, chunk_rows, output_mask);
 }
 
 LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,

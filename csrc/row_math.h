@@ -4,13 +4,15 @@
 //   lse = log sum_c exp(t x_c)      picked = t x_y      wsum = sum_c w_c (t x_c - lse)
 //   l   = k [ (1-e) w_y (lse - picked) - (e/C) wsum ]        z = k zs lse^2
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
-//   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse      b = k G (1-e) w_y      s = k G e/C
+//   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse + g      b = k G (1-e) w_y      s = k G e/C
+//
+// A term whose factor (1-e) w_y or w_c is 0 counts as 0, even if its logit is -inf.
 //
 // With a softcap, cap tanh(t x / cap) replaces t x throughout, and u (1 - tanh(t x / cap)^2) replaces u.
 //
 // lse is stored as the sum of two numbers, `lse` and `lse_low`, and wsum is relative to lse; otherwise logits far from
-// 0 would cost the loss its precision. G and Z are the upstream gradients of the row's l and z; u is t unless
-// grad_scale is given. Plain C++17 without torch, shared by the CPU and the C++ tests;
+// 0 would cost the loss its precision. G, Z and g are the upstream gradients of the row's l, z and lse; u is t
+// unless grad_scale is given. Plain C++17 without torch, shared by the CPU and the C++ tests;
 // the composite and the device kernels have the formulas in their own operations.
 #pragma once
 
@@ -58,7 +60,8 @@ inline RowLoss row_loss(const RowOptions& o, double weight, double lse, double l
     const double nan = std::numeric_limits<double>::quiet_NaN();
     return {nan, nan};
   }
-  double loss = (1 - o.label_smoothing) * weight * (lse - picked + lse_low);
+  const double share = (1 - o.label_smoothing) * weight;
+  double loss = share == 0 ? 0 : share * (lse - picked + lse_low);  // the target's logit may be -inf
   if (o.label_smoothing != 0) {
     loss -= o.label_smoothing / static_cast<double>(o.num_classes) * wsum;
   }

@@ -20,28 +20,32 @@ from .functional import CrossEntropyOutput, cross_entropy
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
     weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
-    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
     weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
-    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[True], return_z_loss: bool = ...,
 ) -> CrossEntropyOutput: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
     weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
-    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: Literal[True],
 ) -> CrossEntropyOutput: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
     weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
-    lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: bool = ...,
 ) -> Tensor | CrossEntropyOutput: ...
 # fmt: on
@@ -56,7 +60,9 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
+    loss_dtype: torch.dtype | None = None,
     chunk_rows: int | None = None,
     return_lse: bool = False,
     return_z_loss: bool = False,
@@ -82,7 +88,10 @@ def linear_cross_entropy(
             products, unless return_lse needs their lse. NaN in ignored rows does not propagate.
         label_smoothing: in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
-        softcap: c in [1e-6, 1e6], or None. Replaces the logits by c * tanh(logits / c).
+        logit_scale: finite. Replaces the logits by logit_scale * logits. A tensor raises: it would get no gradient.
+        softcap: c in [1e-6, 1e6], or None. Replaces the logits by c * tanh(logits / c), after logit_scale.
+        loss_dtype: dtype of loss and z_loss: float32, float64 or the dtype of input. Default: float32 under autocast
+            (float64 for float64 input), otherwise the dtype of input.
         chunk_rows: rows per chunk, at least 1. Larger chunks are faster up to some hundreds of rows, and need more
             memory. Default: 4 % of the memory of all logits in float32, clamped to [128, 512] rows ([256, 512] in 16
             bits); or the rows that fit in 32 MiB, if those are more.
@@ -90,10 +99,10 @@ def linear_cross_entropy(
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it.
 
     Returns:
-        The same as `cross_entropy`: the loss, [] or for "none" in the shape of target, in the dtype of input (float32
-        under autocast); with return_lse or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss). Only the loss is
-        differentiable, once, in input, linear_weight and linear_bias. A backward with retain_graph=True returns copies
-        of the gradients, so that a second backward is correct.
+        The same as `cross_entropy`: the loss, [] or for "none" in the shape of target, in loss_dtype; with return_lse
+        or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss). Only the loss is differentiable, once, in input,
+        linear_weight and linear_bias. A backward with retain_graph=True returns copies of the gradients, so that a
+        second backward is correct.
 
         Logits are rounded to the dtype of input, as in F.linear. Gradients of linear_weight and linear_bias are
         accumulated over chunks in float32 (float64) and rounded once. For 16-bit inputs in several chunks, the
@@ -115,7 +124,9 @@ def linear_cross_entropy(
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
+        "logit_scale": logit_scale,
         "softcap": softcap,
+        "loss_dtype": loss_dtype,
     }
     check_tensors(
         "linear_cross_entropy",

@@ -19,7 +19,7 @@ class Option(NamedTuple):
 
     name: str
     default: str | float | bool | None
-    kind: type[str] | type[int] | type[float] | type[bool]
+    kind: type[str] | type[int] | type[float] | type[bool] | type[torch.dtype]
     functions: tuple[str, ...]
     # `message` is the operator's error for values outside [low, high]; Python raises it only where no operator runs.
     low: float = -math.inf
@@ -51,6 +51,15 @@ OPTIONS = (
     ),
     Option("lse_square_scale_for_zloss", 0.0, float, (CONTRACT,)),
     Option(
+        "logit_scale",
+        1.0,
+        float,
+        _BOTH,
+        low=-sys.float_info.max,
+        high=sys.float_info.max,
+        message="npu_xent: logit_scale must be finite, but is {}.",
+    ),
+    Option(
         "softcap",
         None,
         float,
@@ -59,12 +68,15 @@ OPTIONS = (
         high=1e6,
         message="npu_xent: softcap must lie in [1e-6, 1e6], but is {}; leave it at None for no softcap.",
     ),
+    Option("loss_dtype", None, torch.dtype, _EVERY),
     Option("chunk_rows", None, int, (LINEAR,)),
     Option("return_lse", False, bool, _BOTH),
     Option("return_z_loss", False, bool, _BOTH),
     Option("return_zloss", False, bool, (CONTRACT,)),
+    Option("need_log_prob", True, bool, (CONTRACT,)),
     Option("consume_logits", False, bool, (CROSS_ENTROPY,)),
 )
+LOSS_DTYPE = "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, {}, but is {}."
 
 
 def options_of(function: str) -> tuple[Option, ...]:
@@ -92,6 +104,13 @@ def check_types(function: str, options: dict[str, Any]) -> None:
                 raise TypeError(
                     f'npu_xent.{function}: reduction must be "mean", "sum" or "none", but is a {type(value).__name__}'
                 )
+        elif kind is torch.dtype:
+            raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
+        elif isinstance(value, torch.Tensor) and name == "logit_scale":
+            raise TypeError(
+                f"npu_xent.{function}: logit_scale must be a number, but is a Tensor, which would get no gradient; "
+                "multiply the logits by it, or pass its .item()"
+            )
         elif torch.compiler.is_compiling():
             continue  # compilers cannot trace hasattr here, and do not need these messages
         elif kind is int and not hasattr(value, "__index__"):
@@ -100,8 +119,18 @@ def check_types(function: str, options: dict[str, Any]) -> None:
             raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}")
 
 
+def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.dtype) -> None:
+    """Raise TypeError for a dtype that the loss cannot have, as the operators do."""
+    if loss_dtype not in (None, input, torch.float32, torch.float64):
+        raise TypeError(LOSS_DTYPE.format(input, loss_dtype))
+
+
 def check_ranges(options: dict[str, Any]) -> None:
     """Raise ValueError for an option out of its range, as the operators do."""
+    if options["reduction"] not in ("mean", "sum", "none"):
+        raise ValueError(
+            f'npu_xent: reduction must be "mean", "sum" or "none", but is "{options["reduction"]}".'
+        )
     for option in _RANGES:
         value = options[option.name]
         if value is not None and not option.low <= value <= option.high:

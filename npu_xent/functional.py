@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
-
-# Imported by name, so that monkey-patching F.cross_entropy with this package's function does not recurse.
-from torch.nn.functional import cross_entropy as torch_cross_entropy
+from torch.nn.functional import nll_loss
 
 from ._constraints import check_documented_constraints, target_errors_as_constraints
 from ._loading import prepare
-from ._options import check_ranges, check_types, refuse_deprecated
+from ._options import check_loss_dtype, check_ranges, check_types, refuse_deprecated
 from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
 
 
@@ -31,29 +30,33 @@ class CrossEntropyOutput(NamedTuple):
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
-    lse_square_scale: float = ..., softcap: float | None = ...,
-    return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ..., consume_logits: bool = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
+    consume_logits: bool = ...,
 ) -> Tensor: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
-    lse_square_scale: float = ..., softcap: float | None = ...,
-    return_lse: Literal[True], return_z_loss: bool = ..., consume_logits: bool = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., return_lse: Literal[True], return_z_loss: bool = ...,
+    consume_logits: bool = ...,
 ) -> CrossEntropyOutput: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
-    lse_square_scale: float = ..., softcap: float | None = ...,
-    return_lse: bool = ..., return_z_loss: Literal[True], consume_logits: bool = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., return_lse: bool = ..., return_z_loss: Literal[True],
+    consume_logits: bool = ...,
 ) -> CrossEntropyOutput: ...
 @overload
 def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None = ..., size_average: bool | None = ...,
     ignore_index: int = ..., reduce: bool | None = ..., reduction: str = ..., label_smoothing: float = ..., *,
-    lse_square_scale: float = ..., softcap: float | None = ...,
-    return_lse: bool = ..., return_z_loss: bool = ..., consume_logits: bool = ...,
+    lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
+    loss_dtype: torch.dtype | None = ..., return_lse: bool = ..., return_z_loss: bool = ...,
+    consume_logits: bool = ...,
 ) -> Tensor | CrossEntropyOutput: ...
 # fmt: on
 def cross_entropy(
@@ -67,7 +70,9 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     lse_square_scale: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
+    loss_dtype: torch.dtype | None = None,
     return_lse: bool = False,
     return_z_loss: bool = False,
     consume_logits: bool = False,
@@ -98,9 +103,13 @@ def cross_entropy(
         lse_square_scale: scale of the z-loss, finite and >= 0. z_n = k_n * scale * logsumexp(input_n)^2 is **added to
             the loss**; "mean" divides it by the number of rows not ignored. (PaLM, https://arxiv.org/abs/2204.02311,
             sec. 5.)
-        softcap: in [1e-6, 1e6], or None. Replaces input by softcap * tanh(input / softcap) in the loss, lse and z-loss.
-            The gradient is with respect to the uncapped input. An infinite logit becomes softcap or -softcap, so -inf
-            masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
+        logit_scale: finite. Replaces input by logit_scale * input in the loss, lse and z-loss: the inverse of a
+            temperature. The gradient is with respect to the unscaled input. A tensor raises: it would get no gradient.
+        softcap: in [1e-6, 1e6], or None. Replaces input by softcap * tanh(input / softcap), after logit_scale, in the
+            loss, lse and z-loss. The gradient is with respect to the uncapped input. An infinite logit becomes softcap
+            or -softcap, so -inf masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
+        loss_dtype: dtype of loss and z_loss: float32, float64 or the dtype of input. Default: float32 under autocast
+            (float64 for float64 input), otherwise the dtype of input. A float32 loss of 16-bit logits costs no copy.
         return_lse: also return logsumexp of every row, ignored rows included.
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it: do not add it.
         consume_logits: overwrite the logits with their gradient instead of allocating memory for it: in the forward, or
@@ -108,9 +117,9 @@ def cross_entropy(
             that saved `input` for their own backward raise. A second backward raises.
 
     Returns:
-        The loss, [] or for "none" [N] (input's shape without C), in the dtype of input (float32 under autocast). With
-        return_lse or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64
-        input), z_loss in the shape of the loss. Only the loss is differentiable, once; a second derivative raises.
+        The loss, [] or for "none" [N] (input's shape without C), in loss_dtype. With return_lse or return_z_loss, a
+        CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss in the shape of
+        the loss. Only the loss is differentiable, once; a second derivative raises.
         (The transforms of torch.func run on torch operations, which support all derivatives.)
 
         Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
@@ -136,13 +145,16 @@ def cross_entropy(
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
+        "logit_scale": logit_scale,
         "softcap": softcap,
+        "loss_dtype": loss_dtype,
     }
     check_tensors("cross_entropy", input=input, target=target, weight=weight)
     check_types("cross_entropy", options)
     _check_shapes(input, target)
+    overwrite = consume_logits and input.requires_grad and torch.is_grad_enabled()
     if target.is_floating_point() or transformed():
-        if consume_logits:
+        if overwrite:
             raise ValueError(
                 "npu_xent.cross_entropy: consume_logits needs class indices and no torch.func transform, since only "
                 "the fused operator can write over the logits; leave it off"
@@ -153,8 +165,13 @@ def cross_entropy(
         )
     prepare(input)
     shape = target.shape
-    input, target = _as_rows(input, target, consume_logits)
-    op = torch.ops.npu_xent.cross_entropy_ if consume_logits else torch.ops.npu_xent.cross_entropy
+    if overwrite and not torch.compiler.is_compiling() and input.is_neg():
+        raise ValueError(
+            "npu_xent.cross_entropy: consume_logits cannot write over a view with torch's negative bit (torch.is_neg), "
+            "such as the imaginary part of a conjugate; pass input.resolve_neg(), or leave it off"
+        )
+    input, target = _as_rows(input, target, overwrite)
+    op = torch.ops.npu_xent.cross_entropy_ if overwrite else torch.ops.npu_xent.cross_entropy
     loss: Tensor
     loss, z_loss, lse, _ = op.default(input, index_target(target), weight, **options, need_lse=return_lse)
     if reduction == "none":
@@ -176,6 +193,8 @@ def npu_cross_entropy_loss(
     lse_square_scale_for_zloss: float = 0.0,
     return_zloss: bool = False,
     *,
+    loss_dtype: torch.dtype | None = None,
+    need_log_prob: bool = True,
     strict: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drop-in replacement for torch_npu.npu_cross_entropy_loss, with its documented contract.
@@ -196,24 +215,36 @@ def npu_cross_entropy_loss(
         lse_square_scale_for_zloss: scale of the z-loss, which is added to the loss; (strict) must be 0, since the
             vendor has not enabled it.
         return_zloss: also return the z-loss, which the loss includes; (strict) must be False.
+        loss_dtype: dtype of loss, zloss and lse_for_zloss: float32, float64 or the dtype of input, which is the
+            default, also under autocast. Ours, not the vendor's.
+        need_log_prob: False leaves log_prob out, which saves its memory and, for "mean" and "sum" of float32 and
+            bfloat16 logits, a sweep over the logits. Ours, not the vendor's.
         strict: enforce the documented constraints. If input requires a gradient and gradients are enabled, they also
             demand: for "mean", weight, ignore_index and label_smoothing at their defaults; for "sum" and "none",
             label_smoothing at its default.
 
     Returns:
-        (loss, log_prob, zloss, lse_for_zloss), all in the dtype of input, even under autocast: loss [1], or [N] for
-        "none"; log_prob [N, C] = log_softmax(input); zloss of shape [0], or of the loss's shape with return_zloss;
-        lse_for_zloss of shape [0], or [N] if lse_square_scale_for_zloss is not 0. Only loss and zloss are
-        differentiable, once.
+        (loss, log_prob, zloss, lse_for_zloss), log_prob in the dtype of input, the others in loss_dtype: loss [1], or
+        [N] for "none"; log_prob [N, C] = log_softmax(input), or [0] without need_log_prob; zloss of shape [0], or of
+        the loss's shape with return_zloss; lse_for_zloss of shape [0], or [N] if lse_square_scale_for_zloss is not 0.
+        Only loss and zloss are differentiable, once.
 
     Raises:
         ConstraintError: (strict) a documented constraint is broken. It is a ValueError. For a target out of range, on
             the CPU or with NPU_XENT_DEBUG=1, it is also an IndexError (compiled code raises a plain IndexError).
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
-    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     check_tensors("npu_cross_entropy_loss", input=input, target=target, weight=weight)
-    check_types("npu_cross_entropy_loss", options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss})
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "loss_dtype": input.dtype if loss_dtype is None else loss_dtype,
+    }
+    check_types(
+        "npu_cross_entropy_loss",
+        options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss, "loss_dtype": loss_dtype},
+    )
     if strict:
         check_documented_constraints(
             input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
@@ -228,15 +259,14 @@ def npu_cross_entropy_loss(
             weight,
             **options,
             lse_square_scale=lse_square_scale_for_zloss,
-            loss_dtype=input.dtype,
             need_lse=lse_square_scale_for_zloss != 0.0,
-            need_log_prob=True,
+            need_log_prob=need_log_prob,
             differentiable_z_loss=return_zloss,
         )
     if reduction != "none":
         loss = loss.view(1)
     z_loss = z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
-    return loss, log_prob, z_loss, lse.to(input.dtype)
+    return loss, log_prob, z_loss, lse.to(loss.dtype)
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
@@ -282,6 +312,11 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else (logits / softcap).tanh() * softcap
 
 
+def _product(factor: Tensor, log_prob: Tensor) -> Tensor:
+    """factor * log_prob, but 0 where factor is 0, even if log_prob is -inf there."""
+    return factor * log_prob.masked_fill((factor == 0) & (log_prob == -math.inf), 0.0)
+
+
 def _by_torch_operations(
     input: Tensor,
     target: Tensor,
@@ -291,7 +326,9 @@ def _by_torch_operations(
     reduction: str,
     label_smoothing: float,
     lse_square_scale: float,
+    logit_scale: float,
     softcap: float | None,
+    loss_dtype: torch.dtype | None,
     return_lse: bool,
     return_z_loss: bool,
 ) -> Tensor | CrossEntropyOutput:
@@ -303,7 +340,8 @@ def _by_torch_operations(
         raise ValueError(
             f"npu_xent: weight must have one value for each of the {classes} classes, but has {list(weight.shape)}."
         )
-    if weight is not None and weight.dtype not in (torch.float32, input.dtype):
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if weight is not None and not autocast and weight.dtype not in (torch.float32, input.dtype):
         raise TypeError(
             f"npu_xent: weight must be float32 or of the logits' dtype {input.dtype}, but is {weight.dtype}."
         )
@@ -312,11 +350,19 @@ def _by_torch_operations(
             "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    loss_dtype = dtype if torch.is_autocast_enabled(input.device.type) else input.dtype
+    check_loss_dtype(loss_dtype, input.dtype)
+    loss_dtype = loss_dtype or (dtype if autocast else input.dtype)
     class_dim = min(input.dim() - 1, 1)
     logits = input.to(dtype)
-    lse = _capped(logits.detach(), softcap).logsumexp(class_dim) if return_lse else None
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
+    lse = _capped(logits, softcap).logsumexp(class_dim) if return_lse else None
     if target.is_floating_point():
+        if ignore_index >= 0:
+            raise RuntimeError(
+                "npu_xent.cross_entropy: ignore_index has no effect on class probabilities and must be negative, but "
+                f"is {ignore_index}; leave it out"
+            )
         target = target.to(dtype)
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
     else:
@@ -326,14 +372,23 @@ def _by_torch_operations(
         kept = target != ignore_index
         logits = logits.masked_fill(kept.logical_not().unsqueeze(class_dim), 0.0)  # 0 * NaN would be NaN
     logits = _capped(logits, softcap)
-    loss = torch_cross_entropy(
-        logits,
-        target,
-        None if weight is None else weight.to(dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    log_prob = logits.log_softmax(class_dim)
+    weights = torch.ones(classes, dtype=dtype, device=input.device) if weight is None else weight.to(dtype)
+    by_class = weights.view(-1, *[1] * (logits.dim() - 1 - class_dim))
+    if target.is_floating_point():
+        share = by_class * ((1 - label_smoothing) * target + label_smoothing / classes)
+        loss, total = -_product(share, log_prob).sum(class_dim), kept.sum()
+    else:
+        total = weights[target.masked_fill(kept.logical_not(), 0)].masked_fill(kept.logical_not(), 0.0).sum()
+        loss = torch.zeros_like(kept, dtype=dtype)
+        if label_smoothing != 1.0:
+            nll = nll_loss(_product(by_class, log_prob), target, ignore_index=ignore_index, reduction="none")
+            loss = loss + (1 - label_smoothing) * nll
+        if label_smoothing != 0.0:
+            smoothed = _product(by_class, log_prob).sum(class_dim).masked_fill(kept.logical_not(), 0.0)
+            loss = loss - label_smoothing / classes * smoothed
+    if reduction != "none":
+        loss = loss.sum() / (total if reduction == "mean" else 1)
     z_loss = torch.zeros_like(loss)
     if lse_square_scale != 0.0:
         z_loss = torch.where(kept, lse_square_scale * logits.logsumexp(class_dim).square(), 0.0)

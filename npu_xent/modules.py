@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ._options import CROSS_ENTROPY, options_of, refuse_deprecated
@@ -17,7 +18,8 @@ class CrossEntropyLoss(nn.Module):
         weight: one weight per class, [C], or None. Registered as a buffer: it moves with the module and is part of its
             state_dict.
         size_average, ignore_index, reduce, reduction, label_smoothing: as for `cross_entropy`.
-        lse_square_scale, softcap, return_lse, return_z_loss, consume_logits: as for `cross_entropy`.
+        lse_square_scale, logit_scale, softcap, loss_dtype, return_lse, return_z_loss, consume_logits: as for
+            `cross_entropy`.
 
     module(input, target) returns and raises the same as `cross_entropy`. Type checkers see Any, as for every torch
     module. With return_lse or return_z_loss, annotate the result::
@@ -37,7 +39,9 @@ class CrossEntropyLoss(nn.Module):
         label_smoothing: float = 0.0,
         *,
         lse_square_scale: float = 0.0,
+        logit_scale: float = 1.0,
         softcap: float | None = None,
+        loss_dtype: torch.dtype | None = None,
         return_lse: bool = False,
         return_z_loss: bool = False,
         consume_logits: bool = False,
@@ -49,7 +53,9 @@ class CrossEntropyLoss(nn.Module):
         self.reduction = reduction
         self.label_smoothing = label_smoothing
         self.lse_square_scale = lse_square_scale
+        self.logit_scale = logit_scale
         self.softcap = softcap
+        self.loss_dtype = loss_dtype
         self.return_lse = return_lse
         self.return_z_loss = return_z_loss
         self.consume_logits = consume_logits

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from reference import DTYPES, REDUCTIONS
 
 from npu_xent._options import CROSS_ENTROPY, options_of
@@ -17,11 +18,12 @@ OPTION_VALUES: Mapping[str, Sequence[Any]] = {
     "ignore_index": (None, -100, 1),
     "label_smoothing": (0.0, 0.1, 1.0),
     "lse_square_scale": (0.0, 0.1),
+    "logit_scale": (1.0, 0.7),
     "softcap": (None, 2.0),
+    "loss_dtype": (None, torch.float32),
     "return_lse": (False, True),
     "return_z_loss": (False, True),
     # Of the operators alone.
-    "logit_scale": (1.0, 0.7),
     "grad_scale": (None, 3.0),
 }
 

@@ -52,8 +52,9 @@ def truth(
     grad_scale: float | None = None,
     grad_loss: Tensor | float = 1.0,
     grad_z_loss: Tensor | float = 0.0,
+    grad_lse: Tensor | float = 0.0,
 ) -> Truth:
-    """Loss, z-loss, log sum exp, log-softmax, and the gradient of the logits for an upstream gradient `grad_loss`.
+    """Loss, z-loss, log sum exp, log-softmax, and the gradient of the logits for the upstream gradients.
 
     Targets must be classes or ignore_index. A row whose log sum exp is not finite has no distribution: NaN.
     """
@@ -79,9 +80,11 @@ def truth(
     y = y.masked_fill(~kept, 0)
     one_hot = torch.zeros_like(x).scatter_(1, y[:, None], 1)
     w_y = w[y]
-    # -inf * 0 in the terms that an option switches off must not count.
-    at_target = (1 - e) * w_y * -log_prob.gather(1, y[:, None])[:, 0]
-    smoothed = -e / n_classes * (w * log_prob).sum(dim=1) if e else torch.zeros_like(lse)
+    # -inf * 0 in the terms that an option or a weight switches off must not count.
+    share = ((1 - e) * w_y).masked_fill(undefined, NAN)
+    at_target = (share * -log_prob.gather(1, y[:, None])[:, 0]).masked_fill(share == 0, 0)
+    weighted = (w * log_prob).masked_fill((w == 0) & ~undefined[:, None], 0)
+    smoothed = -e / n_classes * weighted.sum(dim=1) if e else torch.zeros_like(lse)
     z = zs * lse.square().masked_fill(undefined, NAN) if zs else torch.zeros_like(lse)
     at_target, smoothed, z = (rows.masked_fill(~kept, 0) for rows in (at_target, smoothed, z))
 
@@ -107,7 +110,9 @@ def truth(
     if zs:
         grad = grad + (from_loss + from_z_loss) / by_rows * 2 * zs * lse[:, None] * p
     u = logit_scale if grad_scale is None else grad_scale
-    grad = (grad * slope * u).masked_fill(~kept[:, None], 0)
+    grad = grad.masked_fill(~kept[:, None], 0)
+    g_lse = torch.as_tensor(grad_lse).detach().cpu().double().expand(len(x))[:, None]
+    grad = (grad + (g_lse * p).masked_fill(~kept[:, None] & (g_lse == 0), 0)) * slope * u
 
     # Sizes of terms. An exponential of x - lse carries the rounding of x and of lse; the target's entry may be made as
     # a difference of coefficients.
@@ -124,7 +129,8 @@ def truth(
             p_terms + one_hot
         )
     loss_terms = reduced(loss_terms.nan_to_num(0, 0, 0).masked_fill(~kept, 0), by_weight)
-    grad_terms = abs(u) * grad_terms.nan_to_num(0, 0, 0).masked_fill(~kept[:, None], 0)
+    grad_terms = grad_terms.nan_to_num(0, 0, 0).masked_fill(~kept[:, None], 0)
+    grad_terms = abs(u) * (grad_terms + g_lse.abs() * (p_terms + one_hot * kept[:, None]))
     return Truth(loss, z_loss, lse, log_prob, grad, loss_terms, grad_terms)
 
 

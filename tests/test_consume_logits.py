@@ -5,6 +5,7 @@ With "mean" and "sum" that is during the forward, with "none" and fp16 in the ba
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from reference import (
     truth,
 )
 from torch import Tensor
+from torch.nn import functional as F
 
 import npu_xent
 
@@ -63,19 +65,22 @@ def one_sweep(dtype: torch.dtype, reduction: str) -> bool:
     return dtype != torch.float16 and reduction != "none"
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
 @paths
-def test_consumed_logits_hold_the_gradient(dtype: torch.dtype, reduction: str, device: torch.device) -> None:
-    """After the forward, or for fp16 and "none" after the backward."""
+def test_consumed_logits_hold_the_gradient(
+    dtype: torch.dtype, reduction: str, return_lse: bool, device: torch.device
+) -> None:
+    """After the forward, or for fp16, "none" and an lse, which may get a gradient, after the backward."""
     leaf, target = make_logits(9, 21, dtype, device).requires_grad_(), make_target(9, 21, device)
     expected = truth(leaf, target, reduction=reduction)
     logits = leaf * 1
-    out = npu_xent.cross_entropy(logits, target, reduction=reduction, consume_logits=True, return_lse=True)
-    if one_sweep(dtype, reduction):
+    out = npu_xent.cross_entropy(logits, target, reduction=reduction, consume_logits=True, return_lse=return_lse)
+    if one_sweep(dtype, reduction) and not return_lse:
         assert_near(logits, expected.grad, expected.grad_terms)
     else:
         assert_same_bits(logits, leaf)
-    assert_near(out.lse, expected.lse, expected.lse.abs())
-    out.loss.sum().backward(torch.tensor(2.0, dtype=dtype, device=device))
+    loss = out.loss if return_lse else out
+    loss.sum().backward(torch.tensor(2.0, dtype=dtype, device=device))
     assert_near(logits, 2 * expected.grad, 2 * expected.grad_terms, roundings=2)
     assert_same_bits(logits, leaf.grad)
 
@@ -145,7 +150,6 @@ REFUSALS: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a transposed activation": (lambda leaf: (leaf * 1).view(21, 9).t(), "must be contiguous, but have shape"),
     "columns of an activation": (lambda leaf: (leaf * 1)[:, :20], "must be contiguous, but have shape"),
     "an expanded activation": (lambda leaf: (leaf * 1)[:1].expand(9, 21), "must be contiguous, but have shape"),
-    "a detached activation": (lambda leaf: (leaf * 1).detach(), "these logits need no gradient"),
 }
 
 
@@ -165,11 +169,35 @@ def test_what_must_not_be_consumed_is_refused_untouched(
     assert logits._version == version
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_consuming_is_refused_where_there_is_no_gradient(mode: Callable[[], Any], device: torch.device) -> None:
-    logits, target = make_logits(9, 21, torch.float32, device).requires_grad_() * 1, make_target(9, 21, device)
-    with mode(), pytest.raises(ValueError, match="these logits need no gradient"):
-        npu_xent.cross_entropy(logits, target, consume_logits=True)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, contextlib.nullcontext])
+def test_nothing_is_overwritten_where_there_is_no_gradient(mode: Callable[[], Any], device: torch.device) -> None:
+    """Whatever the logits: a leaf, a transposed or an expanded tensor would be refused if they were overwritten."""
+    leaf, target = make_logits(9, 21, torch.float32, device), make_target(9, 21, device)
+    if mode is not contextlib.nullcontext:
+        leaf.requires_grad_()
+    for logits in (leaf, leaf * 1, leaf.t().contiguous().t(), leaf[:1].expand(9, 21)):
+        before, version = logits.detach().clone(), logits._version
+        with mode():
+            loss = npu_xent.cross_entropy(logits, target, consume_logits=True)
+            assert_same_bits(loss, npu_xent.cross_entropy(logits, target))
+            probabilities = F.one_hot(target, 21).float()
+            npu_xent.cross_entropy(logits, probabilities, consume_logits=True)
+        assert_same_bits(logits, before)
+        assert logits._version == version
+
+
+def test_a_negated_view_is_refused(device: torch.device) -> None:
+    """torch keeps the sign of such a view aside, and its values are not in memory."""
+    if device.type != "cpu":
+        pytest.skip("no complex numbers")
+    parts = torch.randn(9, 21, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    view, target = torch.view_as_complex(parts * 1).conj().imag, make_target(9, 21, device)
+    assert view.is_neg()
+    with pytest.raises(ValueError, match=r"pass input.resolve_neg\(\), or leave it off"):
+        npu_xent.cross_entropy(view, target, consume_logits=True)
+    torch.testing.assert_close(npu_xent.cross_entropy(view, target), F.cross_entropy(view, target))
+    npu_xent.cross_entropy(view.resolve_neg().contiguous(), target, consume_logits=True).backward()
+    assert parts.grad is not None
 
 
 @paths

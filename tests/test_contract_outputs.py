@@ -29,7 +29,8 @@ from npu_xent import npu_cross_entropy_loss
 
 OUTPUTS = pairwise(
     factors(
-        *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale"),
+        *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "loss_dtype"),
+        need_log_prob=(True, False),
         return_zloss=(False, True),
         requires_grad=(False, True),
         ignore_index=(-100, 2),
@@ -49,6 +50,8 @@ def output_call(case: dict[str, Any], device: torch.device) -> dict[str, Any]:
         "label_smoothing": case["label_smoothing"],
         "lse_square_scale_for_zloss": case["lse_square_scale"],
         "return_zloss": case["return_zloss"],
+        "loss_dtype": case["loss_dtype"],
+        "need_log_prob": case["need_log_prob"],
         "strict": False,
     }
 
@@ -69,13 +72,17 @@ def test_outputs(case: dict[str, Any], device: torch.device) -> None:
         lse_square_scale=case["lse_square_scale"],
     )
     shape = (9,) if case["reduction"] == "none" else (1,)
-    assert {t.dtype for t in outputs} == {case["dtype"]}
+    assert log_prob.dtype == case["dtype"]
+    assert {t.dtype for t in (loss, zloss, lse)} == {case["loss_dtype"] or case["dtype"]}
 
     assert_near(loss, expected.loss.view(shape), expected.loss_terms, name="loss")
     # The statistics' rounding of x and of lse.
     terms = call["input"].detach().cpu().double().abs() + expected.lse.abs()[:, None]
-    assert_near(log_prob, expected.log_prob, terms, name="log_prob, ignored rows included")
-    assert log_prob.is_contiguous()
+    if case["need_log_prob"]:
+        assert_near(log_prob, expected.log_prob, terms, name="log_prob, ignored rows included")
+        assert log_prob.is_contiguous()
+    else:
+        assert log_prob.shape == (0,)
     if case["return_zloss"]:
         assert_near(zloss, expected.z_loss.view(shape), 4 * expected.z_loss.abs(), name="zloss")
     else:

@@ -44,6 +44,7 @@ SHAPES = [(0, 7), (1, 1), (3, 2), (1, 15), (97, 16), (97, 17), (97, 8080)]
 CASES = pairwise(
     factors(
         *("dtype", "reduction", "ignore_index", "label_smoothing", "lse_square_scale", "softcap"),
+        *("logit_scale", "loss_dtype"),
         shape=SHAPES,
         layout=LAYOUTS,
         weight=("no weight", "float32 weight", "weight as input"),
@@ -69,11 +70,16 @@ def test_loss_and_gradient(case: dict[str, Any], device: torch.device) -> None:
     weight = None if weight_dtype is None else make_weight(classes, weight_dtype, device)
     upstream = upstream_for(case["upstream"], rows, reduction, dtype, device)
     options = keywords(case)
+    loss_dtype = options.pop("loss_dtype")
+    upstream = upstream.to(loss_dtype or dtype)
     expected = truth(logits, target, weight, **options, grad_loss=upstream)
 
-    loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options, upstream=upstream)
+    loss, grad = loss_and_grad(
+        npu_xent.cross_entropy, logits, target, weight, **options, loss_dtype=loss_dtype, upstream=upstream
+    )
 
-    assert loss.dtype == grad.dtype == dtype
+    assert grad.dtype == dtype
+    assert loss.dtype == (loss_dtype or dtype)
     assert_near(loss, expected.loss, expected.loss_terms, name="loss")
     assert_near(grad, expected.grad, expected.grad_terms, roundings=1 + ("random" in case["upstream"]), name="grad")
 
@@ -101,12 +107,13 @@ def test_the_tolerance_is_tight_enough_to_see_each_option(device: torch.device) 
     logits, target = make_logits(97, 17, torch.float32, device), make_target(97, 17, device, ignore_index=3)
     weight = make_weight(17, torch.float32, device)
     options = {"reduction": "none", "ignore_index": 3, "label_smoothing": 0.1, "lse_square_scale": 0.01, "softcap": 4.0}
+    options["logit_scale"] = 0.7
     loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, weight, **options)
     for wrong in (
         {"ignore_index": 4},
         {"label_smoothing": 0.1001},
         {"lse_square_scale": 0.01001},
-        {"logit_scale": 1.00001},
+        {"logit_scale": 0.70001},
         {"softcap": 4.00005},
         {"weight": weight.double() * 1.00001},
     ):

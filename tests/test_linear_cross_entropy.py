@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
+import releases
 import torch
 from operator_cases import to_meta
 from option_values import factors, keywords
@@ -85,6 +86,7 @@ def torch_loss(
     weight: Tensor | None,
     *,
     lse_square_scale: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -92,6 +94,8 @@ def torch_loss(
 ) -> Tensor:
     """The same out of torch's functions, in the dtype of the head."""
     logits = F.linear(*head)
+    if logit_scale != 1.0:
+        logits = logits * logit_scale
     if softcap is not None:
         logits = (logits / softcap).tanh() * softcap
     weight = None if weight is None else weight.to(logits.dtype)
@@ -121,6 +125,7 @@ def assert_as_good(actual: Tensor, expected: Tensor, other: Tensor, name: str, s
 CASES = pairwise(
     factors(
         *("dtype", "reduction", "weighted", "ignore_index", "lse_square_scale", "softcap", "return_lse"),
+        *("logit_scale", "loss_dtype"),
         # Not 1: each gradient is then a difference of larger terms, and assert_as_good compares with the gradients.
         label_smoothing=(0.0, 0.1),
         chunk_rows=(1, 7, 23, 100, None),
@@ -133,18 +138,18 @@ CASES = pairwise(
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_loss_and_gradients(case: dict[str, Any], device: torch.device) -> None:
     options, dtype = keywords(case), case["dtype"]
-    return_lse = options.pop("return_lse")
+    return_lse, loss_dtype = options.pop("return_lse"), options.pop("loss_dtype")
     head = make_head(23, 12, 40, dtype, device, bias=case["bias"])
     weight = make_weight(40, torch.float32, device) if case["weighted"] else None
     target = make_target(23, 40, device, ignore_index=case["ignore_index"])
-    from_above = torch.tensor(case["upstream"], dtype=dtype, device=device)
+    from_above = torch.tensor(case["upstream"], dtype=loss_dtype or dtype, device=device)
     if options["reduction"] == "none":  # another for each row, so that it matters which has which
-        from_above = from_above * torch.arange(1, 24, device=device).to(dtype) / 8
+        from_above = from_above * torch.arange(1, 24, device=device).to(from_above.dtype) / 8
     expected, grads = by_linear(head, target, weight, upstream=from_above, **options)
 
     other = head.leaves()
     others = torch_loss(other, target, weight, **options)
-    others.backward(from_above)
+    others.backward(from_above.to(dtype))
     ours = head.leaves()
     out = npu_xent.linear_cross_entropy(
         ours.input,
@@ -155,11 +160,12 @@ def test_loss_and_gradients(case: dict[str, Any], device: torch.device) -> None:
         chunk_rows=case["chunk_rows"],
         return_lse=return_lse,
         return_z_loss=True,
+        loss_dtype=loss_dtype,
         **options,
     )
     out.loss.backward(from_above)
 
-    assert out.loss.dtype == dtype
+    assert out.loss.dtype == out.z_loss.dtype == (loss_dtype or dtype)
     assert_as_good(out.loss, expected.loss, others, "loss")
     assert error(out.z_loss, expected.z_loss) <= 8 * torch.finfo(dtype).eps
     assert (out.lse is not None) == return_lse
@@ -484,6 +490,8 @@ def test_chunk_rows_bounds_the_memory(dtype: torch.dtype, reduction: str, device
     )
     chunk, grads = chunk_rows * classes * dtype.itemsize, sum(t.nbytes for t in head[:2])
     sums = 2 * 4 * classes * features if dtype.itemsize == 2 else 0
+    if dtype is torch.bfloat16 and releases.COPIES_BFLOAT16_OPERANDS:
+        sums += chunk + classes * features * dtype.itemsize
 
     def forward() -> Tensor:
         return loss_of(head, target, reduction=reduction, chunk_rows=chunk_rows).sum()

@@ -26,6 +26,7 @@ def test_module_computes_what_the_function_does(device: torch.device) -> None:
     for options in pairwise(
         factors(
             *("reduction", "label_smoothing", "lse_square_scale", "softcap", "return_lse", "return_z_loss"),
+            *("logit_scale", "loss_dtype"),
             ignore_index=(-100, 3),  # a class of the target
         )
     ):
@@ -57,7 +58,9 @@ def test_module_prints_what_is_not_default(device: torch.device) -> None:
         "reduction": "sum",
         "label_smoothing": 0.1,
         "lse_square_scale": 0.5,
+        "logit_scale": 0.5,
         "softcap": 30.0,
+        "loss_dtype": torch.float64,
         "return_lse": True,
         "return_z_loss": True,
         "consume_logits": True,

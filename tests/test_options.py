@@ -64,8 +64,8 @@ def test_operators_have_the_same_defaults(operator: str, function: str) -> None:
         if option.kind is not bool:  # what is returned, and into which memory, is said to the operators otherwise
             default = arguments[option.name].default_value
             assert (default, type(default)) == (option.default, type(option.default)), option.name
-            kind = str(arguments[option.name].type).removeprefix("Optional[").removesuffix("]")
-            assert kind == option.kind.__name__, option.name
+            kind = str(arguments[option.name].real_type).removeprefix("Optional[").removesuffix("]")
+            assert kind == {"dtype": "ScalarType"}.get(option.kind.__name__, option.kind.__name__), option.name
 
 
 @pytest.mark.parametrize("file, name", [("functional.py", CROSS_ENTROPY), ("_linear.py", LINEAR)])
@@ -130,7 +130,7 @@ def test_a_misspelt_option_is_a_type_error(function: Callable[..., Any]) -> None
 
 def test_the_covering_arrays_know_every_option() -> None:
     """Except for those of one function each, whose tests have values of their own."""
-    own = {"lse_square_scale_for_zloss", "return_zloss", "chunk_rows", "consume_logits"}
+    own = {"lse_square_scale_for_zloss", "return_zloss", "need_log_prob", "chunk_rows", "consume_logits"}
     assert {option.name for option in OPTIONS} - own <= set(OPTION_VALUES)
     for option in OPTIONS:
         if option.name in OPTION_VALUES:

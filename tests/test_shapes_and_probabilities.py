@@ -140,9 +140,11 @@ def probabilities_truth(
     reduction: str,
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:
     """The loss in float64, differentiable: l = -sum_c w_c q'_c lp_c, plus the z-loss of every row."""
+    logits = logits * logit_scale
     if softcap is not None:
         logits = softcap * (logits / softcap).tanh()
     dim = min(logits.dim() - 1, 1)
@@ -162,6 +164,7 @@ def probabilities_truth(
     pairwise(
         factors(
             *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap"),
+            *("logit_scale", "loss_dtype"),
             shape=[(5,), (7, 5), (3, 5, 4), (0, 5)],
         )
     ),
@@ -177,12 +180,13 @@ def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None
     options = keywords(case)
 
     loss = npu_xent.cross_entropy(logits, q, weight, **options)
+    loss_dtype = options.pop("loss_dtype") or dtype
     loss.sum().backward()
 
     exact = [t.detach().cpu().double().requires_grad_() for t in (logits, q)]
     expected = probabilities_truth(*exact, weight, **options)
     expected.sum().backward()
-    assert loss.dtype == dtype
+    assert loss.dtype == loss_dtype
     assert_near(loss, expected.detach(), 100.0, name="loss")
     for name, leaf, true in zip(("logits", "probabilities"), (logits, q), exact, strict=True):
         assert_near(leaf.grad, true.grad, 50.0, name=f"gradient of the {name}")
@@ -219,11 +223,14 @@ def test_extras_with_probabilities(device: torch.device) -> None:
     out = npu_xent.cross_entropy(logits, q, reduction="none", lse_square_scale=0.1, return_lse=True, return_z_loss=True)
     assert out.loss.dtype == out.z_loss.dtype == torch.bfloat16
     assert out.lse.dtype == torch.float32
-    torch.testing.assert_close(out.lse, logits.detach().float().logsumexp(1))
+    exact = logits.detach().float().requires_grad_()
+    torch.testing.assert_close(out.lse, exact.logsumexp(1))
     torch.testing.assert_close(out.z_loss.float(), 0.1 * out.lse.square(), rtol=2**-8, atol=0)
     assert out.loss.requires_grad
-    assert not out.lse.requires_grad
     assert not out.z_loss.requires_grad
+    out.lse.square().sum().backward()
+    exact.logsumexp(1).square().sum().backward()
+    torch.testing.assert_close(logits.grad.float(), exact.grad, rtol=2**-8, atol=1e-6)
     with torch.autocast(device.type, dtype=torch.bfloat16):
         assert npu_xent.cross_entropy(logits, q).dtype == torch.float32
 

@@ -147,7 +147,14 @@ class LongStatistics {
     }
     PipeBarrier<PIPE_V>();
     Reduce<Total>(chunk_weight_[lane], reduced_, weight, padded);  // ends its reads of `weight` with a barrier
+    // x - m may be -inf, which must be no factor where w is 0.
+    const LocalTensor<uint8_t> weighted = reduced_.ReinterpretCast<uint8_t>();
+    PipeBarrier<PIPE_V>();
+    AscendC::CompareScalar(weighted, weight, 0.0f, AscendC::CMPMODE::NE, padded);
+    PipeBarrier<PIPE_V>();
     AscendC::Mul(weight, weight, work, padded);
+    PipeBarrier<PIPE_V>();
+    AscendC::Select(weight, weighted, weight, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, padded);
     PipeBarrier<PIPE_V>();
     Reduce<Total>(chunk_wsum_[lane], reduced_, weight, padded);
   }
@@ -177,7 +184,8 @@ class LongStatistics {
     for (int64_t j = 0; smoothing_ && j < chunks; ++j) {
       const int64_t lane = FoldLane(ordinal, j);
       const float weight = chunk_weight_.GetValue(lane);
-      const float moved = weight * (chunk_max_.GetValue(lane) - joined.max);
+      // A chunk of only -inf has no maximum, which must be no factor where w is 0.
+      const float moved = weight == 0.0f ? 0.0f : weight * (chunk_max_.GetValue(lane) - joined.max);
       joined.wsum = SumOfTwo(joined.wsum, SumOfTwo(chunk_wsum_.GetValue(lane), moved));
       joined.weight += weight;
     }

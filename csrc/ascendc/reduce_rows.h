@@ -169,7 +169,15 @@ class ReduceRows {
     AscendC::Mul(V(kLoss), V(kLoss), V(kWeightOf), n);
     AscendC::Add(V(kZ), V(kZ), V(kT), n);
     PipeBarrier<PIPE_V>();
+    // lse - picked may be inf, which must be no factor where w or 1 - e is 0.
+    AscendC::CompareScalar(weighted_, V(kWeightOf), 0.0f, AscendC::CMPMODE::NE, kCount);
     AscendC::Muls(V(kLoss), V(kLoss), args_.target_share, n);
+    PipeBarrier<PIPE_V>();
+    if (args_.target_share != 0.0f) {
+      AscendC::Select(V(kLoss), weighted_, V(kLoss), 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    } else {
+      AscendC::Duplicate(V(kLoss), 0.0f, n);
+    }
     if (gm_.wsum != nullptr) {
       AscendC::Muls(V(kWsum), V(kWsum), args_.class_share, n);
       PipeBarrier<PIPE_V>();
@@ -344,12 +352,14 @@ class ReduceRows {
   __aicore__ inline LocalTensor<float> V(Vector v) const { return vectors_[v * kCount]; }
   __aicore__ inline void Allocate() {
     Pieces ub{};
-    const int64_t vectors = ub.take(kVectors * kCount * 4), mask = ub.take(kCount / 8), target = ub.take(kCount * 8);
+    const int64_t vectors = ub.take(kVectors * kCount * 4), target = ub.take(kCount * 8);
+    const int64_t mask = ub.take(kCount / 8), weighted = ub.take(kCount / 8);
     const int64_t target_weight = ub.take(kCount * kDataBlock), weights = ub.take(kReduceWeights * 4);
     const int64_t result = ub.take(4 * kDataBlock), stored = ub.take(kDataBlock);
     pipe_.InitBuffer(ub_, ub.end);
     vectors_ = ub_.GetWithOffset<float>(kVectors * kCount, vectors);
     mask_ = ub_.GetWithOffset<uint8_t>(kCount / 8, mask);
+    weighted_ = ub_.GetWithOffset<uint8_t>(kCount / 8, weighted);
     target_ = ub_.GetWithOffset<int64_t>(kCount, target);
     target_weight_ = ub_.GetWithOffset<float>(kCount * kBlock, target_weight);
     weights_ = ub_.GetWithOffset<float>(kReduceWeights, weights);
@@ -365,7 +375,7 @@ class ReduceRows {
 
   UnifiedBuffer ub_;
   LocalTensor<float> vectors_, target_weight_, weights_, result_, stored_;
-  LocalTensor<uint8_t> mask_;
+  LocalTensor<uint8_t> mask_, weighted_;  // a bit a row: is it kept; has its target a weight other than 0
   LocalTensor<int64_t> target_;
 };
 

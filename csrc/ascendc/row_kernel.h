@@ -196,7 +196,7 @@ __aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
 }
 
 // The same for all rows: G and Z of row_math.h, unless there is one for each row, and the sum of the class weights (0
-// if no term needs it).
+// if no term needs it). With adds_z, z is what is added to a.
 struct Upstream {
   float loss, z, class_weight;
 };
@@ -257,7 +257,8 @@ struct Coefficients {
 __aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, const Upstream& up, float lse) {
   Coefficients k;
   k.b = up.loss * args.target_share * weight;
-  k.a = k.b + up.loss * args.class_share * up.class_weight + up.z * 2.0f * args.lse_square_scale * lse;
+  const float added = args.adds_z != 0 ? up.z : up.z * 2.0f * args.lse_square_scale * lse;
+  k.a = k.b + up.loss * args.class_share * up.class_weight + added;
   k.s = up.loss * args.class_share;
   k.a *= args.grad_scale;
   k.b *= args.grad_scale;

@@ -21,6 +21,9 @@ __aicore__ inline float FloatOfBits(uint32_t bits) {
 __aicore__ inline float NaN() {
   return FloatOfBits(0x7fc00000u);
 }
+__aicore__ inline float MinusInfinity() {
+  return FloatOfBits(0xff800000u);
+}
 __aicore__ inline uint32_t BitsOf(float x) {
   union {
     float from;

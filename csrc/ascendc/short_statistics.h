@@ -17,9 +17,17 @@ class ShortStatistics {
   }
   // The sum of this shard's class weights, to the scalar unit, and there.
   __aicore__ inline void SumClassWeights(const ShortTile& v) const {
-    if (smoothing_) {
-      v.ReduceTile<Total>(v[kScratch], v.weight, 1);
+    if (!smoothing_) {
+      return;
     }
+    if (has_weight_) {
+      const int64_t width = round_up(v.padded, kLanes);
+      AscendC::Duplicate(v.floor, 0.0f, width);
+      AscendC::CompareScalar(v.hot, v.weight, 0.0f, AscendC::CMPMODE::EQ, width);
+      PipeBarrier<PIPE_V>();
+      AscendC::Select(v.floor, v.hot, v.floor, MinusInfinity(), AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, width);
+    }
+    v.ReduceTile<Total>(v[kScratch], v.weight, 1);
   }
   __aicore__ inline void TakeClassWeights(const ShortTile& v) {
     if (smoothing_) {
@@ -95,6 +103,12 @@ class ShortStatistics {
       v.ReduceTile<Total>(v[kWsum], v.exps, n);
       return;
     }
+    // x - max may be -inf, which must be no factor where w is 0.
+    for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
+      AscendC::Max(v.exps[j * kLanes], v.exps[j * kLanes], v.floor[j * kLanes], v.PaddedWidth(j), n,
+                   AscendC::BinaryRepeatParams(1, 1, 1, v.RowStride(), v.RowStride(), 0));
+    }
+    PipeBarrier<PIPE_V>();
     for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
       AscendC::Mul(v.exps[j * kLanes], v.exps[j * kLanes], v.weight[j * kLanes], v.PaddedWidth(j), n,
                    AscendC::BinaryRepeatParams(1, 1, 1, v.RowStride(), v.RowStride(), 0));

@@ -55,6 +55,7 @@ struct ShortTile {
     hot = ub.GetWithOffset<uint8_t>(width / kLanes * lane_count * 8, b.hot);
     columns = ub.GetWithOffset<float>(width, b.columns);
     weight = ub.GetWithOffset<float>(width, b.weight);
+    floor = ub.GetWithOffset<float>(width, b.floor);
     parts = ub.GetWithOffset<float>(larger(1, cols / kLanes) * rows * kBlock, b.parts);
     block = ub.GetWithOffset<float>(lane_count * kBlock, b.block);
     mask = ub.GetWithOffset<uint8_t>(lane_count / 8, b.mask);
@@ -160,6 +161,7 @@ struct ShortTile {
   LocalTensor<float> deficit;          // another tile, with a softcap (softcap.h)
   LocalTensor<uint8_t> hot, mask;      // a bit an element: is it the target's? a bit a row
   LocalTensor<float> columns, weight;  // column numbers and class weights
+  LocalTensor<float> floor;            // 0 where the class weight is 0, else -inf
   LocalTensor<float> parts, block;     // of reductions; a data block a row
   LocalTensor<float> lanes;
 };

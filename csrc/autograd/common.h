@@ -20,7 +20,8 @@ namespace npu_xent::autograd {
 // Whether the forward can compute the gradient for logits of this dtype, assuming an upstream gradient of 1.
 inline bool one_sweep(at::ScalarType dtype, const Options& o, const Wanted& wanted) {
   // Hooks on saved tensors (activation checkpointing, offloading) must see the saved logits, so save those instead.
-  return o.reduction != Reduction::none && dtype != at::kHalf && !wanted.log_prob && !wanted.differentiable_z_loss &&
+  return o.reduction != Reduction::none && dtype != at::kHalf && !wanted.log_prob &&
+         !(wanted.differentiable_z_loss && o.lse_square_scale != 0) &&
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
@@ -30,6 +31,14 @@ inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   const auto result = copy ? grad.clone() : grad;
   scale_(result, upstream.detach());
   return result;
+}
+
+// Under autocast, class weights of any floating-point dtype are taken, as F.cross_entropy takes them.
+inline OptionalTensor autocast_weight(const OptionalTensor& weight, at::ScalarType logits) {
+  if (!weight || !at::isFloatingType(weight->scalar_type()) || weight->scalar_type() == logits) {
+    return weight;
+  }
+  return weight->to(stats_dtype(logits));
 }
 
 // A saved tensor or an upstream gradient; nullopt if undefined.

@@ -1,9 +1,10 @@
 // cross_entropy and cross_entropy_: the loss and its gradient, composed of the primitives; and their autocast rules.
 //
 // "mean" and "sum" take one sweep: it computes the statistics and the gradient for an upstream gradient of 1, and the
-// backward only scales that gradient (free if the upstream gradient is 1). Two sweeps, statistics in the forward and
-// the gradient in the backward, are needed for "none", for log_prob and a differentiable z_loss, and for fp16: stored
-// before loss scaling, small fp16 gradients would underflow.
+// backward only scales that gradient (free if the upstream gradient is 1). If lse has a gradient too, which is known
+// only then, the backward sweeps the logits again. Two sweeps, statistics in the forward and the gradient in the
+// backward, are needed for "none", for log_prob and a differentiable z_loss, for an lse whose logits are overwritten, and
+// for fp16: stored before loss scaling, small fp16 gradients would underflow.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -45,7 +46,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     ctx->set_materialize_grads(false);
     auto& saved = ctx->saved_data;
     const auto o = of_classes(options, logits.sym_size(1));
-    const bool in_one_sweep = one_sweep(logits.scalar_type(), o, wanted);
+    const bool in_one_sweep = one_sweep(logits.scalar_type(), o, wanted) && !(inplace && wanted.lse);
     saved["one_sweep"] = in_one_sweep;
 
     LossAndStats out;
@@ -68,13 +69,16 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       saved["version"] = static_cast<int64_t>(inplace ? grad._version() : 0);
     } else {
       out = loss_by_reading(o, logits, target, weight, wanted);
+    }
+    if (!in_one_sweep || wanted.lse) {
       save(o, saved);
       ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
     }
+    variable_list constants{out.log_prob};
     if (!wanted.lse) {
       out.lse = not_wanted(out.lse.options());
+      constants.push_back(out.lse);
     }
-    variable_list constants{out.lse, out.log_prob};
     if (!wanted.differentiable_z_loss || o.lse_square_scale == 0) {
       constants.push_back(out.z_loss);
     }
@@ -83,10 +87,11 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    if (!grads[0].defined() && !grads[1].defined()) {
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) {
       return {Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
     }
-    const auto grad = ctx->saved_data["one_sweep"].toBool() ? scaled_grad(ctx, grads[0]) : swept_grad(ctx, grads);
+    const bool was_made = ctx->saved_data["one_sweep"].toBool() && !grads[2].defined();
+    const auto grad = was_made ? scaled_grad(ctx, grads[0]) : swept_grad(ctx, grads);
     return {grad, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 
@@ -128,7 +133,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     const auto& logits = tensors[0];
     const auto sweep = [&](const auto& op) {
       return op(saved_options(saved), logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5],
-                optional(grads[0]), optional(grads[1]));
+                optional(grads[0]), optional(grads[1]), optional(grads[2]));
     };
     if constexpr (inplace) {
       TORCH_CHECK(!at::GradMode::is_enabled(), kDoubleBackward);
@@ -170,7 +175,7 @@ Loss cross_entropy_autocast(const Options& o, const Tensor& logits, const Tensor
                             std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
                             bool differentiable_z_loss) {
   c10::impl::ExcludeDispatchKeyGuard below(key);
-  return cross_entropy<inplace>(o, logits, target, weight, loss_dtype.value_or(stats_dtype(logits.scalar_type())),
+  return cross_entropy<inplace>(o, logits, target, autocast_weight(weight, logits.scalar_type()), loss_dtype.value_or(stats_dtype(logits.scalar_type())),
                                 need_lse, need_log_prob, differentiable_z_loss);
 }
 

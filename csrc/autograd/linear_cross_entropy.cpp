@@ -1,8 +1,8 @@
 // linear_cross_entropy: the loss and its gradients without materializing the logits, and their autocast rules.
 //
 // "mean" and "sum" take one sweep over chunks: it computes the statistics and all three gradients for an upstream
-// gradient of 1, and the backward only scales them (free if it is 1). For "none", for fp16 and under hooks on saved
-// tensors (see cross_entropy.cpp), the backward recomputes the logits.
+// gradient of 1, and the backward only scales them (free if it is 1). For "none", for fp16, under hooks on saved tensors
+// and if lse has a gradient (see cross_entropy.cpp), the backward recomputes the logits.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/graph_task.h>
@@ -55,26 +55,30 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       }
     } else {
       out = loss_by_reading(o, {input, linear_weight, linear_bias, target, weight, chunk_rows}, wanted);
+    }
+    if (!in_one_sweep || wanted.lse) {
       save(o, saved);
       saved["chunk_rows"] = chunk_rows;
       ctx->save_for_backward({input, linear_weight, linear_bias.value_or(Tensor()), target, weight.value_or(Tensor()),
                               out.lse, out.lse_low, out.totals});
     }
+    variable_list constants{out.z_loss};
     if (!wanted.lse) {
       out.lse = not_wanted(out.lse.options());
+      constants.push_back(out.lse);
     }
-    ctx->mark_non_differentiable({out.z_loss, out.lse});
+    ctx->mark_non_differentiable(constants);
     return {out.loss, out.z_loss, out.lse};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
     variable_list grads(9);
-    if (upstream[0].defined()) {
-      if (ctx->saved_data["one_sweep"].toBool()) {
+    if (ctx->saved_data["one_sweep"].toBool() && !upstream[2].defined()) {
+      if (upstream[0].defined()) {
         hand_over(ctx, upstream[0], grads);
-      } else {
-        sweep_again(ctx, upstream[0], grads);
       }
+    } else if (upstream[0].defined() || upstream[2].defined()) {
+      sweep_again(ctx, upstream, grads);
     }
     return grads;
   }
@@ -111,7 +115,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     }
   }
 
-  static void sweep_again(AutogradContext* ctx, const Tensor& upstream, variable_list& grads) {
+  static void sweep_again(AutogradContext* ctx, const variable_list& upstream, variable_list& grads) {
     auto& saved = ctx->saved_data;
     const auto tensors = ctx->get_saved_variables();
     const auto linear_bias = optional(tensors[2]);
@@ -119,7 +123,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
                                      linear_bias && ctx->needs_input_grad(2)};
     auto [grad_input, grad_linear_weight, grad_linear_bias] = linear_row_grad(
         saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]), tensors[5],
-        tensors[6], tensors[7], upstream, std::nullopt, saved["chunk_rows"].toOptional<int64_t>(), wanted);
+        tensors[6], tensors[7], optional(upstream[0]), std::nullopt, optional(upstream[2]), saved["chunk_rows"].toOptional<int64_t>(), wanted);
     const std::array<Tensor, 3> made{grad_input, grad_linear_weight, grad_linear_bias};
     for (size_t i = 0; i < made.size(); ++i) {
       if (wanted[i]) {
@@ -164,7 +168,8 @@ LinearLoss linear_cross_entropy_autocast(const Options& o, const Tensor& input, 
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };
   const auto features = cast(input);
-  return linear_cross_entropy(o, features, cast(linear_weight), cast(linear_bias), target, weight, chunk_rows,
+  return linear_cross_entropy(o, features, cast(linear_weight), cast(linear_bias), target,
+                              autocast_weight(weight, features.scalar_type()), chunk_rows,
                               loss_dtype.value_or(stats_dtype(features.scalar_type())), need_lse);
 }
 

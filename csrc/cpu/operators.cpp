@@ -77,9 +77,10 @@ struct Inputs {
   RowOptions options;
 
   Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_)
-      : logits(logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous()),
-        target(target_.contiguous()),
-        options(row_options(o, logits_.size(1))) {
+      : options(row_options(o, logits_.size(1))) {
+    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}});
+    logits = logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
+    target = target_.contiguous();
     if (weight_) {
       weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
     }
@@ -104,6 +105,7 @@ struct Inputs {
 
 // The totals in double, whatever the tensor's dtype.
 std::array<double, kTotals> read_totals(const Tensor& totals) {
+  check_storages({{"totals", totals}});
   const auto values = totals.to(at::kDouble).contiguous();
   std::array<double, kTotals> result;
   std::copy_n(const_data<double>(values), result.size(), result.begin());
@@ -135,7 +137,8 @@ struct UpstreamTensor {
   OptionalTensor values;
   int64_t stride = 0;
 
-  UpstreamTensor(const OptionalTensor& grad, Reduction reduction, at::ScalarType dtype) {
+  UpstreamTensor(const OptionalTensor& grad, const char* name, Reduction reduction, at::ScalarType dtype) {
+    check_storages({{name, grad}});
     if (grad) {
       values = grad->to(dtype).reshape(-1);
       stride = reduction == Reduction::none ? values->stride(0) : 0;
@@ -165,24 +168,27 @@ template <bool over_logits>
 GradOf<over_logits> row_grad_cpu(const Options& o, const Tensor& logits, const Tensor& target,
                                  const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
                                  const Tensor& totals, const OptionalTensor& grad_loss,
-                                 const OptionalTensor& grad_z_loss) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+                                 const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
+  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
   if (over_logits) {
     check_dense(logits);
   }
   const Inputs in(o, logits, target, weight);
   const auto denominators = read_totals(totals);
+  check_storages({{"lse", lse}, {"lse_low", lse_low}});
   const auto high = lse.contiguous();
   const auto low = lse_low ? lse_low->contiguous() : Tensor();
-  const UpstreamTensor from_loss(grad_loss, o.reduction, lse.scalar_type());
-  const UpstreamTensor from_z(grad_z_loss, o.reduction, lse.scalar_type());
+  const UpstreamTensor from_loss(grad_loss, "grad_loss", o.reduction, lse.scalar_type());
+  const UpstreamTensor from_z(grad_z_loss, "grad_z_loss", o.reduction, lse.scalar_type());
+  const UpstreamTensor from_lse(grad_lse, "grad_lse", Reduction::none, lse.scalar_type());
   const auto grad = over_logits ? logits : in.new_output();
   with_storage_type(grad.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar_t>;
     row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), denominators.data(),
-             {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_loss.stride, from_z.stride}, const_data<acc>(high),
-             low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad), grad.stride(0),
+             {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_lse.pointer<acc>(), from_loss.stride, from_z.stride,
+              from_lse.stride},
+             const_data<acc>(high), low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad), grad.stride(0),
              parallel_for_elements(grad.numel()));
   });
   if constexpr (over_logits) {
@@ -222,6 +228,12 @@ template <typename acc>
 void reduce(const RowOptions& options, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
             const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
             const double* totals, const Tensor& loss, const Tensor& z_loss, const Tensor& new_totals) {
+  check_storages({{"target", target},
+                  {"weight", weight},
+                  {"lse", lse},
+                  {"lse_low", lse_low},
+                  {"picked", picked},
+                  {"wsum", wsum}});
   const auto dtype = c10::CppTypeToScalarType<acc>::value;
   const auto values = [&](const OptionalTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
   const auto pointer = [](const Tensor& t) { return t.defined() ? const_data<acc>(t) : nullptr; };
@@ -269,6 +281,7 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
 
 void scale_cpu(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
+  check_storages({{"the gradient", self}, {"the upstream gradient", factor}});
   const double value = factor.to(at::kDouble).item<double>();
   if (value == 1) {
     return;

@@ -158,7 +158,9 @@ class Sweep {
     }
     const Lse lse = sum.value<acc>();
     for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
-      wsum += chunks[c].wsum + chunks[c].weight * lse.below(chunks[c].max);
+      if (chunks[c].weight != 0) {  // a chunk of only -inf has no maximum
+        wsum += chunks[c].wsum + chunks[c].weight * lse.below(chunks[c].max);
+      }
     }
     out.lse[n] = static_cast<acc>(lse.high);
     out.lse_low[n] = static_cast<acc>(lse.low);
@@ -312,15 +314,22 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
   const bool past_cache = sweep.past_cache(grad);
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
     scalar_t* out = grad + n * grad_stride + c * kChunk;
-    if (sweep.ignored(n)) {
+    const double from_lse = upstream.grad_lse ? upstream.grad_lse[n * upstream.lse_stride] : 0;
+    const bool ignored = sweep.ignored(n);
+    if (ignored && from_lse == 0) {
       kernels.fill(out, sweep.size(c), 0, sweep.past_cache());
       return;
     }
-    const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
-    const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
-    const auto k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n],
-                                    from_loss / loss_divisor(rows.options, totals),
-                                    (from_loss + from_z) / z_divisor(rows.options, totals));
+    RowCoefficients k{0, 0, 0};
+    if (!ignored) {
+      const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
+      const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
+      // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
+      const double grad_loss = upstream.grad_loss ? from_loss / loss_divisor(rows.options, totals) : 0;
+      k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n], grad_loss,
+                           (from_loss + from_z) / z_divisor(rows.options, totals));
+    }
+    k.a += from_lse;
     // Read the target's logit now: if grad is the logits, its chunk will be overwritten.
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;

@@ -45,8 +45,8 @@ struct Stats {
 // rows.
 template <typename scalar_t>
 struct Upstream {
-  const acc_t<scalar_t>*grad_loss, *grad_z_loss;
-  int64_t loss_stride, z_loss_stride;
+  const acc_t<scalar_t>*grad_loss, *grad_z_loss, *grad_lse;
+  int64_t loss_stride, z_loss_stride, lse_stride;
 };
 
 // Statistics of every row, and log_prob [n_rows, n_cols] unless null. Ignored rows count as zeros and are not read

@@ -80,8 +80,11 @@ struct Sweep {
   XentArgs args{};
   XentPlan plan{};
 
-  Sweep(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_)
-      : logits(to_plain_format(logits_)), target(as_targets(target_)), weight(as_values(weight_)) {
+  Sweep(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_) {
+    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}});
+    logits = to_plain_format(logits_);
+    target = as_targets(target_);
+    weight = as_values(weight_);
     if (logits.size(1) != 1 && logits.stride(1) != 1) {
       logits = logits.contiguous();
     }
@@ -171,6 +174,34 @@ void launch_row_grad(const Sweep& sweep, const Tensor& lse, const Tensor& lse_lo
          sweep.logits.device(), sweep.chunks_of_work(), sweep.plan, sweep.args);
 }
 
+// Prepares a sweep for a gradient of lse: `from_loss` becomes G of each row, 0 for ignored rows, and `from_z` what is
+// added to a (row_math.h). Ignored rows whose lse has a gradient get class 0 as a stand-in, which G = 0 switches off.
+void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& totals, Tensor& from_loss, Tensor& from_z,
+                             const Tensor& from_lse) {
+  constexpr int64_t kIgnored = -1, kBad = -2;
+  auto& args = sweep.args;
+  const bool mean = args.reduction == static_cast<int64_t>(Reduction::mean);
+  const auto ignored = sweep.target.eq(args.ignore_index);
+  const auto bad = sweep.target.lt(0).logical_or(sweep.target.ge(args.num_classes)).logical_and(ignored.logical_not());
+  auto added = from_lse.reshape(-1);
+  if (args.lse_square_scale != 0 && (from_loss.defined() || from_z.defined())) {
+    auto z = !from_z.defined() ? from_loss : !from_loss.defined() ? from_z : from_loss + from_z;
+    z = (mean ? z / totals.select(0, kKeptRows) : z).reshape(-1);
+    added = added + (z * (2 * args.lse_square_scale) * lse).masked_fill(ignored, 0);
+  }
+  from_z = added;
+  if (from_loss.defined()) {
+    from_loss = mean ? from_loss / totals.select(0, kKeptWeight) : from_loss;
+    from_loss = from_loss.reshape(-1).masked_fill(ignored, 0);
+  }
+  sweep.target = sweep.target.masked_fill(bad, kBad)
+                     .masked_fill(ignored, 0)
+                     .masked_fill(ignored.logical_and(from_lse.reshape(-1).eq(0)), kIgnored);
+  args.ignore_index = kIgnored;
+  args.reduction = static_cast<int64_t>(Reduction::none);
+  args.adds_z = 1;
+}
+
 void launch_row_stats(const Sweep& sweep, const Stats& stats, const Tensor& log_prob) {
   RowStatsKernel kernel{.logits = sweep.logits,
                         .target = sweep.target,
@@ -211,18 +242,28 @@ template <bool over_logits>
 GradOf<over_logits> row_grad_npu(const Options& o, const Tensor& logits, const Tensor& target,
                                  const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
                                  const Tensor& totals, const OptionalTensor& grad_loss,
-                                 const OptionalTensor& grad_z_loss) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss);
+                                 const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
+  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
   if (over_logits) {
     check_dense(logits);
     check_overwritable(logits);
   }
   const c10::DeviceGuard guard(logits.device());
-  const Sweep sweep(o, logits, target, weight);
+  Sweep sweep(o, logits, target, weight);
   const auto grad = over_logits ? logits : sweep.new_output();
+  check_storages({{"lse", lse},
+                  {"lse_low", lse_low},
+                  {"totals", totals},
+                  {"grad_loss", grad_loss},
+                  {"grad_z_loss", grad_z_loss},
+                  {"grad_lse", grad_lse}});
   if (!sweep.empty()) {
-    launch_row_grad(sweep, as_values(lse), as_values(lse_low), as_values(totals), as_values(grad_loss),
-                    as_values(grad_z_loss), grad);
+    const auto high = as_values(lse), sums = as_values(totals);
+    auto from_loss = as_values(grad_loss), from_z = as_values(grad_z_loss);
+    if (grad_lse) {
+      use_coefficients_by_row(sweep, high, sums, from_loss, from_z, as_values(grad_lse));
+    }
+    launch_row_grad(sweep, high, as_values(lse_low), sums, from_loss, from_z, grad);
   }
   if constexpr (over_logits) {
     note_written(logits);
@@ -245,6 +286,7 @@ StatsGradOf<over_logits> row_stats_grad_npu(const Options& o, const Tensor& logi
   sweep.args.unit_upstream = 1;
   const Stats stats(sweep, o.need_wsum());
   const auto grad = over_logits ? logits : sweep.new_output();
+  check_storages({{"totals", totals}});
   const auto denominators = as_values(totals);
   if (sweep.split()) {
     launch_split_stats(sweep, stats);
@@ -317,6 +359,13 @@ Reduced reduce_rows_npu(const Options& o, const Tensor& target, const OptionalTe
                         const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
                         const OptionalTensor& totals, at::ScalarType loss_dtype) {
   check_reduce_rows(o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
+  check_storages({{"target", target},
+                  {"weight", weight},
+                  {"lse", lse},
+                  {"lse_low", lse_low},
+                  {"picked", picked},
+                  {"wsum", wsum},
+                  {"totals", totals}});
   const c10::DeviceGuard guard(target.device());
   const auto options = row_options(o, 0);
   Reduce reduce{.args = kernel_args(options), .values = target.options().dtype(at::kFloat)};
@@ -342,6 +391,7 @@ Reduced reduce_rows_npu(const Options& o, const Tensor& target, const OptionalTe
 void scale_npu(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
   check_overwritable(self);
+  check_storages({{"the gradient", self}, {"the upstream gradient", factor}});
   TORCH_CHECK_VALUE(factor.device() == self.device(), "npu_xent: factor must be on the device of self, ", self.device(),
                     ", but is on ", factor.device(), ".");
   TORCH_CHECK_TYPE(at::isReducedFloatingType(factor.scalar_type()) || factor.scalar_type() == at::kFloat,

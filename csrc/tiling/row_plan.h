@@ -159,7 +159,7 @@ struct ShortBuffers {
   int64_t tile;                   // numbers of a tile in fp32
   int64_t x, exps;                // the tile in fp32, its exponentials
   int64_t hot;                    // one bit an element: is it the target's?
-  int64_t columns, weight;        // [cols] column numbers and class weights
+  int64_t columns, weight, floor; // [cols] column numbers, class weights, and 0 where these are 0, else -inf
   int64_t parts;                  // of reductions: a data block for each row and 64 columns
   int64_t block;                  // a data block a row: the row's value eight times
   int64_t mask;                   // one bit a row
@@ -187,6 +187,7 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
   b.hot = ub.take(width / kLanes * lanes * 8);
   b.columns = ub.take(width * 4);
   b.weight = ub.take(width * 4);
+  b.floor = ub.take(width * 4);
   b.parts = ub.take(larger(1, cols / kLanes) * rows * kDataBlock);
   b.block = ub.take(lanes * kDataBlock);
   b.mask = ub.take(lanes / 8);

@@ -170,9 +170,9 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, 
     }
     sum.lo = sum.lo + e.lo;
     sum.hi = sum.hi + e.hi;
-    if constexpr (need_wsum) {
-      wsum.lo = at::vec::fmadd(y.lo, w.lo, wsum.lo);
-      wsum.hi = at::vec::fmadd(y.hi, w.hi, wsum.hi);
+    if constexpr (need_wsum) {  // y may be -inf, so it must be no factor where w is 0
+      wsum.lo = at::vec::fmadd(Vec<acc>::blendv(y.lo, zero, w.lo == zero), w.lo, wsum.lo);
+      wsum.hi = at::vec::fmadd(Vec<acc>::blendv(y.hi, zero, w.hi == zero), w.hi, wsum.hi);
       weights.lo = weights.lo + w.lo;
       weights.hi = weights.hi + w.hi;
     }
