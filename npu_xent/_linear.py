@@ -19,28 +19,28 @@ from .functional import CrossEntropyOutput, cross_entropy
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[True], return_z_loss: bool = ...,
 ) -> CrossEntropyOutput: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: Literal[True],
 ) -> CrossEntropyOutput: ...
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., softcap: float | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: bool = ...,
 ) -> Tensor | CrossEntropyOutput: ...
@@ -53,7 +53,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     softcap: float | None = None,
@@ -78,8 +78,9 @@ def linear_cross_entropy(
         linear_bias: [C], in the dtype of input.
         weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target are ignored, as in `cross_entropy`. The CPU also skips them in the matrix
-            products, unless return_lse needs their lse. NaN in ignored rows does not propagate.
+        ignore_index: rows with this target are ignored, as in `cross_entropy`. None, the default of
+            F.linear_cross_entropy, is -100. The CPU also skips these rows in the matrix products, unless return_lse
+            needs their lse. NaN in ignored rows does not propagate.
         label_smoothing: in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
         softcap: c in [1e-6, 1e6], or None. Replaces the logits by c * tanh(logits / c).
@@ -112,7 +113,7 @@ def linear_cross_entropy(
     """
     options: dict[str, Any] = {
         "reduction": reduction,
-        "ignore_index": ignore_index,
+        "ignore_index": -100 if ignore_index is None else ignore_index,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
         "softcap": softcap,
@@ -140,7 +141,9 @@ def linear_cross_entropy(
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
-        _check_as_the_operator_does(input, linear_weight, linear_bias, weight, ignore_index, softcap, chunk_rows)
+        _check_as_the_operator_does(
+            input, linear_weight, linear_bias, weight, options["ignore_index"], softcap, chunk_rows
+        )
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
             target.reshape(-1, *target.shape[len(shape) :]),

@@ -126,7 +126,8 @@ def _load_or_warn() -> None:
 def _is_capturing() -> bool:
     """Whether the current stream is being captured into a graph. Loading the kernels would then break the capture."""
     npu = getattr(sys.modules.get("torch_npu"), "npu", None)
-    return hasattr(npu, "is_current_stream_capturing") and bool(npu.is_current_stream_capturing())
+    capturing = getattr(npu, "is_current_stream_capturing", None)
+    return capturing is not None and capturing()
 
 
 def _refuse_in_capture() -> None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from ._constraints import check_documented_constraints, target_errors_as_constraints
 from ._loading import prepare
-from ._options import check_ranges, check_types, refuse_deprecated
+from ._options import check_ranges, check_types, legacy_reduction
 from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
 
 
@@ -89,7 +89,8 @@ def cross_entropy(
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
             differentiable; torch operations compute their loss, without fusion.
         weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
-        size_average, reduce: must be None. torch has deprecated them: use reduction.
+        size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
+            reduce=False, else "sum" for size_average=False, else "mean".
         ignore_index: rows with this target are ignored: loss 0, gradient 0, not counted. Their logits are not read
             (except for return_lse), so NaN in them does not propagate; in torch it reaches the gradient. With class
             probabilities ignore_index must be negative and has no effect.
@@ -123,14 +124,15 @@ def cross_entropy(
             in a private format), with class probabilities, in a transform of torch.func, or without a gradient to
             compute.
         TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed, or
-            float64 on an NPU; size_average or reduce is not None.
+            float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
             checking would synchronize: the row's loss and gradient are NaN, and nothing is read out of bounds.
             (The environment variable NPU_XENT_DEBUG=1 makes an NPU check.)
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a backward after the consumed
             logits were modified; a second or a forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
-    refuse_deprecated("cross_entropy", size_average, reduce)
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction(size_average, reduce)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
