@@ -32,7 +32,7 @@ def torch_npu(monkeypatch: pytest.MonkeyPatch) -> Iterator[types.ModuleType]:
     setattr(module, NAME, vendors)
     monkeypatch.setitem(sys.modules, "torch_npu", module)
     yield module
-    npu_xent.integrations.torch_npu._active.clear()  # of a test that failed half-way
+    npu_xent.integrations._patch._active.clear()  # of a test that failed half-way
 
 
 @pytest.mark.cpu

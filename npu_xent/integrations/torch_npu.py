@@ -5,51 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-import threading
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
 
 from ..functional import npu_cross_entropy_loss
+from ._patch import PatchHandle
 
 _NAME = "npu_cross_entropy_loss"
-
-_lock = threading.Lock()
-_active: list[PatchHandle] = []  # in the order of creation: the last one is in effect
-_vendors: Any = None  # torch_npu's own function, without any patch
-
-
-class PatchHandle:
-    """A patch of torch_npu. `remove()` or the end of a `with` statement undoes it."""
-
-    def __init__(self, module: ModuleType, replacement: Callable[..., Any]) -> None:
-        global _vendors
-        self._module = module
-        self._replacement = replacement
-        with _lock:
-            if not _active:
-                _vendors = getattr(module, _NAME)
-            _active.append(self)
-            setattr(module, _NAME, replacement)
-
-    def remove(self) -> None:
-        """Restore the latest patch that has not been removed, or else the vendor's function.
-
-        Patches may be removed in any order, and more than once. If other code has replaced the function since, that
-        replacement stays.
-        """
-        with _lock:
-            if self not in _active:
-                return
-            _active.remove(self)
-            if getattr(self._module, _NAME, None) is self._replacement:
-                setattr(self._module, _NAME, _active[-1]._replacement if _active else _vendors)
-
-    def __enter__(self) -> PatchHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
 
 
 def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
@@ -89,4 +49,4 @@ def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
             f"npu_xent.patch_torch_npu: torch_npu {module.__version__} has no {_NAME} to replace; call npu_xent.{_NAME}"
         )
     replacement = npu_cross_entropy_loss if strict else functools.partial(npu_cross_entropy_loss, strict=False)
-    return PatchHandle(module, replacement)
+    return PatchHandle(module, _NAME, replacement)
