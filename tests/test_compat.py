@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from originals import the_original
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -467,17 +467,6 @@ def test_mindformers_parallel_config() -> None:
 
 
 # Compared with the originals ------------------------------------------------------------------------------------------
-
-
-def the_original(load: Callable[[], ModuleType]) -> ModuleType:
-    """The module that `load` imports. If it cannot, the test fails in CI and is skipped elsewhere."""
-    try:
-        return load()
-    except ImportError as error:
-        reason = f"needs the original, which `make test` installs: {error}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
 
 
 def load_nnsight_util() -> ModuleType:

@@ -109,9 +109,9 @@ def test_autocast(weight_dtype: torch.dtype | None, served: Served, device: torc
     logits, target = make_logits(6, 5, torch.bfloat16, device), make_target(6, 5, device)
     weight = None if weight_dtype is None else make_weight(5, weight_dtype, device)
     with torch.autocast(device.type, torch.bfloat16):
-        loss, expected = F.cross_entropy(logits, target, weight), torchs(logits, target, weight)
+        loss = F.cross_entropy(logits, target, weight)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(loss, torchs(logits.float(), target, None if weight is None else weight.float()))
     assert len(served) == 1
 
 
@@ -140,7 +140,7 @@ UNSERVED: dict[str, Callable[[Tensor, Tensor], tuple[tuple, dict]]] = {
     "two devices": lambda x, y: ((x, y.to("meta")), {}),
     "complex logits": lambda x, y: ((x.to(torch.complex64), y), {}),
     "integer logits": lambda x, y: ((x.long(), y), {}),
-    "sparse logits": lambda x, y: ((x.to_sparse(), y), {}),
+    "sparse logits": lambda x, y: ((x.cpu().to_sparse(), y.cpu()), {}),
     "a negative view": lambda x, y: ((torch._neg_view(x), y), {}),
     "no dimension": lambda x, y: ((x[0, 0], y[0]), {}),
     "no classes": lambda x, y: ((x[:, :0], y), {}),
@@ -184,13 +184,6 @@ def test_torch_gets_the_rest_with_the_arguments_as_given(name: str, served: Serv
         torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
     else:
         assert actual == expected
-    assert served == []
-
-
-@pytest.mark.npu
-def test_float64_on_an_npu_is_torchs(served: Served, device: torch.device) -> None:
-    logits, target = make_logits(6, 5, torch.float32, device), make_target(6, 5, device)
-    outcome(F.cross_entropy, (logits.double(), target), {})
     assert served == []
 
 
