@@ -26,7 +26,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         output: npu_xent.CrossEntropyOutput = criterion(logits, target)
     """
 
-    __constants__ = [*_TORCHS, *(o.name for o in _OPTIONS if o.name not in _TORCHS)]  # noqa: RUF012
+    __constants__: list[str] = [*_TORCHS, *(o.name for o in _OPTIONS if o.name not in _TORCHS)]  # noqa: RUF012
 
     def __init__(
         self,

@@ -145,7 +145,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         ValueError: weight, size_average, reduce or label_smoothing is not at its default.
     """
 
-    __constants__ = [*nn.CrossEntropyLoss.__constants__, "mult"]  # noqa: RUF012
+    __constants__: list[str] = [*nn.CrossEntropyLoss.__constants__, "mult"]  # noqa: RUF012
 
     def __init__(
         self,
