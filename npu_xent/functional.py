@@ -11,7 +11,7 @@ from torch import Tensor
 # Imported by name, so that monkey-patching F.cross_entropy with this package's function does not recurse.
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
-from ._constraints import check_documented_constraints, target_errors_as_constraints
+from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
 from ._options import check_ranges, check_types, legacy_reduction
 from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
@@ -178,7 +178,7 @@ def npu_cross_entropy_loss(
     lse_square_scale_for_zloss: float = 0.0,
     return_zloss: bool = False,
     *,
-    strict: bool = True,
+    strict: bool | None = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drop-in replacement for torch_npu.npu_cross_entropy_loss, with its documented contract.
 
@@ -200,7 +200,8 @@ def npu_cross_entropy_loss(
         return_zloss: also return the z-loss, which the loss includes; (strict) must be False.
         strict: enforce the documented constraints. If input requires a gradient and gradients are enabled, they also
             demand: for "mean", weight, ignore_index and label_smoothing at their defaults; for "sum" and "none",
-            label_smoothing at its default.
+            label_smoothing at its default. None warns of constraints that are restrictions of the vendor's alone, once
+            of each in a process, and computes the call; False says nothing.
 
     Returns:
         (loss, log_prob, zloss, lse_for_zloss), all in the dtype of input, even under autocast: loss [1], or [N] for
@@ -216,10 +217,21 @@ def npu_cross_entropy_loss(
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     check_tensors("npu_cross_entropy_loss", input=input, target=target, weight=weight)
     check_types("npu_cross_entropy_loss", options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss})
-    if strict:
+    if strict is None or strict:
+        lifted: Lifted | None = [] if strict is None else None
         check_documented_constraints(
-            input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
+            input,
+            target,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            lse_square_scale_for_zloss,
+            return_zloss,
+            lifted,
         )
+        if lifted:
+            warn_of_lifted(lifted)
     prepare(input)
     # A compiled graph raises when it runs, outside of any Python that could be traced here.
     checked = strict and not torch.compiler.is_compiling()
