@@ -238,12 +238,14 @@ $(VENV)/.train: $(TORCH_STAMP)
 	@$(PIP) install "tokenizers>=0.20" tqdm matplotlib
 	@touch $@
 
-# --no-deps: the libraries that npu_xent.compat is tested against, without the transformers, diffusers and torch that
-# they require. unit_scaling imports docstring_parser and einops.
+# --no-deps: the libraries that npu_xent.compat is tested against, without the diffusers and torch that they require.
+# unit_scaling imports docstring_parser and einops. The models that patch_torch is tested with are transformers', which
+# imports regex and safetensors, and checks the version of tokenizers.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
-	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6" mypy==2.4.1
-	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2
+	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6" mypy==2.4.1 "tokenizers>=0.23.1,<0.24"
+	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2 \
+	  transformers==5.24.0 regex==2026.11.19 safetensors==0.8.0
 	@touch $@
 
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.

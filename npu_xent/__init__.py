@@ -6,8 +6,9 @@
     npu_xent.npu_cross_entropy_loss     drop-in replacement for torch_npu.npu_cross_entropy_loss
     npu_xent.compat                     drop-in replacements for the losses of nnsight, unit_scaling and mindformers
 
-On an NPU, npu_xent.patch_torch_npu replaces the vendor's function for all callers, and npu_xent.load_npu loads the
-kernels before the first npu tensor is used. Importing this package never imports torch_npu.
+For callers that cannot be changed, npu_xent.patch_torch replaces torch.nn.functional.cross_entropy, and
+npu_xent.patch_torch_npu the vendor's function. npu_xent.load_npu loads the kernels before the first npu tensor is used.
+Importing this package never imports torch_npu.
 
 `python -m npu_xent.doctor` checks an installation.
 """
@@ -24,6 +25,7 @@ from ._constraints import ConstraintError  # noqa: E402
 from ._linear import linear_cross_entropy  # noqa: E402
 from ._loading import load_npu  # noqa: E402
 from .functional import CrossEntropyOutput, cross_entropy, npu_cross_entropy_loss  # noqa: E402
+from .integrations.torch import patch_torch  # noqa: E402
 from .integrations.torch_npu import patch_torch_npu  # noqa: E402
 from .modules import CrossEntropyLoss  # noqa: E402
 
@@ -39,5 +41,6 @@ __all__ = [
     "linear_cross_entropy",
     "load_npu",
     "npu_cross_entropy_loss",
+    "patch_torch",
     "patch_torch_npu",
 ]

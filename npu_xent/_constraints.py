@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -22,6 +23,10 @@ MAX_ROWS = 200_000
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 
+
+# Broken rules that strict=None only warns of: the rule, and the value seen.
+Lifted = list[tuple[str, str]]
+_warned: set[str] = set()  # rules
 
 # The advice where strict=False accepts the call; other rules have their own.
 LIFT = "Pass strict=False to lift the documented restrictions, or call npu_xent.cross_entropy."
@@ -35,14 +40,36 @@ class TargetConstraintError(ConstraintError, IndexError):
     """A target is out of range: a broken constraint, and an IndexError as in torch."""
 
 
-def _broken(rule: str, seen: str, way_out: str) -> ConstraintError:
-    return ConstraintError(f"npu_cross_entropy_loss: {rule}, but {seen}. {way_out}")
+def _require(
+    lifted: Lifted | None, condition: bool, rule: str, seen: str, *values: object, way_out: str = LIFT
+) -> None:
+    """Raise unless condition holds, or add the rule to `lifted` if strict=False would lift it."""
+    if condition:
+        return
+    if lifted is None or way_out != LIFT:
+        raise ConstraintError(f"npu_cross_entropy_loss: {rule}, but {seen.format(*values)}. {way_out}")
+    # Compilers need constants here, and the values may be symbols to them.
+    lifted.append((rule, "" if torch.compiler.is_compiling() else f", but {seen.format(*values)}"))
 
 
-def _require(condition: bool, rule: str, seen: str, *values: object, way_out: str = LIFT) -> None:
-    """Raise unless condition holds. Only then is `seen` formatted, so that a compiler does not trace it."""
-    if not condition:
-        raise _broken(rule, seen.format(*values), way_out)
+def warn_of_lifted(lifted: Lifted) -> None:
+    """Warn of the rules, once of each in a process, at the caller of the public function."""
+    for rule, seen in lifted:
+        _warn_once(rule, seen)
+
+
+def _warn_once(rule: str, seen: str) -> None:
+    if rule in _warned:
+        return
+    _warned.add(rule)
+    warnings.warn(
+        f"npu_cross_entropy_loss: {rule}{seen}. npu_xent computes this call, but the vendor does not document that its "
+        "operator does. strict=False says nothing, and strict=True raises.",
+        stacklevel=4,
+    )
+
+
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called, not traced: see _loading
 
 
 def check_documented_constraints(
@@ -54,9 +81,14 @@ def check_documented_constraints(
     label_smoothing: float,
     lse_square_scale_for_zloss: float,
     return_zloss: bool,
+    lifted: Lifted | None = None,
 ) -> None:
-    """Raise ConstraintError for the first documented rule that the arguments break."""
+    """Raise ConstraintError for the first documented rule that the arguments break.
+
+    Rules that are restrictions of the vendor's alone are added to `lifted`, if it is given, instead of raising.
+    """
     _require(
+        lifted,
         input.dim() == 2,
         "input must have shape [N, C]",
         "its shape is {}",
@@ -64,6 +96,7 @@ def check_documented_constraints(
         way_out="Flatten it, and target, to one row for each prediction.",
     )
     _require(
+        lifted,
         input.dtype in DTYPES,
         "the dtype of input must be float16, float32 or bfloat16",
         "it is {}",
@@ -71,8 +104,9 @@ def check_documented_constraints(
         way_out=LIFT if input.dtype is torch.float64 else "Pass logits of one of these dtypes.",
     )
     rows, classes = input.shape
-    _require(0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", "N is {}", rows)
+    _require(lifted, 0 < rows <= MAX_ROWS, f"N, the rows of input, must lie in (0, {MAX_ROWS}]", "N is {}", rows)
     _require(
+        lifted,
         classes > 0,
         "C, the columns of input, must be greater than 0",
         "C is {}",
@@ -80,6 +114,7 @@ def check_documented_constraints(
         way_out="Pass logits with at least one class.",
     )
     _require(
+        lifted,
         target.dim() == 1 and target.shape[0] == rows,
         "target must have shape [N], one value for each row of input",
         "its shape is {} and N is {}",
@@ -88,6 +123,7 @@ def check_documented_constraints(
         way_out="Flatten it, or cut it to the rows of input.",
     )
     _require(
+        lifted,
         target.dtype == torch.int64,
         "the dtype of target must be int64",
         "it is {}",
@@ -95,16 +131,25 @@ def check_documented_constraints(
         way_out=LIFT if target.dtype in INTEGERS else "Convert class indices with target.long().",
     )
     if weight is not None:
-        _check_weight(weight, input)
+        _check_weight(weight, input, lifted)
     _require(
+        lifted,
         reduction in REDUCTIONS,
         'reduction must be "mean", "sum" or "none"',
         "it is {!r}",
         reduction,
         way_out="Pass one of these names.",
     )
-    _require(ignore_index < classes, "ignore_index must be less than C", "it is {} and C is {}", ignore_index, classes)
     _require(
+        lifted,
+        ignore_index < classes,
+        "ignore_index must be less than C",
+        "it is {} and C is {}",
+        ignore_index,
+        classes,
+    )
+    _require(
+        lifted,
         0.0 <= label_smoothing < 1.0,
         "label_smoothing must lie in [0, 1)",
         "it is {}",
@@ -112,20 +157,22 @@ def check_documented_constraints(
         way_out=LIFT if label_smoothing == 1.0 else "Pass a value in that range.",
     )
     _require(
+        lifted,
         lse_square_scale_for_zloss == 0.0,
         "lse_square_scale_for_zloss is documented with the range [0, 1) but not enabled and must be 0",
         "it is {}",
         lse_square_scale_for_zloss,
         way_out=LIFT if 0.0 < lse_square_scale_for_zloss < math.inf else "Leave it at 0.",
     )
-    _require(not return_zloss, "return_zloss is documented but not enabled and must be False", "it is True")
+    _require(lifted, not return_zloss, "return_zloss is documented but not enabled and must be False", "it is True")
     if input.requires_grad and torch.is_grad_enabled():
-        _check_training(weight, reduction, ignore_index, label_smoothing)
+        _check_training(weight, reduction, ignore_index, label_smoothing, lifted)
 
 
-def _check_weight(weight: Tensor, input: Tensor) -> None:
+def _check_weight(weight: Tensor, input: Tensor, lifted: Lifted | None) -> None:
     classes = input.shape[1]
     _require(
+        lifted,
         weight.dim() == 1 and weight.shape[0] == classes,
         "weight must have shape [C], one value for each column of input",
         "its shape is {} and C is {}",
@@ -134,6 +181,7 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
         way_out="Pass one weight for each class.",
     )
     _require(
+        lifted,
         weight.dtype == torch.float32,
         "the dtype of weight must be float32",
         "it is {}",
@@ -147,7 +195,7 @@ def _check_weight(weight: Tensor, input: Tensor) -> None:
         if outside.any():
             first = int(outside.nonzero()[0])
             seen = f"weight[{first}] is {float(weight[first])}"
-            raise _broken("the values of weight must lie in (0, 1]", seen, LIFT)
+            _require(lifted, False, "the values of weight must lie in (0, 1]", seen)
 
 
 @contextlib.contextmanager
@@ -174,10 +222,12 @@ def may_look(device: str) -> bool:
     return device == "cpu" or (device == "npu" and os.environ.get("NPU_XENT_DEBUG", "0") not in ("", "0"))
 
 
-def _check_training(weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float) -> None:
+def _check_training(
+    weight: Tensor | None, reduction: str, ignore_index: int, label_smoothing: float, lifted: Lifted | None
+) -> None:
     """With a gradient, "mean" takes three options at their defaults only, "sum" and "none" only label_smoothing."""
     rule = f"with input.requires_grad and reduction {reduction!r}, {{}} must keep its default"
     if reduction == "mean":
-        _require(weight is None, rule.format("weight") + " None", "a tensor was given")
-        _require(ignore_index == -100, rule.format("ignore_index") + " -100", "it is {}", ignore_index)
-    _require(label_smoothing == 0.0, rule.format("label_smoothing") + " 0.0", "it is {}", label_smoothing)
+        _require(lifted, weight is None, rule.format("weight") + " None", "a tensor was given")
+        _require(lifted, ignore_index == -100, rule.format("ignore_index") + " -100", "it is {}", ignore_index)
+    _require(lifted, label_smoothing == 0.0, rule.format("label_smoothing") + " 0.0", "it is {}", label_smoothing)

@@ -19,7 +19,7 @@ from .functional import CrossEntropyOutput, cross_entropy
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
     loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[False] = ..., return_z_loss: Literal[False] = ...,
@@ -27,7 +27,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
     loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: Literal[True], return_z_loss: bool = ...,
@@ -35,7 +35,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
     loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: Literal[True],
@@ -43,7 +43,7 @@ def linear_cross_entropy(
 @overload
 def linear_cross_entropy(
     input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = ...,
-    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int = ..., label_smoothing: float = ...,
+    weight: Tensor | None = ..., reduction: str = ..., ignore_index: int | None = ..., label_smoothing: float = ...,
     lse_square_scale: float = ..., logit_scale: float = ..., softcap: float | None = ...,
     loss_dtype: torch.dtype | None = ..., chunk_rows: int | None = ...,
     return_lse: bool = ..., return_z_loss: bool = ...,
@@ -57,7 +57,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     lse_square_scale: float = 0.0,
     logit_scale: float = 1.0,
@@ -84,8 +84,9 @@ def linear_cross_entropy(
         linear_bias: [C], in the dtype of input.
         weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
         reduction: "mean", "sum" or "none".
-        ignore_index: rows with this target are ignored, as in `cross_entropy`. The CPU also skips them in the matrix
-            products, unless return_lse needs their lse. NaN in ignored rows does not propagate.
+        ignore_index: rows with this target are ignored, as in `cross_entropy`. None, the default of
+            F.linear_cross_entropy, is -100. The CPU also skips these rows in the matrix products, unless return_lse
+            needs their lse. NaN in ignored rows does not propagate.
         label_smoothing: in [0, 1].
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
         logit_scale: finite. Replaces the logits by logit_scale * logits. A tensor raises: it would get no gradient.
@@ -121,7 +122,7 @@ def linear_cross_entropy(
     """
     options: dict[str, Any] = {
         "reduction": reduction,
-        "ignore_index": ignore_index,
+        "ignore_index": -100 if ignore_index is None else ignore_index,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
         "logit_scale": logit_scale,
@@ -151,7 +152,9 @@ def linear_cross_entropy(
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
-        _check_as_the_operator_does(input, linear_weight, linear_bias, weight, ignore_index, softcap, chunk_rows)
+        _check_as_the_operator_does(
+            input, linear_weight, linear_bias, weight, options["ignore_index"], softcap, chunk_rows
+        )
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
             target.reshape(-1, *target.shape[len(shape) :]),

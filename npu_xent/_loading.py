@@ -25,11 +25,17 @@ _FOLDER = Path(__file__).resolve().parent
 _lock = threading.Lock()
 _loaded = False
 _settled = False  # loaded, or the warning about missing kernels was given: nothing left to do
+_warned_of_capture = False
+
+
+def _public(version: str) -> str:
+    """Drop the local part of a version: pip can install the rest."""
+    return version.partition("+")[0]
 
 
 def _release(version: str) -> str:
-    """Drop the local part of a version: 2.13.0+cpu and 2.13.0+cu130 have the same C++ interface."""
-    return version.partition("+")[0]
+    """Drop the local part and the post-release: 2.13.0+cpu and 2.13.0.post2 have the C++ interface of 2.13.0."""
+    return _public(version).partition(".post")[0]
 
 
 def check_torch(built: str, running: str) -> None:
@@ -37,7 +43,7 @@ def check_torch(built: str, running: str) -> None:
     if _release(built) != _release(running):
         raise ImportError(
             f"npu_xent was built against torch {built}, but torch {running} is installed. {_REBUILD} "
-            f"(or install torch=={_release(built)})."
+            f"(or install torch=={_public(built)})."
         )
 
 
@@ -99,11 +105,14 @@ def _load_or_warn() -> None:
     global _settled
     if _loaded or (_settled and not _kernels_are_required()):
         return
+    if _is_capturing():
+        _refuse_in_capture()
+        return
     try:
         load_npu()
     except RuntimeError as error:
         if _kernels_are_required():
-            raise RuntimeError(f"{error} NPU_XENT_REQUIRE_KERNELS is set, which makes this an error.") from error
+            raise _required(error) from error
         with _lock:
             first, _settled = not _settled, True
         if first:
@@ -114,6 +123,32 @@ def _load_or_warn() -> None:
             )
 
 
+def _is_capturing() -> bool:
+    """Whether the current stream is being captured into a graph. Loading the kernels would then break the capture."""
+    npu = getattr(sys.modules.get("torch_npu"), "npu", None)
+    capturing = getattr(npu, "is_current_stream_capturing", None)
+    return capturing is not None and capturing()
+
+
+def _refuse_in_capture() -> None:
+    """Warn at the first call in a graph capture, or raise if the kernels are required. A later call loads them."""
+    global _warned_of_capture
+    error = _missing(
+        "the first npu tensor came while a graph was being captured, when they cannot be loaded. Call "
+        "npu_xent.load_npu() before the capture."
+    )
+    if _kernels_are_required():
+        raise _required(error)
+    with _lock:
+        first, _warned_of_capture = not _warned_of_capture, True
+    if first:
+        warnings.warn(
+            f"{error} PyTorch operations are captured instead: the same results up to rounding, but more time and "
+            "memory at every replay. Calls after the capture use the kernels.",
+            stacklevel=5,  # the caller of the public function
+        )
+
+
 # The compiler calls this function instead of tracing it, so the kernels are loaded before the compiled code runs.
 # torch.compiler.assume_constant_result sets the same attribute, but imports torch._dynamo, which takes a second.
 _load_or_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -122,7 +157,7 @@ _load_or_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _load_if_npu_is_at_work() -> None:
     """Call load_npu if the program has already initialised the device. Errors are reported later."""
     torch_npu = sys.modules.get("torch_npu")
-    if torch_npu is not None and hasattr(torch_npu, "npu") and torch_npu.npu.is_initialized():
+    if torch_npu is not None and hasattr(torch_npu, "npu") and torch_npu.npu.is_initialized() and not _is_capturing():
         with contextlib.suppress(RuntimeError):  # the first npu tensor will warn
             load_npu()
 
@@ -148,7 +183,7 @@ def _load_kernels() -> None:
     if _release(built_with) != _release(torch_npu.__version__):
         raise _missing(
             f"it was built against torch_npu {built_with}, but torch_npu {torch_npu.__version__} is running. "
-            f"{_REBUILD} (or install torch_npu=={_release(built_with)})."
+            f"{_REBUILD} (or install torch_npu=={_public(built_with)})."
         )
     if torch_npu.npu.device_count() == 0:
         raise _missing("torch_npu sees no NPU. Look at what npu-smi info and ASCEND_RT_VISIBLE_DEVICES say.")
@@ -193,3 +228,7 @@ def _share_runtime_symbols() -> None:
 
 def _missing(reason: str) -> RuntimeError:
     return RuntimeError(f"npu_xent's NPU kernels are not in use: {reason}")
+
+
+def _required(error: RuntimeError) -> RuntimeError:
+    return RuntimeError(f"{error} NPU_XENT_REQUIRE_KERNELS is set, which makes this an error.")

@@ -10,12 +10,16 @@ import sys
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn._reduction import legacy_get_string
 
 CROSS_ENTROPY, LINEAR, CONTRACT = "cross_entropy", "linear_cross_entropy", "npu_cross_entropy_loss"
 
 
 class Option(NamedTuple):
-    """An option of one or more functions. None is a valid value only if it is the default."""
+    """An option of one or more functions. None is a valid value only if it is the default.
+
+    (linear_cross_entropy replaces ignore_index=None, which F.linear_cross_entropy takes, before it checks.)
+    """
 
     name: str
     default: str | float | bool | None
@@ -128,19 +132,23 @@ def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.dtype) -> None
 def check_ranges(options: dict[str, Any]) -> None:
     """Raise ValueError for an option out of its range, as the operators do."""
     if options["reduction"] not in ("mean", "sum", "none"):
-        raise ValueError(
-            f'npu_xent: reduction must be "mean", "sum" or "none", but is "{options["reduction"]}".'
-        )
+        raise ValueError(f'npu_xent: reduction must be "mean", "sum" or "none", but is "{options["reduction"]}".')
     for option in _RANGES:
         value = options[option.name]
         if value is not None and not option.low <= value <= option.high:
             raise ValueError(option.message.format(value))
 
 
-def refuse_deprecated(function: str, size_average: bool | None, reduce: bool | None) -> None:
-    """Raise TypeError for the arguments that torch has deprecated, unless they are None."""
-    for name, value in (("size_average", size_average), ("reduce", reduce)):
-        if value is not None:
-            raise TypeError(
-                f'npu_xent.{function}: unexpected argument {name!r}; say it with reduction="mean", "sum" or "none"'
-            )
+def legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """Return the reduction that torch's deprecated arguments mean, with torch's warning."""
+    _warn_of_legacy(size_average, reduce)
+    if not (reduce is None or reduce):
+        return "none"
+    return "mean" if size_average is None or size_average else "sum"
+
+
+def _warn_of_legacy(size_average: bool | None, reduce: bool | None) -> None:
+    legacy_get_string(size_average, reduce)
+
+
+_warn_of_legacy._dynamo_marked_constant = True  # type: ignore[attr-defined]  # called, not traced: see _loading

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from ._constraints import check_documented_constraints, target_errors_as_constraints
+from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
-from ._options import check_loss_dtype, check_ranges, check_types, refuse_deprecated
+from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
 from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
 
 
@@ -94,7 +94,8 @@ def cross_entropy(
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
             differentiable; torch operations compute their loss, without fusion.
         weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
-        size_average, reduce: must be None. torch has deprecated them: use reduction.
+        size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
+            reduce=False, else "sum" for size_average=False, else "mean".
         ignore_index: rows with this target are ignored: loss 0, gradient 0, not counted. Their logits are not read
             (except for return_lse), so NaN in them does not propagate; in torch it reaches the gradient. With class
             probabilities ignore_index must be negative and has no effect.
@@ -132,14 +133,15 @@ def cross_entropy(
             in a private format), with class probabilities, in a transform of torch.func, or without a gradient to
             compute.
         TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed, or
-            float64 on an NPU; size_average or reduce is not None.
+            float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
             checking would synchronize: the row's loss and gradient are NaN, and nothing is read out of bounds.
             (The environment variable NPU_XENT_DEBUG=1 makes an NPU check.)
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a backward after the consumed
             logits were modified; a second or a forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
-    refuse_deprecated("cross_entropy", size_average, reduce)
+    if size_average is not None or reduce is not None:
+        reduction = legacy_reduction(size_average, reduce)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -195,7 +197,7 @@ def npu_cross_entropy_loss(
     *,
     loss_dtype: torch.dtype | None = None,
     need_log_prob: bool = True,
-    strict: bool = True,
+    strict: bool | None = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Drop-in replacement for torch_npu.npu_cross_entropy_loss, with its documented contract.
 
@@ -221,7 +223,8 @@ def npu_cross_entropy_loss(
             bfloat16 logits, a sweep over the logits. Ours, not the vendor's.
         strict: enforce the documented constraints. If input requires a gradient and gradients are enabled, they also
             demand: for "mean", weight, ignore_index and label_smoothing at their defaults; for "sum" and "none",
-            label_smoothing at its default.
+            label_smoothing at its default. None warns of constraints that are restrictions of the vendor's alone, once
+            of each in a process, and computes the call; False says nothing.
 
     Returns:
         (loss, log_prob, zloss, lse_for_zloss), log_prob in the dtype of input, the others in loss_dtype: loss [1], or
@@ -245,10 +248,21 @@ def npu_cross_entropy_loss(
         "npu_cross_entropy_loss",
         options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss, "loss_dtype": loss_dtype},
     )
-    if strict:
+    if strict is None or strict:
+        lifted: Lifted | None = [] if strict is None else None
         check_documented_constraints(
-            input, target, weight, reduction, ignore_index, label_smoothing, lse_square_scale_for_zloss, return_zloss
+            input,
+            target,
+            weight,
+            reduction,
+            ignore_index,
+            label_smoothing,
+            lse_square_scale_for_zloss,
+            return_zloss,
+            lifted,
         )
+        if lifted:
+            warn_of_lifted(lifted)
     prepare(input)
     # A compiled graph raises when it runs, outside of any Python that could be traced here.
     checked = strict and not torch.compiler.is_compiling()
@@ -266,7 +280,7 @@ def npu_cross_entropy_loss(
     if reduction != "none":
         loss = loss.view(1)
     z_loss = z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
-    return loss, log_prob, z_loss, lse.to(loss.dtype)
+    return loss, log_prob, z_loss, lse.detach().to(loss.dtype)
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:

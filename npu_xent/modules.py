@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._options import CROSS_ENTROPY, options_of, refuse_deprecated
+from ._options import CROSS_ENTROPY, options_of
 from .functional import CrossEntropyOutput, cross_entropy
 
 _OPTIONS = options_of(CROSS_ENTROPY)
+_TORCHS = nn.CrossEntropyLoss.__constants__
 
 
-class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module; drop-in replacement for torch.nn.CrossEntropyLoss.
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`cross_entropy` as a module; a torch.nn.CrossEntropyLoss, and a drop-in replacement for it.
 
     Args:
         weight: one weight per class, [C], or None. Registered as a buffer: it moves with the module and is part of its
@@ -27,7 +28,7 @@ class CrossEntropyLoss(nn.Module):
         output: npu_xent.CrossEntropyOutput = criterion(logits, target)
     """
 
-    weight: Tensor | None
+    __constants__: list[str] = [*_TORCHS, *(o.name for o in _OPTIONS if o.name not in _TORCHS)]  # noqa: RUF012
 
     def __init__(
         self,
@@ -46,12 +47,7 @@ class CrossEntropyLoss(nn.Module):
         return_z_loss: bool = False,
         consume_logits: bool = False,
     ) -> None:
-        super().__init__()
-        refuse_deprecated("CrossEntropyLoss", size_average, reduce)
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.lse_square_scale = lse_square_scale
         self.logit_scale = logit_scale
         self.softcap = softcap
@@ -60,7 +56,9 @@ class CrossEntropyLoss(nn.Module):
         self.return_z_loss = return_z_loss
         self.consume_logits = consume_logits
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor | CrossEntropyOutput:
+    def forward(  # type: ignore[override]
+        self, input: Tensor, target: Tensor
+    ) -> Tensor | CrossEntropyOutput:
         """Return the loss of `input` against `target`."""
         options = {option.name: getattr(self, option.name) for option in _OPTIONS}
         output: Tensor | CrossEntropyOutput = cross_entropy(input, target, self.weight, **options)

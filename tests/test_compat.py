@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from originals import the_original
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -209,6 +209,10 @@ def test_unit_scaling_corners(device: torch.device) -> None:
     for options in ({"weight": torch.ones(6)}, {"size_average": True}, {"reduce": False}, {"label_smoothing": 0.1}):
         with pytest.raises(ValueError, match=next(iter(options))):
             unit_scaling.cross_entropy(logits, target, **options)
+        with pytest.raises(
+            ValueError, match=rf"^unit_scaling\.CrossEntropyLoss: {next(iter(options))} is not supported"
+        ):
+            unit_scaling.CrossEntropyLoss(**options)
     with pytest.raises(AssertionError, match="reduction"):
         unit_scaling.cross_entropy(logits, target, reduction="none")
     with pytest.raises(AssertionError, match="input must have shape"):
@@ -465,17 +469,6 @@ def test_mindformers_parallel_config() -> None:
 # Compared with the originals ------------------------------------------------------------------------------------------
 
 
-def the_original(load: Callable[[], ModuleType]) -> ModuleType:
-    """The module that `load` imports. If it cannot, the test fails in CI and is skipped elsewhere."""
-    try:
-        return load()
-    except ImportError as error:
-        reason = f"needs the original, which `make test` installs: {error}"
-    if os.environ.get("CI") == "true":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def load_nnsight_util() -> ModuleType:
     """nnsight.util by itself: its package imports transformers, diffusers and more, this file only torch."""
     spec = importlib.util.find_spec("nnsight")
@@ -569,6 +562,14 @@ def test_unit_scaling_refuses_what_the_original_refuses(
     options = dict(options)
     shape = options.pop("shape", (4, 6))
     logits, target = torch.zeros(shape), torch.zeros(shape[:1] + shape[2:]).long()
+    at_build = []
+    for module in (unit_scaling_package.CrossEntropyLoss, unit_scaling.CrossEntropyLoss):
+        try:
+            module(**options)
+            at_build.append(None)
+        except Exception as error:
+            at_build.append(type(error))
+    assert at_build[0] is at_build[1]
     errors = []
     for function, where in (
         (unit_scaling_package.functional.cross_entropy, "cpu"),

@@ -100,7 +100,7 @@ def from_cxx(path: Path) -> Iterator[str]:
 # Python ---------------------------------------------------------------------------------------------------------------
 
 # Functions that raise or warn, and which of their arguments is the message.
-SPEAKING = {"_missing": 0, "_require": 1, "_broken": 0, "warn": 0, "error": 0, "SystemExit": 0}
+SPEAKING = {"_missing": 0, "_require": 2, "warn": 0, "error": 0, "SystemExit": 0}
 
 
 def literals(node: ast.AST, names: dict[str, ast.expr]) -> Iterator[str]:

@@ -444,6 +444,23 @@ def test_compiles_in_one_graph(reduction: str, backend: str, device: torch.devic
             torch.testing.assert_close(traced, eager)
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_ignore_index_none_is_torchs_default(probabilities: bool, device: torch.device) -> None:
+    head, target = make_head(8, 5, 7, torch.float32, device)[:2], make_target(8, 7, device)
+    target[3] = -100
+    if probabilities:
+        target = torch.rand(8, 7, device=device).softmax(1)
+    expected = npu_xent.cross_entropy(F.linear(*head), target)
+    torch.testing.assert_close(npu_xent.linear_cross_entropy(*head, target, ignore_index=None), expected)
+    if hasattr(F, "linear_cross_entropy"):
+        theirs = F.linear_cross_entropy(head[0].cpu(), head[1].cpu(), target.cpu(), ignore_index=None)
+        torch.testing.assert_close(theirs, expected.cpu())
+    with pytest.raises(TypeError, match="ignore_index must be an integer"):
+        npu_xent.linear_cross_entropy(*head, target, ignore_index="none")
+    with pytest.raises(TypeError, match="ignore_index must be an integer, but is a NoneType"):
+        npu_xent.cross_entropy(F.linear(*head), target, ignore_index=None)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_transforms_and_probabilities(reduction: str, device: torch.device) -> None:
     """Served by F.linear and cross_entropy."""

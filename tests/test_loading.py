@@ -74,8 +74,12 @@ class Npu:
         self.initialised = False
         self.torch_npu = types.ModuleType("torch_npu")
         self.torch_npu.__version__ = "2.13.0+git1"
+        self.capturing = False
         self.torch_npu.npu = types.SimpleNamespace(
-            device_count=lambda: self.devices, get_device_name=lambda: self.soc, is_initialized=lambda: self.initialised
+            device_count=lambda: self.devices,
+            get_device_name=lambda: self.soc,
+            is_initialized=lambda: self.initialised,
+            is_current_stream_capturing=lambda: self.capturing,
         )
         module = types.ModuleType("npu_xent._npu")
         module.load = self.load
@@ -116,6 +120,7 @@ def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("NPU_XENT_REQUIRE_KERNELS", raising=False)
     monkeypatch.setattr(_loading, "_loaded", False)
     monkeypatch.setattr(_loading, "_settled", False)
+    monkeypatch.setattr(_loading, "_warned_of_capture", False)
     yield
     torch._dynamo.reset()
 
@@ -276,9 +281,86 @@ def test_load_npu_serves_when_what_was_missing_is_there(npu: Npu) -> None:
     assert npu.loaded == [library("Ascend910B3")]
 
 
-def test_the_warning_is_at_the_line_of_the_caller(npu: Npu) -> None:
-    npu.devices = 0
-    with pytest.warns(UserWarning, match="sees no NPU") as caught:
+@pytest.mark.parametrize(
+    "built, running",
+    [
+        ("2.10.0.post2", "2.10.0.post4"),
+        ("2.10.0", "2.10.0.post4"),
+        ("2.10.0.post2+gitabc", "2.10.0"),
+        ("2.10.0.post4", "2.10.0.post4+git1"),
+    ],
+)
+def test_post_releases_of_torch_npu_are_one_release(built: str, running: str, npu: Npu) -> None:
+    npu.built(TORCH_NPU_VERSION=built)
+    npu.torch_npu.__version__ = running
+    npu_xent.load_npu()
+    assert npu.loaded == [library("Ascend910B3")]
+
+
+@pytest.mark.parametrize("built, running", [("2.10.0.post2", "2.10.1.post2"), ("2.10.0rc1", "2.10.0")])
+def test_other_releases_of_torch_npu_are_refused(built: str, running: str, npu: Npu) -> None:
+    npu.built(TORCH_NPU_VERSION=built)
+    npu.torch_npu.__version__ = running
+    with pytest.raises(RuntimeError, match=rf"built against torch_npu {built}, but torch_npu {running} is running\."):
+        npu_xent.load_npu()
+
+
+CAPTURE = (
+    PREFIX + "the first npu tensor came while a graph was being captured, when they cannot be loaded. Call "
+    "npu_xent.load_npu() before the capture."
+)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_first_tensor_in_a_capture_is_said_once_and_settles_nothing(name: str, npu: Npu) -> None:
+    npu.capturing = True
+    expected = CAPTURE + (
+        " PyTorch operations are captured instead: the same results up to rounding, but more time and memory at every "
+        "replay. Calls after the capture use the kernels."
+    )
+    assert said(CALLS[name], on_npu(LOGITS)) == [expected]
+    assert said(CALLS[name], on_npu(LOGITS)) == []
+    assert npu.loaded == []
+    npu.capturing = False
+    assert said(CALLS[name], on_npu(LOGITS)) == []
+    assert npu.loaded == [library("Ascend910B3")]
+    npu.capturing = True  # the next capture has them
+    assert said(CALLS[name], on_npu(LOGITS)) == []
+
+
+def test_after_a_capture_what_is_missing_is_still_said(npu: Npu) -> None:
+    npu.capturing = True
+    assert len(said(CALLS["cross_entropy"], on_npu(LOGITS))) == 1
+    npu.capturing, npu.devices = False, 0
+    assert "sees no NPU" in said(CALLS["cross_entropy"], on_npu(LOGITS))[0]
+
+
+def test_a_first_tensor_in_a_capture_raises_if_the_kernels_are_required(npu: Npu) -> None:
+    npu.capturing = True
+    npu.monkeypatch.setenv("NPU_XENT_REQUIRE_KERNELS", "1")
+    for _ in range(2):
+        with pytest.raises(RuntimeError) as raised:
+            CALLS["cross_entropy"](on_npu(LOGITS))
+        assert str(raised.value) == CAPTURE + REQUIRED
+
+
+def test_loading_before_a_capture_serves_it(npu: Npu) -> None:
+    npu_xent.load_npu()
+    npu.capturing = True
+    assert said(CALLS["cross_entropy"], on_npu(LOGITS)) == []
+    assert npu.loaded == [library("Ascend910B3")]
+
+
+def test_a_torch_npu_without_graphs_loads_as_ever(npu: Npu) -> None:
+    del npu.torch_npu.npu.is_current_stream_capturing
+    assert said(CALLS["cross_entropy"], on_npu(LOGITS)) == []
+    assert npu.loaded == [library("Ascend910B3")]
+
+
+@pytest.mark.parametrize("message", ["sees no NPU", "a graph was being captured"])
+def test_the_warning_is_at_the_line_of_the_caller(message: str, npu: Npu) -> None:
+    npu.devices, npu.capturing = 0, "captured" in message
+    with pytest.warns(UserWarning, match=message) as caught:
         npu_xent.cross_entropy(on_npu(LOGITS), TARGET)
     assert caught[0].filename == __file__
 
@@ -434,7 +516,10 @@ def test_fake_tensors_load_the_kernels_of_a_device_at_work(npu: Npu) -> None:
         fake = torch.empty(4, 7, device="meta")
         _loading.prepare(fake)
         assert npu.loaded == []
-        npu.initialised = True
+        npu.initialised = npu.capturing = True
+        _loading.prepare(fake)
+        assert npu.loaded == []
+        npu.capturing = False
         _loading.prepare(fake)
         assert npu.loaded == [library("Ascend910B3")]
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,10 @@ from reference import (
     make_weight,
     pairwise,
 )
+from torch.nn import functional as F
 
 import npu_xent
+from npu_xent.compat import unit_scaling
 
 
 def test_module_computes_what_the_function_does(device: torch.device) -> None:
@@ -78,12 +83,81 @@ def test_module_consumes_logits_if_told_to(device: torch.device) -> None:
     assert_same_bits(logits, leaf.grad)
 
 
-@pytest.mark.parametrize("name", ["size_average", "reduce"])
-@pytest.mark.parametrize("function", [npu_xent.cross_entropy, npu_xent.CrossEntropyLoss], ids=["function", "module"])
-def test_deprecated_arguments_are_a_type_error_that_names_reduction(
-    function: Callable[..., Any], name: str, device: torch.device
-) -> None:
-    logits, target = make_logits(3, 4, torch.float32, device), make_target(3, 4, device)
-    arguments = (logits, target) if function is npu_xent.cross_entropy else ()
-    with pytest.raises(TypeError, match="reduction"):
-        function(*arguments, **{name: True})
+DEPRECATED = [(average, reduce) for average in (None, True, False) for reduce in (None, True, False)][1:]
+
+
+@pytest.mark.parametrize("size_average, reduce", DEPRECATED)
+def test_deprecated_arguments_are_torchs(size_average: bool | None, reduce: bool | None, device: torch.device) -> None:
+    logits, target = make_logits(6, 5, torch.float32, device), make_target(6, 5, device)
+    weight = make_weight(5, torch.float32, device)
+    arguments = (weight, size_average, -100, reduce, "sum", 0.1)  # reduction is overruled
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        expected = F.cross_entropy(logits, target, *arguments)
+        actual = npu_xent.cross_entropy(logits, target, *arguments)
+        module = npu_xent.CrossEntropyLoss(*arguments)
+    assert len({(str(w.message), w.category) for w in said}) == 1
+    assert len(said) == 3
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(module(logits, target), expected)  # without another warning
+    by_name = {"size_average": size_average, "reduce": reduce, "label_smoothing": 0.1}
+    with pytest.warns(UserWarning, match="will be deprecated"):
+        torch.testing.assert_close(npu_xent.cross_entropy(logits, target, weight, **by_name), expected)
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_deprecated_arguments_compile(device: torch.device) -> None:
+    logits, target = make_logits(6, 5, torch.float32, device), make_target(6, 5, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, y: npu_xent.cross_entropy(x, y, size_average=False), backend="aot_eager", fullgraph=True
+    )
+    torch.testing.assert_close(compiled(logits, target), F.cross_entropy(logits, target, reduction="sum"))
+
+
+MODULES = {
+    "ours": lambda: npu_xent.CrossEntropyLoss(torch.arange(1.0, 6.0), ignore_index=2, softcap=30.0, return_lse=True),
+    "unit_scaling": lambda: unit_scaling.CrossEntropyLoss(2.0, ignore_index=2, reduction="sum"),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_torchs_criterion(name: str) -> None:
+    module = MODULES[name]()
+    assert isinstance(module, torch.nn.CrossEntropyLoss)
+    assert set(torch.nn.CrossEntropyLoss.__constants__) < set(module.__constants__)
+    assert set(module.__constants__) <= set(vars(module))
+    assert "weight" in module._buffers
+    module.weight = None  # as for any torch criterion
+    assert list(module.buffers()) == []
+
+
+def saved_and_loaded(module: torch.nn.Module) -> torch.nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), saved_and_loaded])
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_copied_whole(name: str, copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
+    cpu = torch.device("cpu")
+    logits, target = make_logits(6, 5, torch.float32, cpu), make_target(6, 5, cpu, ignore_index=2)
+    module = MODULES[name]()
+    other = copied(module)
+    assert repr(other) == repr(module)
+    for a, b in zip(as_tuple(other(logits, target)), as_tuple(module(logits, target)), strict=True):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_module_made_inside_a_forward_compiles(device: torch.device) -> None:
+    logits, target = make_logits(6, 5, torch.float32, device), make_target(6, 5, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, y: npu_xent.CrossEntropyLoss(reduction="sum", label_smoothing=0.1)(x, y),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    expected = F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(compiled(logits, target), expected)

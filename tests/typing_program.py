@@ -29,12 +29,15 @@ cross_entropy(x, y, reduction=None)  # error: call-overload
 cross_entropy(x, y, w, None, -100, None, "sum", 0.1, 1e-4)  # error: call-overload
 
 linear_cross_entropy(x, x, y).backward()
+linear_cross_entropy(x, x, y, ignore_index=None).backward()
+cross_entropy(x, y, ignore_index=None)  # error: call-overload
 assert_type(linear_cross_entropy(x, x, y, return_lse=True), CrossEntropyOutput)
 assert_type(linear_cross_entropy(x, x, y, return_z_loss=True), CrossEntropyOutput)
 assert_type(linear_cross_entropy(x, x, y, return_z_loss=flag), Tensor | CrossEntropyOutput)
 linear_cross_entropy(x, x, y, consume_logits=True)  # error: call-overload
 
 criterion = CrossEntropyLoss(w, reduction="sum")
+torchs: torch.nn.CrossEntropyLoss = criterion
 criterion(x, y).backward()
 assert_type(criterion.forward(x, y), Tensor | CrossEntropyOutput)
 assert_type(criterion.label_smoothing, float)

@@ -33,7 +33,7 @@ void check_consumable(const Tensor& logits) {
 
 constexpr char kDoubleBackward[] =
     "npu_xent: double backward through cross_entropy is not supported. Use torch.nn.functional.cross_entropy where a "
-    "second derivative is needed.";
+    "second derivative is needed, without npu_xent.patch_torch(), which replaces it.";
 
 template <bool inplace>
 class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {

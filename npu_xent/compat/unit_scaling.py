@@ -44,6 +44,23 @@ _scale_forward: Callable[[Tensor, float], Tensor] = _ScaleForward.apply
 _scale_backward: Callable[[Tensor, float], Tensor] = _ScaleBackward.apply
 
 
+def _require_defaults(
+    name: str, weight: Tensor | None, size_average: bool | None, reduce: bool | None, label_smoothing: float
+) -> None:
+    """Raise ValueError for an argument that unit_scaling does not support."""
+    for argument, value, default in (
+        ("weight", weight, None),
+        ("size_average", size_average, None),
+        ("reduce", reduce, None),
+        ("label_smoothing", label_smoothing, 0.0),
+    ):
+        if value is not default and value != default:
+            raise ValueError(
+                f"unit_scaling.{name}: {argument} is not supported and must keep its default {default}, but is "
+                f"{value!r}; use npu_xent.{name} for it"
+            )
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -89,17 +106,7 @@ def cross_entropy(
     - The page does not say that the gradient is not multiplied by mult, nor divided by N for "mean".
     """
     require_dense("compat.unit_scaling.cross_entropy", input=input, target=target)
-    for name, value, default in (
-        ("weight", weight, None),
-        ("size_average", size_average, None),
-        ("reduce", reduce, None),
-        ("label_smoothing", label_smoothing, 0.0),
-    ):
-        if value is not default and value != default:
-            raise ValueError(
-                f"unit_scaling.cross_entropy: {name} is not supported and must keep its default {default}, but is "
-                f"{value!r}; use npu_xent.cross_entropy for it"
-            )
+    _require_defaults("cross_entropy", weight, size_average, reduce, label_smoothing)
     if reduction not in ("mean", "sum"):
         raise AssertionError(f'unit_scaling.cross_entropy: reduction must be "mean" or "sum", but is {reduction!r}')
     if input.dim() not in (1, 2):
@@ -131,10 +138,14 @@ def cross_entropy(
     return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
 
 
-class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` as a module; drop-in replacement for unit_scaling.CrossEntropyLoss, with mult first."""
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """`cross_entropy` as a module; drop-in replacement for unit_scaling.CrossEntropyLoss, with mult first.
 
-    weight: Tensor | None
+    Raises:
+        ValueError: weight, size_average, reduce or label_smoothing is not at its default.
+    """
+
+    __constants__: list[str] = [*nn.CrossEntropyLoss.__constants__, "mult"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -146,14 +157,9 @@ class CrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
+        _require_defaults("CrossEntropyLoss", weight, size_average, reduce, label_smoothing)
+        super().__init__(ignore_index=ignore_index, reduction=reduction)
         self.mult = mult
-        self.size_average = size_average
-        self.ignore_index = ignore_index
-        self.reduce = reduce
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """Return the loss of `input` against `target`: same results and errors as `cross_entropy`."""
@@ -161,10 +167,8 @@ class CrossEntropyLoss(nn.Module):
             input,
             target,
             self.weight,
-            self.size_average,
-            self.ignore_index,
-            self.reduce,
-            self.reduction,
-            self.label_smoothing,
-            self.mult,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            mult=self.mult,
         )

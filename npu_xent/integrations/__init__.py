@@ -1,8 +1,10 @@
 """Use npu_xent inside other packages without changing their callers.
 
-`patch_torch_npu` in npu_xent.integrations.torch_npu replaces the vendor's npu_cross_entropy_loss.
+`patch_torch` in npu_xent.integrations.torch replaces torch.nn.functional.cross_entropy, and `patch_torch_npu` in
+npu_xent.integrations.torch_npu replaces the vendor's npu_cross_entropy_loss. Both return a PatchHandle.
 """
 
-from . import torch_npu
+from . import torch, torch_npu
+from ._patch import PatchHandle
 
-__all__ = ["torch_npu"]
+__all__ = ["PatchHandle", "torch", "torch_npu"]

@@ -5,54 +5,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-import threading
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+
+import torch
 
 from ..functional import npu_cross_entropy_loss
+from ._patch import PatchHandle
 
 _NAME = "npu_cross_entropy_loss"
 
-_lock = threading.Lock()
-_active: list[PatchHandle] = []  # in the order of creation: the last one is in effect
-_vendors: Any = None  # torch_npu's own function, without any patch
 
-
-class PatchHandle:
-    """A patch of torch_npu. `remove()` or the end of a `with` statement undoes it."""
-
-    def __init__(self, module: ModuleType, replacement: Callable[..., Any]) -> None:
-        global _vendors
-        self._module = module
-        self._replacement = replacement
-        with _lock:
-            if not _active:
-                _vendors = getattr(module, _NAME)
-            _active.append(self)
-            setattr(module, _NAME, replacement)
-
-    def remove(self) -> None:
-        """Restore the latest patch that has not been removed, or else the vendor's function.
-
-        Patches may be removed in any order, and more than once. If other code has replaced the function since, that
-        replacement stays.
-        """
-        with _lock:
-            if self not in _active:
-                return
-            _active.remove(self)
-            if getattr(self._module, _NAME, None) is self._replacement:
-                setattr(self._module, _NAME, _active[-1]._replacement if _active else _vendors)
-
-    def __enter__(self) -> PatchHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.remove()
-
-
-def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
+def patch_torch_npu(
+    *, strict: bool | None = None, loss_dtype: torch.dtype | None = None, need_log_prob: bool = True
+) -> PatchHandle:
     """Replace torch_npu.npu_cross_entropy_loss with npu_xent.npu_cross_entropy_loss, for all callers::
 
         npu_xent.patch_torch_npu()              # from here on
@@ -60,13 +24,17 @@ def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
         with npu_xent.patch_torch_npu():        # for a while
             ...
 
-    Arguments and results stay the same as the vendor's. Code that imported the function earlier (`from torch_npu import
-    npu_cross_entropy_loss`) keeps the function it imported. The operator torch.ops.npu.npu_cross_entropy_loss is not
-    replaced.
+    Arguments and, by default, results stay the same as the vendor's. Code that imported the function earlier
+    (`from torch_npu import npu_cross_entropy_loss`) keeps the function it imported. The operator
+    torch.ops.npu.npu_cross_entropy_loss is not replaced.
 
     Args:
-        strict: enforce the documented constraints, as `npu_cross_entropy_loss` does, so that the same calls also run
-            without the patch. False lifts the vendor's restrictions.
+        strict: what happens to a call that only breaks a documented restriction of the vendor's. None computes it and
+            warns, once for each restriction. True raises ConstraintError, so that calls that pass also run without the
+            patch. False computes it without a warning.
+        loss_dtype, need_log_prob: as for `npu_cross_entropy_loss`, in calls that do not pass them. loss_dtype
+            torch.float32 gives callers with 16-bit logits a loss that is not rounded to 16 bits. need_log_prob=False
+            saves memory and time if no caller uses log_prob, which then has shape [0].
 
     Returns:
         A handle, also a context manager, whose remove() undoes the patch. Patches nest: the latest one that has not
@@ -88,5 +56,7 @@ def patch_torch_npu(*, strict: bool = True) -> PatchHandle:
         raise RuntimeError(
             f"npu_xent.patch_torch_npu: torch_npu {module.__version__} has no {_NAME} to replace; call npu_xent.{_NAME}"
         )
-    replacement = npu_cross_entropy_loss if strict else functools.partial(npu_cross_entropy_loss, strict=False)
-    return PatchHandle(module, replacement)
+    replacement = functools.partial(
+        npu_cross_entropy_loss, strict=strict, loss_dtype=loss_dtype, need_log_prob=need_log_prob
+    )
+    return PatchHandle(module, _NAME, replacement)
