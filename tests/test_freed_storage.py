@@ -42,6 +42,7 @@ def test_arguments_of_the_linear_loss(name: str, device: torch.device) -> None:
         npu_xent.linear_cross_entropy(**tensors)
 
 
+@pytest.mark.cpu
 def test_a_shrunk_storage(device: torch.device) -> None:
     """A view into the part that is left can be used; the rest cannot."""
     logits, target = make_logits(9, 21, torch.float32, device), make_target(9, 21, device)

@@ -34,6 +34,7 @@ CASES = pairwise(
 )
 
 
+@pytest.mark.isa
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_gradient_through_lse(case: dict[str, Any], device: torch.device) -> None:
     (rows, classes), dtype = case["shape"], case["dtype"]

@@ -101,7 +101,8 @@ class LongFacts {
     }
     const Upstream up = UpstreamOf(piece.row - pieces.FirstRow());
     const bool is_bad = pieces.IsRowBad(piece.row);
-    const float weight = gm_.weight != nullptr && !is_bad ? target_weight_.GetValue(index * kBlock) : 1.0f;
+    const bool has_weight = gm_.weight != nullptr && IsKept(args_, pieces.TargetOf(piece.row));
+    const float weight = has_weight ? target_weight_.GetValue(index * kBlock) : 1.0f;
     s.undefined = s.undefined || is_bad || !IsFinite(weight) || !IsFinite(up.class_weight) || !IsFinite(up.loss) ||
                   !IsFinite(up.z);
     if (s.undefined) {

@@ -220,7 +220,7 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
   return up;
 }
 
-// A target is ignored, kept (a class of some shard), or bad, which makes its row NaN.
+// A target is ignored, kept (a class of some shard), none (kNoTarget), or bad, which makes its row NaN.
 __aicore__ inline bool IsIgnored(const XentArgs& args, int64_t target) {
   return target == args.ignore_index;
 }
@@ -228,7 +228,7 @@ __aicore__ inline bool IsKept(const XentArgs& args, int64_t target) {
   return !IsIgnored(args, target) && target >= 0 && target < args.num_classes;
 }
 __aicore__ inline bool IsBad(const XentArgs& args, int64_t target) {
-  return !IsIgnored(args, target) && !IsKept(args, target);
+  return !IsIgnored(args, target) && !IsKept(args, target) && !(args.adds_z != 0 && target == kNoTarget);
 }
 // The column of a target that is a class of this shard, else -1.
 __aicore__ inline int64_t ColumnOf(const XentArgs& args, int64_t target) {

@@ -175,7 +175,7 @@ void launch_row_grad(const Sweep& sweep, const Tensor& lse, const Tensor& lse_lo
 }
 
 // Prepares a sweep for a gradient of lse: `from_loss` becomes G of each row, 0 for ignored rows, and `from_z` what is
-// added to a (row_math.h). Ignored rows whose lse has a gradient get class 0 as a stand-in, which G = 0 switches off.
+// added to a (row_math.h). Ignored rows whose lse has a gradient become rows without a target.
 void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& totals, Tensor& from_loss, Tensor& from_z,
                              const Tensor& from_lse) {
   constexpr int64_t kIgnored = -1, kBad = -2;
@@ -195,7 +195,7 @@ void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& tota
     from_loss = from_loss.reshape(-1).masked_fill(ignored, 0);
   }
   sweep.target = sweep.target.masked_fill(bad, kBad)
-                     .masked_fill(ignored, 0)
+                     .masked_fill(ignored, kNoTarget)
                      .masked_fill(ignored.logical_and(from_lse.reshape(-1).eq(0)), kIgnored);
   args.ignore_index = kIgnored;
   args.reduction = static_cast<int64_t>(Reduction::none);

@@ -54,6 +54,9 @@ enum class Stage : int64_t {
 
 enum class Reduction : int64_t { none, mean, sum };
 
+// With adds_z, the target of a row that has none, whose coefficients b and s are 0.
+constexpr int64_t kNoTarget = -3;
+
 // The numbers in the `totals` tensor, in this order: the class weights of the kept rows' targets added up, the number
 // of kept rows, and the sum of all class weights.
 enum Totals : int64_t { kKeptWeight, kKeptRows, kClassWeight, kTotals };

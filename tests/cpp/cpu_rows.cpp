@@ -151,7 +151,7 @@ class Run {
                      need_wsum() ? r.wsum.data() : nullptr, r.totals.data(), r.loss.data(), r.z_loss.data(), parallel_);
 
     const auto from_loss = stored<acc>(p_.grad_loss), from_z = stored<acc>(p_.grad_z_loss);
-    const Upstream<T> upstream{from_loss.data(), from_z.data(), from_loss.size() > 1, from_z.size() > 1};
+    const Upstream<T> upstream{from_loss.data(), from_z.data(), nullptr, from_loss.size() > 1, from_z.size() > 1, 0};
     Matrix<T> grad = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 1);
     Matrix<T> swept = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 5);
     row_grad(kernels_, rows(in_place ? grad : logits), r.totals.data(), upstream, r.lse.data(), r.lse_low.data(),
