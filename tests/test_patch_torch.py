@@ -377,14 +377,15 @@ def test_compiled_transforms_are_torchs(patched: _patch.PatchHandle, device: tor
 # Handles --------------------------------------------------------------------------------------------------------------
 
 
-def test_patches_nest_around_the_patch_of_another() -> None:
+@pytest.mark.parametrize("replacements", [("first", "second"), ("ours", "ours")])
+def test_patches_nest_around_the_patch_of_another(replacements: tuple[str, str]) -> None:
     """A function that other code has set between two patches comes back with the second."""
     module = types.SimpleNamespace(function="module's")
-    first = _patch.PatchHandle(module, "function", "first")
+    first = _patch.PatchHandle(module, "function", replacements[0])
     module.function = "another's"
-    second = _patch.PatchHandle(module, "function", "second")
+    second = _patch.PatchHandle(module, "function", replacements[1])
     first.remove()
-    assert module.function == "second"
+    assert module.function == replacements[1]
     second.remove()
     assert module.function == "another's"
 
