@@ -104,9 +104,10 @@ def test_torchs_own_callers_and_deprecated_arguments(served: Served, device: tor
         assert len(served) == 2
 
 
-@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16])
-def test_autocast(weight_dtype: torch.dtype | None, served: Served, device: torch.device) -> None:
-    logits, target = make_logits(6, 5, torch.bfloat16, device), make_target(6, 5, device)
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast(dtype: torch.dtype, weight_dtype: torch.dtype | None, served: Served, device: torch.device) -> None:
+    logits, target = make_logits(6, 5, dtype, device), make_target(6, 5, device)
     weight = None if weight_dtype is None else make_weight(5, weight_dtype, device)
     with torch.autocast(device.type, torch.bfloat16):
         loss = F.cross_entropy(logits, target, weight)
