@@ -43,11 +43,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     assert _patch._active == []
 
 
-@pytest.fixture
-def patched() -> Iterator[_patch.PatchHandle]:
-    """The patch alone, for what compilers trace."""
+@pytest.fixture(params=["compiler first", "patch first"])
+def patched(request: pytest.FixtureRequest) -> Iterator[_patch.PatchHandle]:
+    """The patch alone, for what compilers trace. Dynamo keeps a table of torch's functions, or, later, of ours."""
+    rules = torch._dynamo.trace_rules.get_torch_obj_rule_map
+    rules.cache_clear()
+    if request.param == "compiler first":
+        assert torchs in rules()
     with npu_xent.patch_torch() as handle:
+        assert (torchs in rules()) == (request.param == "compiler first")
         yield handle
+    rules.cache_clear()
     torch._dynamo.reset()
 
 
@@ -63,7 +69,7 @@ def loss_and_gradient(
 # Served ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_torchs(patched: _patch.PatchHandle) -> None:
+def test_the_signature_is_torchs(served: Served) -> None:
     ours, theirs = (inspect.signature(f).parameters.values() for f in (F.cross_entropy, torchs))
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
 
