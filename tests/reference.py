@@ -112,7 +112,7 @@ def truth(
     u = logit_scale if grad_scale is None else grad_scale
     grad = grad.masked_fill(~kept[:, None], 0)
     g_lse = torch.as_tensor(grad_lse).detach().cpu().double().expand(len(x))[:, None]
-    grad = (grad + (g_lse * p).masked_fill(~kept[:, None] & (g_lse == 0), 0)) * slope * u
+    grad = ((grad + g_lse * p) * slope * u).masked_fill(~kept[:, None] & (g_lse == 0), 0)
 
     # Sizes of terms. An exponential of x - lse carries the rounding of x and of lse; the target's entry may be made as
     # a difference of coefficients.
@@ -121,7 +121,8 @@ def truth(
     p_terms = ((1 + size + lse_size) * p).nan_to_num(0, 0, 0)
     grad_terms = (1 - e) * w_y[:, None] * (p_terms + one_hot)
     if e:
-        loss_terms = loss_terms + e / n_classes * (w * (size + lse_size)).sum(dim=1)
+        # The sum of w (x - lse) is made of w (x - top) and w (top - lse).
+        loss_terms = loss_terms + e / n_classes * (w * (size + lse_size + shift.abs())).sum(dim=1)
         grad_terms = grad_terms + e / n_classes * (w.sum() * (p_terms + one_hot) + w)
     grad_terms = g.abs() * grad_terms
     if zs:

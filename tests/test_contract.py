@@ -315,5 +315,5 @@ def test_signature_is_the_documented_one() -> None:
     positional = {name: p.default for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD}
     assert positional == documented
     assert list(positional) == list(documented)
-    assert list(parameters)[len(documented) :] == ["strict"]
+    assert list(parameters)[len(documented) :] == ["loss_dtype", "need_log_prob", "strict"]
     assert parameters["strict"].default is True

@@ -326,7 +326,7 @@ def test_lse_and_z_loss(dtype: torch.dtype, reduction: str, requires_grad: bool,
     assert out.z_loss.dtype == dtype
     assert out.lse.dtype == stats_dtype(dtype)
     assert out.loss.requires_grad == requires_grad
-    assert not out.lse.requires_grad
+    assert out.lse.requires_grad == requires_grad
     assert not out.z_loss.requires_grad
 
 

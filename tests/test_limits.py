@@ -96,6 +96,15 @@ def sharded_head() -> None:
     linear_cross_entropy(HIDDEN, head.weight, TARGET)
 
 
+def freed(x: Tensor, *, loss: Callable[..., Tensor] = cross_entropy, **options: Any) -> Tensor:
+    """A loss whose logits' storage has been freed since, for their gradient. (* 2: an upstream gradient of 1 scales
+    nothing.)"""
+    logits = x * 1
+    result = loss(logits, TARGET, **options) * 2
+    logits.untyped_storage().resize_(0)
+    return result / 2
+
+
 def freed_input() -> None:
     hidden = leaf(HIDDEN) * 1
     loss = linear_cross_entropy(hidden, leaf(WEIGHT), TARGET, reduction="none")
@@ -186,6 +195,12 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "the same with `npu_cross_entropy_loss`": [
         lambda: torch.func.grad_and_value(lambda x: contract(x, TARGET, reduction="sum")[0].sum())(LOGITS)
     ],
+    'the same with "none", float16, `consume_logits`': [
+        lambda: freed(leaf(LOGITS), reduction="none").sum().backward(),
+        lambda: freed(leaf(LOGITS), reduction="mean", consume_logits=True).backward(),
+        lambda: freed(leaf(LOGITS.half()), reduction="mean").backward(),
+        lambda: freed(leaf(LOGITS), reduction="sum", loss=lambda *a, **k: contract(*a, **k)[0].sum()).backward(),
+    ],
     "the same with `linear_cross_entropy`": [freed_input],
     "another release at run time": [lambda: _loading.check_torch("2.12.0+cpu", "2.13.0+cpu")],
 }
@@ -217,13 +232,6 @@ def gradient(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     x = leaf(x)
     loss(x).sum().backward()
     return x.grad
-
-
-def freed(x: Tensor, *, reduction: str) -> Tensor:
-    logits = x * 1
-    loss = cross_entropy(logits, TARGET, reduction=reduction)
-    logits.untyped_storage().resize_(0)
-    return loss
 
 
 def jagged_values(x: Tensor) -> Tensor:

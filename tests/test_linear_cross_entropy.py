@@ -166,8 +166,10 @@ def test_loss_and_gradients(case: dict[str, Any], device: torch.device) -> None:
     out.loss.backward(from_above)
 
     assert out.loss.dtype == out.z_loss.dtype == (loss_dtype or dtype)
-    assert_as_good(out.loss, expected.loss, others, "loss")
-    assert error(out.z_loss, expected.z_loss) <= 8 * torch.finfo(dtype).eps
+    # The logits are rounded to their dtype, and the loss to its own.
+    coarser = out.loss.dtype if torch.finfo(out.loss.dtype).eps > torch.finfo(dtype).eps else dtype
+    assert_as_good(out.loss.to(coarser), expected.loss, others, "loss")
+    assert error(out.z_loss, expected.z_loss) <= 8 * torch.finfo(coarser).eps
     assert (out.lse is not None) == return_lse
     if return_lse:
         assert out.lse.dtype == stats_dtype(dtype)
@@ -639,7 +641,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "target of bool": ({"target": torch.ones(4, dtype=torch.bool)}, TypeError, "target must be int64"),
     "chunk_rows of 0": ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1, but is 0"),
     "chunk_rows of a half": ({"chunk_rows": 0.5}, TypeError, "chunk_rows must be an integer, but is a float"),
-    "ignore_index of None": ({"ignore_index": None}, TypeError, "ignore_index must be an integer"),
+    "ignore_index as text": ({"ignore_index": "1"}, TypeError, "ignore_index must be an integer"),
     "an unknown reduction": ({"reduction": "avg"}, ValueError, 'reduction must be "mean", "sum" or "none"'),
     "no reduction": ({"reduction": None}, TypeError, 'reduction must be "mean", "sum" or "none", but is a NoneType'),
     "label_smoothing above 1": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in [0, 1]"),

@@ -214,7 +214,7 @@ REFUSALS = {
         "cross_entropy",
         lambda p: {"loss_dtype": torch.int32},
         TypeError,
-        "loss_dtype must be a floating-point dtype, but is Int",
+        "loss_dtype must be float32, float64 or the dtype of the input, Float, but is Int",
     ),
 }
 

@@ -149,7 +149,6 @@ class LongStatistics {
     Reduce<Total>(chunk_weight_[lane], reduced_, weight, padded);  // ends its reads of `weight` with a barrier
     // x - m may be -inf, which must be no factor where w is 0.
     const LocalTensor<uint8_t> weighted = reduced_.ReinterpretCast<uint8_t>();
-    PipeBarrier<PIPE_V>();
     AscendC::CompareScalar(weighted, weight, 0.0f, AscendC::CMPMODE::NE, padded);
     PipeBarrier<PIPE_V>();
     AscendC::Mul(weight, weight, work, padded);
