@@ -28,9 +28,10 @@ SIZE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 32,
 }
-DECODER = {**SIZE, "num_key_value_heads": 2, "head_dim": 16}
-GPT2 = {"vocab_size": CLASSES, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
-T5 = {"vocab_size": CLASSES, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
+# Without a cache, which torch 2.7 cannot trace.
+DECODER = {**SIZE, "num_key_value_heads": 2, "head_dim": 16, "use_cache": False}
+GPT2 = {"use_cache": False, "vocab_size": CLASSES, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 32}
+T5 = {"use_cache": False, "vocab_size": CLASSES, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_heads": 2}
 TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 

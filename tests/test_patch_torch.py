@@ -43,11 +43,17 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     assert _patch._active == []
 
 
-@pytest.fixture
-def patched() -> Iterator[_patch.PatchHandle]:
-    """The patch alone, for what compilers trace."""
+@pytest.fixture(params=["compiler first", "patch first"])
+def patched(request: pytest.FixtureRequest) -> Iterator[_patch.PatchHandle]:
+    """The patch alone, for what compilers trace. Dynamo keeps a table of torch's functions, or, later, of ours."""
+    rules = torch._dynamo.trace_rules.get_torch_obj_rule_map
+    rules.cache_clear()
+    if request.param == "compiler first":
+        assert torchs in rules()
     with npu_xent.patch_torch() as handle:
+        assert (torchs in rules()) == (request.param == "compiler first")
         yield handle
+    rules.cache_clear()
     torch._dynamo.reset()
 
 
@@ -63,7 +69,7 @@ def loss_and_gradient(
 # Served ---------------------------------------------------------------------------------------------------------------
 
 
-def test_the_signature_is_torchs(patched: _patch.PatchHandle) -> None:
+def test_the_signature_is_torchs(served: Served) -> None:
     ours, theirs = (inspect.signature(f).parameters.values() for f in (F.cross_entropy, torchs))
     assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in theirs]
 
@@ -104,9 +110,10 @@ def test_torchs_own_callers_and_deprecated_arguments(served: Served, device: tor
         assert len(served) == 2
 
 
-@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16])
-def test_autocast(weight_dtype: torch.dtype | None, served: Served, device: torch.device) -> None:
-    logits, target = make_logits(6, 5, torch.bfloat16, device), make_target(6, 5, device)
+@pytest.mark.parametrize("weight_dtype", [None, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_autocast(dtype: torch.dtype, weight_dtype: torch.dtype | None, served: Served, device: torch.device) -> None:
+    logits, target = make_logits(6, 5, dtype, device), make_target(6, 5, device)
     weight = None if weight_dtype is None else make_weight(5, weight_dtype, device)
     with torch.autocast(device.type, torch.bfloat16):
         loss = F.cross_entropy(logits, target, weight)
@@ -377,14 +384,15 @@ def test_compiled_transforms_are_torchs(patched: _patch.PatchHandle, device: tor
 # Handles --------------------------------------------------------------------------------------------------------------
 
 
-def test_patches_nest_around_the_patch_of_another() -> None:
+@pytest.mark.parametrize("replacements", [("first", "second"), ("ours", "ours")])
+def test_patches_nest_around_the_patch_of_another(replacements: tuple[str, str]) -> None:
     """A function that other code has set between two patches comes back with the second."""
     module = types.SimpleNamespace(function="module's")
-    first = _patch.PatchHandle(module, "function", "first")
+    first = _patch.PatchHandle(module, "function", replacements[0])
     module.function = "another's"
-    second = _patch.PatchHandle(module, "function", "second")
+    second = _patch.PatchHandle(module, "function", replacements[1])
     first.remove()
-    assert module.function == "second"
+    assert module.function == replacements[1]
     second.remove()
     assert module.function == "another's"
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._jit_internal import is_scripting
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as _torchs
@@ -55,6 +56,22 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """F.cross_entropy under patch_torch: npu_xent's function for the calls that it serves, otherwise torch's."""
+    if is_scripting():  # torch.jit.script compiles this branch alone
+        return _torchs(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    else:
+        return _choose(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+
+def _choose(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    size_average: bool | None,
+    ignore_index: int,
+    reduce: bool | None,
+    reduction: str,
+    label_smoothing: float,
+) -> Tensor:
     if has_torch_function_variadic(input, target, weight):
         # Not left to torch's function, which would pass on the function that it finds under its name: always this one.
         return handle_torch_function(
@@ -74,11 +91,6 @@ def cross_entropy(
     )
     function = functional.cross_entropy if serve else _torchs
     return function(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-
-
-# torch.jit.script compiles torch's function instead of this one.
-cross_entropy.__script_if_tracing_wrapper = True  # type: ignore[attr-defined]
-cross_entropy.__original_fn = _torchs  # type: ignore[attr-defined]
 
 
 def _passes_through(*tensors: Any) -> bool:
@@ -122,11 +134,9 @@ def _serves(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: 
 
 
 def _is_dense(tensor: Any) -> bool:
-    return (
-        _is_traced_or_plain(tensor)
-        and tensor.layout is torch.strided
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_neg())
-    )
+    if not _is_traced_or_plain(tensor) or tensor.layout is not torch.strided or tensor.is_nested or tensor.is_quantized:
+        return False
+    return torch.compiler.is_compiling() or not tensor.is_neg()  # compilers cannot trace is_neg
 
 
 def _is_traced_or_plain(value: Any) -> bool:
