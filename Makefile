@@ -30,7 +30,9 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # The release of torch_npu that goes with this torch.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)))))
 # The stamp's name contains the version, so that another TORCH is installed and built against. Only one stamp exists.
-TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
+# Without "=", which would make a goal an assignment.
+stamp = .torch-$(subst =,_,$(subst /,_,$(1)))
+TORCH_STAMP := $(VENV)/$(call stamp,$(TORCH))
 DEVICE := cpu
 
 SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml \
