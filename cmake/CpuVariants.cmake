@@ -17,7 +17,8 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64|amd64")
   # GCC warns about uninitialised variables inside its own AVX512 intrinsics (GCC bug 105593).
   npu_xent_variant(AVX512 "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx2;-mfma;-mf16c;-Wno-uninitialized;-Wno-maybe-uninitialized")
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
-  npu_xent_variant(SVE256 "-march=armv8-a+sve+bf16;-msve-vector-bits=256;-DHAVE_SVE_CPU_DEFINITION;-DHAVE_ARM_BF16_CPU_DEFINITION")
+  # CPU_CAPABILITY_SVE: the headers of torch 2.11 and older ask for it too, and redefine functions without it.
+  npu_xent_variant(SVE256 "-march=armv8-a+sve+bf16;-msve-vector-bits=256;-DCPU_CAPABILITY_SVE;-DHAVE_SVE_CPU_DEFINITION;-DHAVE_ARM_BF16_CPU_DEFINITION")
 endif()
 message(STATUS "CPU variants: ${NPU_XENT_VARIANTS}")
 

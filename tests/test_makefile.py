@@ -17,7 +17,7 @@ pytestmark = pytest.mark.cpu
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = (
     *("csrc/ops.cpp", "csrc/ascendc/row_stats.cpp", "cmake/flags.cmake", "npu_xent/_soc.py", "npu_xent/_toolkit.py"),
-    *("CMakeLists.txt", "setup.py", "pyproject.toml"),
+    *("CMakeLists.txt", "setup.py", "pyproject.toml", "tests/aarch64_root"),
     *("cann_sim/src/core.cpp", "cann_sim/cann_sim/toolkit/include/kernel_operator.h"),
     *("cann_sim/CMakeLists.txt", "cann_sim/setup.py", "cann_sim/pyproject.toml"),
 )
@@ -153,3 +153,16 @@ def test_the_environment_is_fit_for_plain_use() -> None:
     for program in (["-c", "import npu_xent"], ["-m", "npu_xent.doctor", "--help"]):
         run = subprocess.run([sys.executable, *program], cwd=ROOT, env=plain, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("target", ["test-cpp", "test-cpp-sanitized", "test-aarch64"])
+def test_targets_that_need_no_more_install_torch(target: str, make: Make) -> None:
+    assert "Installing torch==2.9.1 " in finish(make("--dry-run", target, "TORCH=torch==2.9.1"))
+
+
+def test_wheels_for_arm_need_only_the_torch_for_arm(make: Make) -> None:
+    said = finish(make("--dry-run", "wheel", "ARCH=aarch64"))
+    assert "Installing torch==2.10.0 for aarch64" in said
+    assert said.count("Installing torch") == 1
+    assert "Installing torch==2.9.1 for aarch64" in finish(make("-n", "wheel", "ARCH=aarch64", "TORCH=torch==2.9.1"))
+    assert "ARCH=arm64: wheels are" in finish(make("wheel", "ARCH=arm64"), 2)

@@ -214,7 +214,7 @@ def _compiler() -> list[str]:
     if shutil.which(words[0]) is None:
         raise SetupError(
             f"{words[0]} is not there to build the simulated runtime: "
-            "install g++ 12 or newer, or name a compiler in CXX"
+            "install g++ 11 or newer, or name a compiler in CXX"
         )
     return words
 
