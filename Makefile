@@ -5,7 +5,7 @@
 #                 (TEST_ARGS="-k contract": selected tests, on the CPU only, or with DEVICE=npu on the simulated NPU;
 #                 SUITES="cpu npu": selected suites)
 #   make matrix   builds and tests with one torch release after another, each in an environment that is removed again:
-#                 half an hour each; docs/compatibility.md shows the results (RELEASES="2.7.1 2.10.0")
+#                 half an hour each; docs/compatibility.md shows the results (RELEASES="2.7.1 2.10.0" SUITES=cpu)
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
@@ -80,7 +80,7 @@ else
 endif
 
 matrix:
-	@$(PYTHON) tests/matrix.py $(RELEASES)
+	@SUITES="$(or $(SUITES),cpu npu)" $(PYTHON) tests/matrix.py $(RELEASES)
 
 # Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
 # run compares with them.

@@ -101,7 +101,7 @@ def torch_requirement() -> str:
     try:
         version = importlib.metadata.version("torch").partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
-        return "torch>=2.10"
+        return "torch>=2.7.1"
     hidden = (hidden_version("torch") or version).partition("+")[0]
     if hidden != version:
         raise SystemExit(

@@ -189,7 +189,7 @@ def test_without_torch_the_oldest_is_required(build: types.ModuleType, monkeypat
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert build.torch_requirement() == "torch>=2.10"
+    assert build.torch_requirement() == "torch>=2.7.1"
 
 
 @pytest.fixture

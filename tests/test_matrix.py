@@ -35,6 +35,7 @@ test:
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository whose make builds nothing."""
+    monkeypatch.delenv("SUITES", raising=False)
     (tmp_path / "Makefile").write_text(MAKEFILE)
     (tmp_path / "page.md").write_text(PAGE)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
@@ -64,6 +65,12 @@ def test_releases_become_rows(repository: Path, capsys: pytest.CaptureFixture[st
     ]
     assert "test cpu npu" in asked
     assert "test cpu" in asked
+
+
+def test_the_simulated_npu_can_be_left_out(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SUITES", "cpu")
+    assert matrix.main("2.9.0", "2.12.0") == 1
+    assert "npu" not in (repository / "build" / "asked").read_text()
 
 
 def test_nothing_but_logs_and_the_table_is_left(repository: Path) -> None:
