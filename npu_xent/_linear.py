@@ -96,12 +96,13 @@ def linear_cross_entropy(
         chunk_rows: rows per chunk, at least 1. Larger chunks are faster up to some hundreds of rows, and need more
             memory. Default: 4 % of the memory of all logits in float32, clamped to [128, 512] rows ([256, 512] in 16
             bits); or the rows that fit in 32 MiB, if those are more.
-        return_lse: also return logsumexp of every row, ignored rows included.
+        return_lse: also return logsumexp of every row, ignored rows included. It is differentiable; only if it gets a
+            gradient, the backward computes the logits again.
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it.
 
     Returns:
         The same as `cross_entropy`: the loss, [] or for "none" in the shape of target, in loss_dtype; with return_lse
-        or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss). Only the loss is differentiable, once, in input,
+        or return_z_loss, a CrossEntropyOutput(loss, lse, z_loss). Loss and lse are differentiable, once, in input,
         linear_weight and linear_bias. A backward with retain_graph=True returns copies of the gradients, so that a
         second backward is correct.
 
@@ -111,8 +112,8 @@ def linear_cross_entropy(
         linear_weight and linear_bias are cast as F.linear casts them.
 
     Raises:
-        ValueError: a shape, reduction, label_smoothing, lse_square_scale, softcap or chunk_rows that breaks the rules
-            above; tensors on different devices.
+        ValueError: a shape, reduction, label_smoothing, lse_square_scale, logit_scale, softcap or chunk_rows that
+            breaks the rules above; tensors on different devices.
         TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed;
             different dtypes of input, linear_weight and linear_bias; float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because

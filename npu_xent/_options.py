@@ -112,8 +112,8 @@ def check_types(function: str, options: dict[str, Any]) -> None:
             raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
         elif isinstance(value, torch.Tensor) and name == "logit_scale":
             raise TypeError(
-                f"npu_xent.{function}: logit_scale must be a number, but is a Tensor, which would get no gradient; "
-                "multiply the logits by it, or pass its .item()"
+                f"npu_xent.{function}: logit_scale must be a number, but is a {type(value).__name__}, which would get "
+                "no gradient; multiply the logits by it, or pass its .item()"
             )
         elif torch.compiler.is_compiling():
             continue  # compilers cannot trace hasattr here, and do not need these messages

@@ -93,7 +93,8 @@ def cross_entropy(
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
             differentiable; torch operations compute their loss, without fusion.
-        weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
+        weight: one weight per class, [C], float32 or the dtype of input (any floating-point dtype under autocast). It
+            must not require a gradient.
         size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
             reduce=False, else "sum" for size_average=False, else "mean".
         ignore_index: rows with this target are ignored: loss 0, gradient 0, not counted. Their logits are not read
@@ -111,16 +112,19 @@ def cross_entropy(
             or -softcap, so -inf masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
         loss_dtype: dtype of loss and z_loss: float32, float64 or the dtype of input. Default: float32 under autocast
             (float64 for float64 input), otherwise the dtype of input. A float32 loss of 16-bit logits costs no copy.
-        return_lse: also return logsumexp of every row, ignored rows included.
+        return_lse: also return logsumexp of every row, ignored rows included. It is differentiable. The gradient of the
+            loss is computed in one sweep as without it; only if lse gets a gradient, the backward reads the logits
+            once more. (Compiled code always assumes a gradient for an lse that it returns: return lse.detach().)
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it: do not add it.
         consume_logits: overwrite the logits with their gradient instead of allocating memory for it: in the forward, or
-            in the backward for float16 and for reduction "none". Later reads of `input` see the gradient; operations
-            that saved `input` for their own backward raise. A second backward raises.
+            in the backward for float16, for reduction "none" and with return_lse. Later reads of `input` see the
+            gradient; operations that saved `input` for their own backward raise. A second backward raises. Where no
+            gradient is needed, nothing is overwritten.
 
     Returns:
         The loss, [] or for "none" [N] (input's shape without C), in loss_dtype. With return_lse or return_z_loss, a
         CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss in the shape of
-        the loss. Only the loss is differentiable, once; a second derivative raises.
+        the loss. Loss and lse are differentiable, once; a second derivative raises.
         (The transforms of torch.func run on torch operations, which support all derivatives.)
 
         Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
@@ -128,17 +132,18 @@ def cross_entropy(
         only -inf.
 
     Raises:
-        ValueError: a shape, reduction, label_smoothing, lse_square_scale or softcap that breaks the rules above;
-            tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on an NPU,
-            in a private format), with class probabilities, in a transform of torch.func, or without a gradient to
-            compute.
+        ValueError: a shape, reduction, label_smoothing, lse_square_scale, logit_scale or softcap that breaks the rules
+            above; tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on
+            an NPU, in a private format), for a view with torch's negative bit, with class probabilities, or in a
+            transform of torch.func.
         TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed, or
             float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
             checking would synchronize: the row's loss and gradient are NaN, and nothing is read out of bounds.
             (The environment variable NPU_XENT_DEBUG=1 makes an NPU check.)
         RuntimeError: weight requires a gradient; a second backward after consume_logits; a backward after the consumed
-            logits were modified; a second or a forward-mode derivative; ignore_index >= 0 with class probabilities.
+            logits were modified, or after logits that it reads were modified or freed; a tensor whose storage was freed
+            or shrunk; a second or a forward-mode derivative; ignore_index >= 0 with class probabilities.
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)

@@ -136,3 +136,47 @@ def test_the_covering_arrays_know_every_option() -> None:
         if option.name in OPTION_VALUES:
             assert option.default in OPTION_VALUES[option.name], option.name
             assert len(OPTION_VALUES[option.name]) > 1
+
+
+@pytest.mark.parametrize("function", [npu_xent.cross_entropy, npu_xent.npu_cross_entropy_loss])
+@pytest.mark.parametrize(
+    "dtype, loss_dtype",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.float32, torch.int32)],
+    ids=str,
+)
+def test_a_loss_dtype_that_would_lose_digits_is_refused(
+    function: Callable[..., Any], dtype: torch.dtype, loss_dtype: torch.dtype, device: torch.device
+) -> None:
+    logits, classes = make_logits(3, 5, dtype, device), make_target(3, 5, device)
+    targets = [classes] if function is npu_xent.npu_cross_entropy_loss else [classes, F.one_hot(classes, 5).float()]
+    for target in targets:
+        with pytest.raises(TypeError, match="loss_dtype must be float32, float64 or the dtype of the input, "):
+            function(logits, target, loss_dtype=loss_dtype)
+        with pytest.raises(TypeError, match=r"loss_dtype must be a torch\.dtype, but is a str"):
+            function(logits, target, loss_dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(0.5), torch.ones(1, requires_grad=True), torch.nn.Parameter(torch.ones(()))]
+)
+def test_a_logit_scale_that_is_a_tensor_is_refused(value: torch.Tensor, device: torch.device) -> None:
+    """It looks as if it were trained, and would get no gradient."""
+    logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
+    words = (
+        r"logit_scale must be a number, but is a (Tensor|Parameter), .* multiply the logits by it, or pass its \.item"
+    )
+    with pytest.raises(TypeError, match=words):
+        npu_xent.cross_entropy(logits, target, logit_scale=value)
+    with pytest.raises(TypeError, match=words):
+        npu_xent.linear_cross_entropy(logits, torch.ones(5, 5, device=device), target, logit_scale=value)
+
+
+def test_sums_of_16_bit_logits_keep_their_digits(device: torch.device) -> None:
+    """A bfloat16 sum over 4096 rows has three of them."""
+    logits, target = make_logits(4096, 50, torch.bfloat16, device), make_target(4096, 50, device)
+    expected = F.cross_entropy(logits.cpu().double(), target.cpu(), reduction="sum")
+    for dtype in (torch.float32, torch.float64):
+        loss = npu_xent.cross_entropy(logits, target, reduction="sum", loss_dtype=dtype)
+        assert loss.dtype == dtype
+        assert abs(float(loss) / float(expected) - 1) < 1e-6
+    assert abs(float(npu_xent.cross_entropy(logits, target, reduction="sum")) / float(expected) - 1) > 1e-5

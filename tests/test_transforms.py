@@ -196,3 +196,24 @@ def test_programs_run_unchanged(program: Callable[..., Any], monkeypatch: pytest
     assert len(calls) >= 5
     assert histories[0][0] != histories[0][-1]
     assert histories[1] == pytest.approx(histories[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_casts_the_class_weight(dtype: torch.dtype, weight_dtype: torch.dtype, device: torch.device) -> None:
+    """As torch does there, whatever the mix; without autocast the weight has to be float32 or of the logits' dtype."""
+    logits, target = make_logits(6, 13, dtype, device), make_target(6, 13, device)
+    weight = torch.rand(13, generator=torch.Generator().manual_seed(0)).to(device, weight_dtype)
+    one_hot = F.one_hot(target, 13).float()
+    hidden, head = torch.ones(6, 7, device=device), torch.ones(13, 7, device=device)
+    by_index, by_probability = (
+        F.cross_entropy(logits.cpu().float(), y.cpu(), weight.cpu().float()) for y in (target, one_hot)
+    )
+    with torch.autocast(device.type, torch.bfloat16):
+        torch.testing.assert_close(npu_xent.cross_entropy(logits, target, weight).cpu(), by_index)
+        torch.testing.assert_close(npu_xent.cross_entropy(logits, one_hot, weight).cpu(), by_probability)
+        linear = npu_xent.linear_cross_entropy(hidden, head, target, weight=weight)
+    torch.testing.assert_close(linear.cpu(), torch.tensor(13.0).log())
+    if weight_dtype not in (torch.float32, dtype):
+        with pytest.raises(TypeError, match="weight must be float32 or of the logits' dtype"):
+            npu_xent.cross_entropy(logits, target, weight)
