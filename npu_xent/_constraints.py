@@ -64,7 +64,8 @@ def _warn_once(rule: str, seen: str) -> None:
     _warned.add(rule)
     warnings.warn(
         f"npu_cross_entropy_loss: {rule}{seen}. npu_xent computes this call, but the vendor does not document that its "
-        "operator does. strict=False says nothing, and strict=True raises.",
+        "operator does. To be silent: strict=False; to make it an error: strict=True (arguments of this function and "
+        "of npu_xent.patch_torch_npu).",
         stacklevel=4,
     )
 

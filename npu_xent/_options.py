@@ -110,15 +110,18 @@ def check_types(function: str, options: dict[str, Any]) -> None:
                 )
         elif kind is torch.dtype:
             raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
-        elif isinstance(value, torch.Tensor) and name == "logit_scale":
+        elif isinstance(value, torch.Tensor) and (
+            name == "logit_scale" or value.requires_grad or value.numel() != 1  # torch takes constants of one value
+        ):
             raise TypeError(
-                f"npu_xent.{function}: logit_scale must be a number, but is a {type(value).__name__}, which would get "
-                "no gradient; multiply the logits by it, or pass its .item()"
+                f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}, which would get no "
+                f"gradient; pass {name}.item()" + (", or multiply the logits by it" if name == "logit_scale" else "")
             )
         elif torch.compiler.is_compiling():
             continue  # compilers cannot trace hasattr here, and do not need these messages
         elif kind is int and not hasattr(value, "__index__"):
-            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}")
+            way_out = "; leave it out for the default" if value is None else ""
+            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}{way_out}")
         elif kind is float and not hasattr(value, "__float__"):
             raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}")
 

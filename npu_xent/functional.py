@@ -13,7 +13,7 @@ from torch.nn.functional import nll_loss
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
-from ._tensors import LOGITS, check_tensors, index_target, transformed, z_loss_like
+from ._tensors import INTEGERS, LOGITS, check_tensors, index_target, transformed, z_loss_like
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -306,6 +306,11 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
 
 def _check_shapes(input: Tensor, target: Tensor) -> None:
     """Raise ValueError unless target has the shape of input (probabilities) or of input without C (indices)."""
+    if target.shape == input.shape and target.dtype in (torch.int64, *INTEGERS) and input.dim() > 1:
+        raise ValueError(
+            f"npu_xent.cross_entropy: an integer target holds class indices, but this one has the shape of input, "
+            f"{list(target.shape)}; for one-hot rows pass target.argmax(1), or target.float() as probabilities"
+        )
     if input.dim() > 0 and input.shape[min(input.dim() - 1, 1)] == 0:
         raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._options import CROSS_ENTROPY, options_of
+from ._options import CROSS_ENTROPY, check_types, options_of
 from .functional import CrossEntropyOutput, cross_entropy
 
 _OPTIONS = options_of(CROSS_ENTROPY)
@@ -28,6 +28,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         output: npu_xent.CrossEntropyOutput = criterion(logits, target)
     """
 
+    # Defaults for objects without these attributes: of an older npu_xent, unpickled, or of torch's class.
+    lse_square_scale: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    loss_dtype: torch.dtype | None = None
+    return_lse: bool = False
+    return_z_loss: bool = False
+    consume_logits: bool = False
+
     __constants__: list[str] = [*_TORCHS, *(o.name for o in _OPTIONS if o.name not in _TORCHS)]  # noqa: RUF012
 
     def __init__(
@@ -47,14 +56,20 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return_z_loss: bool = False,
         consume_logits: bool = False,
     ) -> None:
+        options = {
+            "lse_square_scale": lse_square_scale,
+            "logit_scale": logit_scale,
+            "softcap": softcap,
+            "loss_dtype": loss_dtype,
+            "return_lse": return_lse,
+            "return_z_loss": return_z_loss,
+            "consume_logits": consume_logits,
+        }
+        torchs = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        check_types(CROSS_ENTROPY, torchs | options)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.lse_square_scale = lse_square_scale
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.loss_dtype = loss_dtype
-        self.return_lse = return_lse
-        self.return_z_loss = return_z_loss
-        self.consume_logits = consume_logits
+        for name, value in options.items():
+            setattr(self, name, value)
 
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor

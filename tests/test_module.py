@@ -161,3 +161,19 @@ def test_a_module_made_inside_a_forward_compiles(device: torch.device) -> None:
     )
     expected = F.cross_entropy(logits, target, reduction="sum", label_smoothing=0.1)
     torch.testing.assert_close(compiled(logits, target), expected)
+
+
+def test_objects_without_our_options_have_the_defaults(device: torch.device) -> None:
+    """Of torch's class, or pickled before an option was added."""
+    criterion = torch.nn.CrossEntropyLoss(reduction="sum")
+    criterion.__class__ = npu_xent.CrossEntropyLoss
+    logits, target = make_logits(6, 9, torch.float32, device), make_target(6, 9, device)
+    assert repr(criterion) == "CrossEntropyLoss(reduction='sum')"
+    assert torch.equal(criterion(logits, target), npu_xent.cross_entropy(logits, target, reduction="sum"))
+
+
+def test_one_hot_integers_are_refused_with_advice(device: torch.device) -> None:
+    logits, target = make_logits(6, 9, torch.float32, device), make_target(6, 9, device)
+    one_hot = torch.nn.functional.one_hot(target, 9)
+    with pytest.raises(ValueError, match=r"pass target.argmax\(1\), or target.float\(\) as probabilities"):
+        npu_xent.cross_entropy(logits, one_hot)

@@ -156,19 +156,27 @@ def test_a_loss_dtype_that_would_lose_digits_is_refused(
             function(logits, target, loss_dtype="float32")
 
 
-@pytest.mark.parametrize(
-    "value", [torch.tensor(0.5), torch.ones(1, requires_grad=True), torch.nn.Parameter(torch.ones(()))]
-)
-def test_a_logit_scale_that_is_a_tensor_is_refused(value: torch.Tensor, device: torch.device) -> None:
+@pytest.mark.parametrize("value", [torch.ones(2), torch.nn.Parameter(torch.ones(()))], ids=["several", "trained"])
+@pytest.mark.parametrize("name", ["logit_scale", "softcap", "lse_square_scale", "label_smoothing"])
+def test_a_number_that_is_a_tensor_is_refused(name: str, value: torch.Tensor, device: torch.device) -> None:
     """It looks as if it were trained, and would get no gradient."""
     logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
-    words = (
-        r"logit_scale must be a number, but is a (Tensor|Parameter), .* multiply the logits by it, or pass its \.item"
-    )
-    with pytest.raises(TypeError, match=words):
-        npu_xent.cross_entropy(logits, target, logit_scale=value)
-    with pytest.raises(TypeError, match=words):
-        npu_xent.linear_cross_entropy(logits, torch.ones(5, 5, device=device), target, logit_scale=value)
+    words = rf"{name} must be a number, but is a (Tensor|Parameter), which would get no gradient; pass {name}\.item"
+    weight = torch.ones(5, 5, device=device)
+    for call in (
+        lambda: npu_xent.cross_entropy(logits, target, **{name: value}),
+        lambda: npu_xent.linear_cross_entropy(logits, weight, target, **{name: value}),
+        lambda: npu_xent.CrossEntropyLoss(**{name: value})(logits, target),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    constant = torch.tensor(0.5)
+    if name == "logit_scale":
+        with pytest.raises(TypeError, match="or multiply the logits by it"):
+            npu_xent.cross_entropy(logits, target, logit_scale=constant)
+    else:
+        loss = npu_xent.cross_entropy(logits, target, **{name: constant})
+        assert torch.equal(loss, npu_xent.cross_entropy(logits, target, **{name: 0.5}))
 
 
 def test_sums_of_16_bit_logits_keep_their_digits(device: torch.device) -> None:

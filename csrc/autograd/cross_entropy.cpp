@@ -106,7 +106,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     Tensor grad = found->second.toTensor();
     TORCH_CHECK(
         !inplace || grad._version() == ctx->saved_data["version"].toInt(),
-        "npu_xent: with consume_logits the logits held their gradient, but they have been written since (version ",
+        "npu_xent: with consume_logits the logits held their gradient, but they have been written since, by an in-place "
+        "operation or by a second loss with consume_logits (version ",
         grad._version(), ", expected ", ctx->saved_data["version"].toInt(),
         "); do not change them before the backward, or use consume_logits=False.");
     // keep_graph: a second backward may come, so this one gets a copy.

@@ -27,7 +27,8 @@ def patch_torch() -> PatchHandle:
 
     Callers are torch.nn.CrossEntropyLoss and all code that looks the function up when it calls it,
     `F.cross_entropy(...)`. Code that imported the function earlier (`from torch.nn.functional import cross_entropy`)
-    keeps torch's function, and so does code that was compiled or exported earlier.
+    keeps torch's function, and so do programs exported or traced earlier. torch.compile notices the patch and its
+    removal, and compiles again.
 
     npu_xent serves dense cpu and npu tensors: logits in float32, bfloat16, float16 or float64 (not on an NPU), targets
     that torch takes, a weight that torch takes. torch's function gets all other calls with the arguments as given, so
