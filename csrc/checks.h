@@ -32,7 +32,7 @@ struct Named {
 // tensor, to save memory.
 inline void check_storages(std::initializer_list<Named> tensors) {
   for (const auto& [name, t] : tensors) {
-    if (t == nullptr || !t->defined() || t->numel() == 0) {
+    if (t == nullptr || !t->defined() || !t->has_storage() || t->numel() == 0) {
       continue;
     }
     const size_t needed =

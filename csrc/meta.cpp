@@ -91,7 +91,8 @@ LinearGrad linear_row_grad_meta(const Options& o, const Tensor& input, const Ten
                                 const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                                 const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                                 const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                                const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
+                                const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
+                                std::array<bool, 3> output_mask) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
   check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
   return empty_linear_grads(rows, output_mask);

@@ -151,7 +151,8 @@ LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& 
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                            const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                            const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
+                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
+                           std::array<bool, 3> output_mask) {
   return call<linear_row_grad>("npu_xent::linear_row_grad", o, input, linear_weight, linear_bias, target, weight, lse,
                                lse_low, totals, grad_loss, grad_z_loss, grad_lse, chunk_rows, output_mask);
 }

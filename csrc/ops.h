@@ -75,7 +75,8 @@ LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& 
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                            const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
                            const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask);
+                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
+                           std::array<bool, 3> output_mask);
 
 LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                       const OptionalTensor& linear_bias, const Tensor& target,

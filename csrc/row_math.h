@@ -69,7 +69,7 @@ inline RowLoss row_loss(const RowOptions& o, double weight, double lse, double l
   return {loss, z_loss};
 }
 
-// a, b and s of a kept row.
+// a without g, b and s of a kept row.
 struct RowCoefficients {
   double a, b, s;
 };

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ._tensors import INTEGERS
+from ._tensors import INTEGERS, require_storage
 
 MAX_ROWS = 200_000
 DTYPES = (torch.float16, torch.float32, torch.bfloat16)
@@ -64,8 +64,8 @@ def _warn_once(rule: str, seen: str) -> None:
     _warned.add(rule)
     warnings.warn(
         f"npu_cross_entropy_loss: {rule}{seen}. npu_xent computes this call, but the vendor does not document that its "
-        "operator does. To be silent: strict=False; to make it an error: strict=True (arguments of this function and "
-        "of npu_xent.patch_torch_npu).",
+        "operator does. strict=False silences this warning, and strict=True raises an error instead (arguments of this "
+        "function and of npu_xent.patch_torch_npu).",
         stacklevel=4,
     )
 
@@ -192,6 +192,7 @@ def _check_weight(weight: Tensor, input: Tensor, lifted: Lifted | None) -> None:
     # Values are not checked under a compiler, in a fake tensor, or on a device where checking would synchronize (unless
     # NPU_XENT_DEBUG asks for it).
     if not torch.compiler.is_compiling() and may_look(weight.device.type) and not is_fake(weight):
+        require_storage("weight", weight)
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])

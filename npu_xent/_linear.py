@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ._loading import prepare
 from ._options import check_types
-from ._tensors import check_tensors, index_target, transformed, z_loss_like
+from ._tensors import check_tensors, index_target, require_storage, transformed, z_loss_like
 from .functional import CrossEntropyOutput, cross_entropy
 
 
@@ -97,7 +97,7 @@ def linear_cross_entropy(
             memory. Default: 4 % of the memory of all logits in float32, clamped to [128, 512] rows ([256, 512] in 16
             bits); or the rows that fit in 32 MiB, if those are more.
         return_lse: also return logsumexp of every row, ignored rows included. It is differentiable; only if it gets a
-            gradient, the backward computes the logits again.
+            gradient, the backward computes the logits again. To log it, use lse.detach().
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it.
 
     Returns:
@@ -151,6 +151,8 @@ def linear_cross_entropy(
     shape = input.shape[:-1]
     loss: Tensor
     if input.dim() != 2:
+        require_storage("input", input)
+        require_storage("target", target)
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
         _check_as_the_operator_does(

@@ -111,11 +111,15 @@ def check_types(function: str, options: dict[str, Any]) -> None:
         elif kind is torch.dtype:
             raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
         elif isinstance(value, torch.Tensor) and (
-            name == "logit_scale" or value.requires_grad or value.numel() != 1  # torch takes constants of one value
+            name == "logit_scale" or value.requires_grad  # torch takes constants
         ):
             raise TypeError(
                 f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}, which would get no "
                 f"gradient; pass {name}.item()" + (", or multiply the logits by it" if name == "logit_scale" else "")
+            )
+        elif isinstance(value, torch.Tensor) and value.numel() != 1:
+            raise TypeError(
+                f"npu_xent.{function}: {name} must be a number, but is a Tensor of shape {list(value.shape)}"
             )
         elif torch.compiler.is_compiling():
             continue  # compilers cannot trace hasattr here, and do not need these messages

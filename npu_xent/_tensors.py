@@ -39,8 +39,24 @@ def _check_dense(function: str, argument: str, tensor: Tensor) -> None:
     raise TypeError(f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {remedy}")
 
 
+def require_storage(argument: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for a freed or shrunk storage, as the operators do, where torch reads it before them."""
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not (torch.jit.is_tracing() or transformed())
+    if torch.compiler.is_compiling() or not plain or tensor.is_meta or tensor.numel() == 0:
+        return
+    last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, seen = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if needed > seen:
+        raise RuntimeError(
+            f"npu_xent: {argument} with shape {list(tensor.shape)} needs {needed} bytes of storage, but its storage "
+            f"has been resized to {seen}; keep the storage until npu_xent has read it, in the forward or the backward."
+        )
+
+
 def index_target(target: Tensor) -> Tensor:
     """Convert integer dtypes to int64, which the operators take. The operators reject the other dtypes."""
+    if target.dtype in INTEGERS:
+        require_storage("target", target)
     if target.dtype == torch.uint64:  # values above int64 must not wrap to ignore_index
         target = target.view(torch.int64)
         return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)

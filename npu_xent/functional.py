@@ -13,7 +13,7 @@ from torch.nn.functional import nll_loss
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
-from ._tensors import INTEGERS, LOGITS, check_tensors, index_target, transformed, z_loss_like
+from ._tensors import INTEGERS, LOGITS, check_tensors, index_target, require_storage, transformed, z_loss_like
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -114,7 +114,8 @@ def cross_entropy(
             (float64 for float64 input), otherwise the dtype of input. A float32 loss of 16-bit logits costs no copy.
         return_lse: also return logsumexp of every row, ignored rows included. It is differentiable. The gradient of the
             loss is computed in one sweep as without it; only if lse gets a gradient, the backward reads the logits
-            once more. (Compiled code always assumes a gradient for an lse that it returns: return lse.detach().)
+            once more. To log it, use lse.detach(), which does not keep the logits in memory; compiled code always
+            assumes a gradient for an lse that it returns.
         return_z_loss: also return the z-loss separately, for logging. The loss already includes it: do not add it.
         consume_logits: overwrite the logits with their gradient instead of allocating memory for it: in the forward, or
             in the backward for float16, for reduction "none" and with return_lse. Later reads of `input` see the
@@ -294,6 +295,8 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
         return input, target
     if input.dim() == 1:
         return input.unsqueeze(0), target.reshape(1)
+    require_storage("input", input)
+    require_storage("target", target)
     classes_last = input.movedim(1, -1)
     if in_place and not classes_last.is_contiguous():
         raise ValueError(
@@ -365,7 +368,8 @@ def _by_torch_operations(
             f"npu_xent: weight must have one value for each of the {classes} classes, but has {list(weight.shape)}."
         )
     autocast = torch.is_autocast_enabled(input.device.type)
-    if weight is not None and not autocast and weight.dtype not in (torch.float32, input.dtype):
+    allowed = weight is None or weight.dtype in (torch.float32, input.dtype)
+    if weight is not None and not (allowed or (autocast and weight.is_floating_point())):
         raise TypeError(
             f"npu_xent: weight must be float32 or of the logits' dtype {input.dtype}, but is {weight.dtype}."
         )
@@ -412,10 +416,12 @@ def _by_torch_operations(
             smoothed = _product(by_class, log_prob).sum(class_dim).masked_fill(kept.logical_not(), 0.0)
             loss = loss - label_smoothing / classes * smoothed
     if reduction != "none":
-        loss = loss.sum() / (total if reduction == "mean" else 1)
+        loss = loss.sum() / total * (total / total) if reduction == "mean" else loss.sum()  # NaN for a total of 0
     z_loss = torch.zeros_like(loss)
     if lse_square_scale != 0.0:
-        z_loss = torch.where(kept, lse_square_scale * logits.logsumexp(class_dim).square(), 0.0)
+        lse_of_z = logits.logsumexp(class_dim)
+        lse_of_z = lse_of_z + (lse_of_z - lse_of_z)  # NaN where it is infinite
+        z_loss = torch.where(kept, lse_square_scale * lse_of_z.square(), 0.0)
         if reduction != "none":
             z_loss = z_loss.sum() / (kept.sum() if reduction == "mean" else 1)
         loss = loss + z_loss

@@ -117,12 +117,14 @@ def truth(
     # Sizes of terms. An exponential of x - lse carries the rounding of x and of lse; the target's entry may be made as
     # a difference of coefficients.
     size, lse_size = x.abs(), lse.abs()[:, None]
-    loss_terms = (1 - e) * w_y * (lse.abs() + size.gather(1, y[:, None])[:, 0]) + zs * lse.square()
+    loss_terms = share * (lse.abs() + size.gather(1, y[:, None])[:, 0])
+    loss_terms = loss_terms.masked_fill(share == 0, 0) + zs * lse.square()
     p_terms = ((1 + size + lse_size) * p).nan_to_num(0, 0, 0)
     grad_terms = (1 - e) * w_y[:, None] * (p_terms + one_hot)
     if e:
         # The sum of w (x - lse) is made of w (x - top) and w (top - lse).
-        loss_terms = loss_terms + e / n_classes * (w * (size + lse_size + shift.abs())).sum(dim=1)
+        sizes = (w * (size + lse_size + shift.abs())).masked_fill(w == 0, 0)
+        loss_terms = loss_terms + e / n_classes * sizes.sum(dim=1)
         grad_terms = grad_terms + e / n_classes * (w.sum() * (p_terms + one_hot) + w)
     grad_terms = g.abs() * grad_terms
     if zs:

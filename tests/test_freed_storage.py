@@ -42,6 +42,41 @@ def test_arguments_of_the_linear_loss(name: str, device: torch.device) -> None:
         npu_xent.linear_cross_entropy(**tensors)
 
 
+def strided(*shape: int, device: torch.device) -> Tensor:
+    return torch.ones(*shape[:-1], 2 * shape[-1], device=device)[..., ::2]
+
+
+READ_BY_TORCH_FIRST: dict[str, Callable[[torch.device], object]] = {
+    "int32 target": lambda d: npu_xent.cross_entropy(torch.ones(9, 21, device=d), freed(make_target(9, 21, d).int())),
+    "uint64 target": lambda d: npu_xent.cross_entropy(
+        torch.ones(9, 21, device=d), freed(make_target(9, 21, d).view(torch.uint64))
+    ),
+    "strict weight": lambda d: npu_xent.npu_cross_entropy_loss(
+        torch.ones(9, 21, device=d), make_target(9, 21, d), freed(torch.ones(21, device=d))
+    ),
+    "weight under autocast": lambda d: under_autocast(d, freed(torch.ones(21, dtype=torch.bfloat16, device=d))),
+    "logits of three dimensions": lambda d: npu_xent.cross_entropy(
+        freed(strided(3, 21, 4, device=d)), torch.zeros(3, 4, dtype=torch.int64, device=d)
+    ),
+    "linear input of three dimensions": lambda d: npu_xent.linear_cross_entropy(
+        freed(strided(3, 4, 8, device=d)), torch.ones(21, 8, device=d), torch.zeros(3, 4, dtype=torch.int64, device=d)
+    ),
+}
+
+
+def under_autocast(device: torch.device, weight: Tensor) -> Tensor:
+    with torch.autocast(device.type, torch.bfloat16):
+        return npu_xent.cross_entropy(make_logits(9, 21, torch.float32, device), make_target(9, 21, device), weight)
+
+
+@pytest.mark.parametrize("name", READ_BY_TORCH_FIRST)
+def test_what_torch_would_read_first(name: str, device: torch.device) -> None:
+    if device.type == "npu" and name == "strict weight":
+        pytest.skip("its values are not looked at there")
+    with pytest.raises(RuntimeError, match=f"npu_xent: .* with shape .* {WORDS}"):
+        READ_BY_TORCH_FIRST[name](device)
+
+
 @pytest.mark.cpu
 def test_a_shrunk_storage(device: torch.device) -> None:
     """A view into the part that is left can be used; the rest cannot."""

@@ -109,6 +109,19 @@ def test_changed_logits_matter_only_to_lse(dtype: torch.dtype, device: torch.dev
         changed().lse.sum().backward()
 
 
+def test_the_first_gradient_is_released_with_the_graph(device: torch.device) -> None:
+    """A second backward raises as without lse, and no N x C memory outlives the first one."""
+    leaf, target = make_logits(9, 21, torch.float32, device).requires_grad_(), make_target(9, 21, device)
+    head = torch.ones(21, 21, device=device, requires_grad=True)
+    for out in (
+        npu_xent.cross_entropy(leaf, target, return_lse=True),
+        npu_xent.linear_cross_entropy(leaf, head, target, return_lse=True),
+    ):
+        (out.loss + out.lse.sum()).backward()
+        with pytest.raises(RuntimeError, match="a second time"):
+            out.loss.backward()
+
+
 def test_second_backward(device: torch.device) -> None:
     leaf, target = make_logits(9, 21, torch.float32, device).requires_grad_(), make_target(9, 21, device)
     out = npu_xent.cross_entropy(leaf, target, return_lse=True)

@@ -13,6 +13,7 @@ error: a race between streams, a write outside of a tensor, a kernel that broke 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import importlib.abc
 import importlib.machinery
@@ -69,11 +70,16 @@ def _usage(what: str) -> int:
     return USAGE_ERROR
 
 
+def _import_torch_npu() -> None:
+    ctypes.CDLL(None).cann_sim_acl_remove_keys_of_cuda()
+    importlib.import_module("torch_npu")
+
+
 class _Imports(importlib.abc.MetaPathFinder):
     """An import hook: importing torch also imports torch_npu, and then installs the operators on the host."""
 
     def __init__(self, install: Callable[[], None]) -> None:
-        self.then = {"torch": lambda: importlib.import_module("torch_npu"), "torch_npu": install}
+        self.then = {"torch": _import_torch_npu, "torch_npu": install}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         """The other finders' spec of torch or torch_npu, with a loader that then runs the next step."""

@@ -152,9 +152,9 @@ class LongFacts {
     Upstream up = upstream_;
     if (ReductionIs(args_, Reduction::none)) {
       up.loss = gm_.grad_loss != nullptr ? grad_loss_.GetValue(fact) : 0.0f;
-      if (args_.lse_square_scale != 0.0f || args_.adds_z != 0) {
+      if (args_.lse_square_scale != 0.0f || args_.adds_to_a != 0) {
         up.z = gm_.grad_z_loss != nullptr ? grad_z_loss_.GetValue(fact) : 0.0f;
-        up.z = args_.adds_z != 0 ? up.z : SumOfTwo(up.z, up.loss);
+        up.z = args_.adds_to_a != 0 ? up.z : SumOfTwo(up.z, up.loss);
       }
     }
     return up;

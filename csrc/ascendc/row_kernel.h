@@ -196,7 +196,7 @@ __aicore__ inline GlobalTensor<T> Gm(GM_ADDR base, int64_t element) {
 }
 
 // The same for all rows: G and Z of row_math.h, unless there is one for each row, and the sum of the class weights (0
-// if no term needs it). With adds_z, z is what is added to a.
+// if no term needs it). With adds_to_a, z is what is added to a.
 struct Upstream {
   float loss, z, class_weight;
 };
@@ -228,7 +228,7 @@ __aicore__ inline bool IsKept(const XentArgs& args, int64_t target) {
   return !IsIgnored(args, target) && target >= 0 && target < args.num_classes;
 }
 __aicore__ inline bool IsBad(const XentArgs& args, int64_t target) {
-  return !IsIgnored(args, target) && !IsKept(args, target) && !(args.adds_z != 0 && target == kNoTarget);
+  return !IsIgnored(args, target) && !IsKept(args, target) && !(args.adds_to_a != 0 && target == kNoTarget);
 }
 // The column of a target that is a class of this shard, else -1.
 __aicore__ inline int64_t ColumnOf(const XentArgs& args, int64_t target) {
@@ -257,7 +257,7 @@ struct Coefficients {
 __aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, const Upstream& up, float lse) {
   Coefficients k;
   k.b = up.loss * args.target_share * weight;
-  const float added = args.adds_z != 0 ? up.z : up.z * 2.0f * args.lse_square_scale * lse;
+  const float added = args.adds_to_a != 0 ? up.z : up.z * 2.0f * args.lse_square_scale * lse;
   k.a = k.b + up.loss * args.class_share * up.class_weight + added;
   k.s = up.loss * args.class_share;
   k.a *= args.grad_scale;

@@ -78,7 +78,7 @@ class ShortCopies {
         PipeBarrier<PIPE_V>();
       }
       if (gm_.grad_z_loss != nullptr) {
-        if (gm_.grad_loss != nullptr && args_.adds_z == 0) {
+        if (gm_.grad_loss != nullptr && args_.adds_to_a == 0) {
           AscendC::Add(v[kGradZ], v[kGradZ], operands[3 * v.lane_count], n);
         } else {
           AscendC::Adds(v[kGradZ], operands[3 * v.lane_count], 0.0f, n);

@@ -49,7 +49,7 @@ class ShortStatistics {
     PipeBarrier<PIPE_V>();
     v.ReduceTile<Total>(v[kSum], v.exps, n);
     LogOfSum(v, n);
-    if (smoothing_) {
+    if (smoothing_ && shard_weight_ != 0.0f) {
       // sum w (x - max) becomes sum w (x - lse)
       AscendC::Sub(v[kScratch], v[kMax], v[kLse], n);
       PipeBarrier<PIPE_V>();

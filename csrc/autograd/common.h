@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <memory>
 #include <string>
@@ -38,7 +39,15 @@ inline OptionalTensor autocast_weight(const OptionalTensor& weight, at::ScalarTy
   if (!weight || !at::isFloatingType(weight->scalar_type()) || weight->scalar_type() == logits) {
     return weight;
   }
+  if (!weight->is_meta()) {
+    check_storages({{"weight", weight}});
+  }
   return weight->to(stats_dtype(logits));
+}
+
+// Whether this backward may be followed by another one.
+inline bool keeps_graph() {
+  return torch::autograd::get_current_graph_task_keep_graph();
 }
 
 // A saved tensor or an upstream gradient; nullopt if undefined.

@@ -3,11 +3,10 @@
 // "mean" and "sum" take one sweep: it computes the statistics and the gradient for an upstream gradient of 1, and the
 // backward only scales that gradient (free if the upstream gradient is 1). If lse has a gradient too, which is known
 // only then, the backward sweeps the logits again. Two sweeps, statistics in the forward and the gradient in the
-// backward, are needed for "none", for log_prob and a differentiable z_loss, for an lse whose logits are overwritten, and
-// for fp16: stored before loss scaling, small fp16 gradients would underflow.
+// backward, are needed for "none", for log_prob and a differentiable z_loss, for an lse whose logits are overwritten,
+// and for fp16: stored before loss scaling, small fp16 gradients would underflow.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "autograd/common.h"
@@ -104,14 +103,14 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
                         : "npu_xent: trying to backward through cross_entropy a second time, after its gradient has "
                           "been released; pass retain_graph=True to the first backward.");
     Tensor grad = found->second.toTensor();
-    TORCH_CHECK(
-        !inplace || grad._version() == ctx->saved_data["version"].toInt(),
-        "npu_xent: with consume_logits the logits held their gradient, but they have been written since, by an in-place "
-        "operation or by a second loss with consume_logits (version ",
-        grad._version(), ", expected ", ctx->saved_data["version"].toInt(),
-        "); do not change them before the backward, or use consume_logits=False.");
+    TORCH_CHECK(!inplace || grad._version() == ctx->saved_data["version"].toInt(),
+                "npu_xent: with consume_logits the logits held their gradient, but they have been written since, by an "
+                "in-place "
+                "operation or by a second loss with consume_logits (version ",
+                grad._version(), ", expected ", ctx->saved_data["version"].toInt(),
+                "); do not change them before the backward, or use consume_logits=False.");
     // keep_graph: a second backward may come, so this one gets a copy.
-    const bool copy = torch::autograd::get_current_graph_task_keep_graph() && !inplace;
+    const bool copy = keeps_graph() && !inplace;
     if (!copy) {
       ctx->saved_data.erase(found);
     }
@@ -131,6 +130,9 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
                 "npu_xent: with consume_logits the first backward has overwritten the logits; a second one needs "
                 "consume_logits=False.");
     const auto tensors = ctx->get_saved_variables();
+    if (!keeps_graph()) {
+      saved.erase("grad");  // of the loss alone, made in the forward
+    }
     const auto& logits = tensors[0];
     const auto sweep = [&](const auto& op) {
       return op(saved_options(saved), logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5],
@@ -176,8 +178,9 @@ Loss cross_entropy_autocast(const Options& o, const Tensor& logits, const Tensor
                             std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
                             bool differentiable_z_loss) {
   c10::impl::ExcludeDispatchKeyGuard below(key);
-  return cross_entropy<inplace>(o, logits, target, autocast_weight(weight, logits.scalar_type()), loss_dtype.value_or(stats_dtype(logits.scalar_type())),
-                                need_lse, need_log_prob, differentiable_z_loss);
+  return cross_entropy<inplace>(o, logits, target, autocast_weight(weight, logits.scalar_type()),
+                                loss_dtype.value_or(stats_dtype(logits.scalar_type())), need_lse, need_log_prob,
+                                differentiable_z_loss);
 }
 
 }  // namespace

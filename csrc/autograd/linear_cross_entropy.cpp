@@ -1,11 +1,10 @@
 // linear_cross_entropy: the loss and its gradients without materializing the logits, and their autocast rules.
 //
 // "mean" and "sum" take one sweep over chunks: it computes the statistics and all three gradients for an upstream
-// gradient of 1, and the backward only scales them (free if it is 1). For "none", for fp16, under hooks on saved tensors
-// and if lse has a gradient (see cross_entropy.cpp), the backward recomputes the logits.
+// gradient of 1, and the backward only scales them (free if it is 1). For "none", for fp16, under hooks on saved
+// tensors and if lse has a gradient (see cross_entropy.cpp), the backward recomputes the logits.
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include "autograd/common.h"
@@ -19,7 +18,8 @@ using torch::autograd::variable_list;
 
 constexpr char kDoubleBackward[] =
     "npu_xent: double backward through linear_cross_entropy is not supported. Use torch.nn.functional.linear and "
-    "torch.nn.functional.cross_entropy where a second derivative is needed.";
+    "torch.nn.functional.cross_entropy where a second derivative is needed, without npu_xent.patch_torch(), which "
+    "replaces it.";
 
 constexpr std::array<const char*, 3> kGrads{"grad_input", "grad_linear_weight", "grad_linear_bias"};
 
@@ -90,7 +90,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
                 "npu_xent: trying to backward through linear_cross_entropy a second time, after its gradients have "
                 "been released; pass retain_graph=True to the first backward.");
     // keep_graph: a second backward may come, so this one gets copies.
-    const bool copy = torch::autograd::get_current_graph_task_keep_graph();
+    const bool copy = keeps_graph();
     const auto node = torch::autograd::get_current_node();
     for (size_t i = 0; i < kGrads.size(); ++i) {
       const auto found = saved.find(kGrads[i]);
@@ -118,12 +118,19 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static void sweep_again(AutogradContext* ctx, const variable_list& upstream, variable_list& grads) {
     auto& saved = ctx->saved_data;
     const auto tensors = ctx->get_saved_variables();
+    if (!keeps_graph()) {
+      for (const char* name : kGrads) {  // of the loss alone, made in the forward
+        saved.erase(name);
+      }
+      saved["handed_over"] = true;
+    }
     const auto linear_bias = optional(tensors[2]);
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      linear_bias && ctx->needs_input_grad(2)};
-    auto [grad_input, grad_linear_weight, grad_linear_bias] = linear_row_grad(
-        saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]), tensors[5],
-        tensors[6], tensors[7], optional(upstream[0]), std::nullopt, optional(upstream[2]), saved["chunk_rows"].toOptional<int64_t>(), wanted);
+    auto [grad_input, grad_linear_weight, grad_linear_bias] =
+        linear_row_grad(saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]),
+                        tensors[5], tensors[6], tensors[7], optional(upstream[0]), std::nullopt, optional(upstream[2]),
+                        saved["chunk_rows"].toOptional<int64_t>(), wanted);
     const std::array<Tensor, 3> made{grad_input, grad_linear_weight, grad_linear_bias};
     for (size_t i = 0; i < made.size(); ++i) {
       if (wanted[i]) {

@@ -188,8 +188,8 @@ GradOf<over_logits> row_grad_cpu(const Options& o, const Tensor& logits, const T
     row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), denominators.data(),
              {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_lse.pointer<acc>(), from_loss.stride, from_z.stride,
               from_lse.stride},
-             const_data<acc>(high), low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad), grad.stride(0),
-             parallel_for_elements(grad.numel()));
+             const_data<acc>(high), low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad),
+             grad.stride(0), parallel_for_elements(grad.numel()));
   });
   if constexpr (over_logits) {
     note_written(logits);
@@ -228,12 +228,8 @@ template <typename acc>
 void reduce(const RowOptions& options, const Tensor& target, const OptionalTensor& weight, const OptionalTensor& lse,
             const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
             const double* totals, const Tensor& loss, const Tensor& z_loss, const Tensor& new_totals) {
-  check_storages({{"target", target},
-                  {"weight", weight},
-                  {"lse", lse},
-                  {"lse_low", lse_low},
-                  {"picked", picked},
-                  {"wsum", wsum}});
+  check_storages(
+      {{"target", target}, {"weight", weight}, {"lse", lse}, {"lse_low", lse_low}, {"picked", picked}, {"wsum", wsum}});
   const auto dtype = c10::CppTypeToScalarType<acc>::value;
   const auto values = [&](const OptionalTensor& t) { return t ? t->to(dtype).contiguous() : Tensor(); };
   const auto pointer = [](const Tensor& t) { return t.defined() ? const_data<acc>(t) : nullptr; };

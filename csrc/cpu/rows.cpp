@@ -158,8 +158,9 @@ class Sweep {
     }
     const Lse lse = sum.value<acc>();
     for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
+      wsum += chunks[c].wsum;
       if (chunks[c].weight != 0) {  // a chunk of only -inf has no maximum
-        wsum += chunks[c].wsum + chunks[c].weight * lse.below(chunks[c].max);
+        wsum += chunks[c].weight * lse.below(chunks[c].max);
       }
     }
     out.lse[n] = static_cast<acc>(lse.high);

@@ -199,7 +199,7 @@ void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& tota
                      .masked_fill(ignored.logical_and(from_lse.reshape(-1).eq(0)), kIgnored);
   args.ignore_index = kIgnored;
   args.reduction = static_cast<int64_t>(Reduction::none);
-  args.adds_z = 1;
+  args.adds_to_a = 1;
 }
 
 void launch_row_stats(const Sweep& sweep, const Stats& stats, const Tensor& log_prob) {

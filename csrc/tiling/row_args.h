@@ -18,7 +18,7 @@ struct XentArgs {
   int64_t reduction;      // Reduction
   int64_t read_ignored;   // compute statistics of ignored rows too
   int64_t unit_upstream;  // the gradient of the loss is 1, and there is no tensor for it
-  int64_t adds_z;         // row_grad: what is added to a, instead of the gradient of z, is in its tensor
+  int64_t adds_to_a;      // row_grad: what is added to a, instead of the gradient of z, is in its tensor
   int64_t factor_dtype;   // LogitsType of the factor of scale
   float logit_scale;      // t
   float grad_scale;       // u
@@ -31,7 +31,7 @@ struct XentArgs {
 // The members of XentArgs, f(name) for each: csrc/module.cpp tells Python the layout from this list.
 #define XENT_ARGS_MEMBERS(f)                                                                                        \
   f(stage) f(dtype) f(rows) f(cols) f(logits_stride) f(output_stride) f(class_start) f(num_classes) f(ignore_index) \
-      f(reduction) f(read_ignored) f(unit_upstream) f(adds_z) f(factor_dtype) f(logit_scale) f(grad_scale)          \
+      f(reduction) f(read_ignored) f(unit_upstream) f(adds_to_a) f(factor_dtype) f(logit_scale) f(grad_scale)       \
           f(target_share) f(class_share) f(lse_square_scale) f(softcap)
 
 #define XENT_SIZE(name) +sizeof(XentArgs::name)
@@ -54,7 +54,7 @@ enum class Stage : int64_t {
 
 enum class Reduction : int64_t { none, mean, sum };
 
-// With adds_z, the target of a row that has none, whose coefficients b and s are 0.
+// With adds_to_a, the target of a row that has none, whose coefficients b and s are 0.
 constexpr int64_t kNoTarget = -3;
 
 // The numbers in the `totals` tensor, in this order: the class weights of the kept rows' targets added up, the number

@@ -155,19 +155,19 @@ XENT_SHARED int64_t short_row_cols(int64_t dtype, int64_t cols) {
 // What the kernel for short rows keeps in UB for tiles of [rows, cols]: two queue buffers each for tiles coming in,
 // tiles going out and what comes in a row at a time, and the rest at these byte offsets.
 struct ShortBuffers {
-  int64_t tile_bytes, row_bytes;  // of one queue buffer
-  int64_t tile;                   // numbers of a tile in fp32
-  int64_t x, exps;                // the tile in fp32, its exponentials
-  int64_t hot;                    // one bit an element: is it the target's?
-  int64_t columns, weight, floor; // [cols] column numbers, class weights, and 0 where these are 0, else -inf
-  int64_t parts;                  // of reductions: a data block for each row and 64 columns
-  int64_t block;                  // a data block a row: the row's value eight times
-  int64_t mask;                   // one bit a row
-  int64_t target;                 // [rows] int64
-  int64_t target_weight;          // a data block a row
-  int64_t lanes;                  // kShortLanes vectors [rows]
-  int64_t cap;                    // with a softcap: another tile in fp32
-  int64_t rest;                   // bytes of these
+  int64_t tile_bytes, row_bytes;   // of one queue buffer
+  int64_t tile;                    // numbers of a tile in fp32
+  int64_t x, exps;                 // the tile in fp32, its exponentials
+  int64_t hot;                     // one bit an element: is it the target's?
+  int64_t columns, weight, floor;  // [cols] column numbers, class weights, and 0 where these are 0, else -inf
+  int64_t parts;                   // of reductions: a data block for each row and 64 columns
+  int64_t block;                   // a data block a row: the row's value eight times
+  int64_t mask;                    // one bit a row
+  int64_t target;                  // [rows] int64
+  int64_t target_weight;           // a data block a row
+  int64_t lanes;                   // kShortLanes vectors [rows]
+  int64_t cap;                     // with a softcap: another tile in fp32
+  int64_t rest;                    // bytes of these
   int64_t total;
 };
 

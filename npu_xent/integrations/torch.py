@@ -60,7 +60,8 @@ def cross_entropy(
     if is_scripting():  # torch.jit.script compiles this branch alone
         return _torchs(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     else:
-        return _choose(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        loss: Tensor = _choose(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return loss
 
 
 def _choose(

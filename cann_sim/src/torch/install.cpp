@@ -107,8 +107,7 @@ void install_derivatives(torch::Library& library) {
   for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::AutogradPrivateUse1)) {
     auto op = dispatcher.findSchema(name);
     if (name.name.rfind("aten::", 0) == 0 && op && runs_on_cpu(*op)) {
-      library.impl(full_name(name).c_str(),
-                   calling(computed_kernel(*op, DispatchKey::AutogradCPU), false));
+      library.impl(full_name(name).c_str(), calling(computed_kernel(*op, DispatchKey::AutogradCPU), false));
     }
   }
   library.impl("_thnn_fused_lstm_cell", &lstm_cell);
@@ -117,9 +116,7 @@ void install_derivatives(torch::Library& library) {
 
 void install_kernels(torch::Library& library) {
   c10::Dispatcher& dispatcher = c10::Dispatcher::singleton();
-  auto torch_npu_kernel = [](const c10::OperatorHandle& op) {
-    return computed_kernel(op, DispatchKey::PrivateUse1);
-  };
+  auto torch_npu_kernel = [](const c10::OperatorHandle& op) { return computed_kernel(op, DispatchKey::PrivateUse1); };
   keep_copy(torch_npu_kernel(dispatcher.findSchemaOrThrow("aten::copy_", "")));
   for (const c10::OperatorName& name : dispatcher.getRegistrationsForDispatchKey(DispatchKey::PrivateUse1)) {
     auto op = dispatcher.findSchema(name);

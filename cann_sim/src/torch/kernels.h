@@ -29,7 +29,6 @@ auto computed_kernel(const Handle& op, c10::DispatchKey key) {
   }
 }
 
-using Kernel =
-    decltype(computed_kernel(std::declval<const c10::OperatorHandle&>(), std::declval<c10::DispatchKey>()));
+using Kernel = decltype(computed_kernel(std::declval<const c10::OperatorHandle&>(), std::declval<c10::DispatchKey>()));
 
 }  // namespace cann_sim_torch

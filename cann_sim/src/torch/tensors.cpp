@@ -120,8 +120,7 @@ SettledLater::~SettledLater() {
   settled_later = false;
 }
 
-void allocating_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys,
-                       Stack* stack) {
+void allocating_kernel(const Kernel& kernel, const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   // The allocator has no devices before the first allocation.
   static std::once_flag followed;
   auto* allocator = c10_npu::NPUCachingAllocator::get();
