@@ -71,7 +71,7 @@ train:
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
 test:
-	+@$(call set_up,$(VENV)/.test $(if $(filter-out cpu cpp cpp_sanitized,$(or $(SUITES),npu)),$(VENV)/.npu,$(VENV)/.build))
+	+@$(call set_up,$(VENV)/.test $(if $(filter-out cpu cpp cpp_sanitized,$(or $(SUITES),npu)),$(VENV)/.npu,$(VENV)/.build $(VENV)/.cann_sim))
 ifneq ($(TEST_ARGS),)
 	@echo "== Testing on the $(DEVICE): pytest $(TEST_ARGS)"
 	@$(PY) $(if $(filter npu,$(DEVICE)),-m cann_sim -m pytest --device npu,-m pytest) $(TEST_ARGS)

@@ -39,9 +39,13 @@ def _check_dense(function: str, argument: str, tensor: Tensor) -> None:
     raise TypeError(f"npu_xent.{function}: {argument} must be a dense tensor, but is {kind}; pass {remedy}")
 
 
+def _is_tracing() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
 def require_storage(argument: str, tensor: Tensor) -> None:
     """Raise RuntimeError for a freed or shrunk storage, as the operators do, where torch reads it before them."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not (torch.jit.is_tracing() or transformed())
+    plain = type(tensor) in (Tensor, torch.nn.Parameter) and not (_is_tracing() or transformed())
     if torch.compiler.is_compiling() or not plain or tensor.is_meta or tensor.numel() == 0:
         return
     last = tensor.storage_offset() + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

@@ -51,7 +51,7 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(checkout: Path) -> Make:
     """Starts make there, as from a terminal: not as a part of the make that runs the tests."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH"))}
 
     def start(*arguments: str) -> subprocess.Popen:
         return subprocess.Popen(
