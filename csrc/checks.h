@@ -47,10 +47,12 @@ inline void check_loss_dtype(at::ScalarType dtype) {
   TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ", dtype,
                    ".");
 }
-inline void check_loss_dtype(at::ScalarType dtype, at::ScalarType input) {
-  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == input,
-                   "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, ", input, ", but is ",
-                   dtype, ".");
+inline void check_loss_dtype(at::ScalarType dtype, const Tensor& input) {
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == input.scalar_type(),
+                   "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, ", input.scalar_type(),
+                   ", but is ", dtype, ".");
+  TORCH_CHECK_TYPE(dtype != at::kDouble || !input.is_privateuseone(), "npu_xent: loss_dtype must not be float64 on ",
+                   input.device(), ", which has no float64 arithmetic; use float32.");
 }
 
 // Checks that `columns` classes from class_start on lie within num_classes, and returns num_classes.

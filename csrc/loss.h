@@ -20,7 +20,7 @@ inline Options of_classes(Options o, c10::SymInt num_classes) {
   return o;
 }
 
-inline void check_loss_options(const OptionalTensor& weight, const Wanted& wanted, at::ScalarType input) {
+inline void check_loss_options(const OptionalTensor& weight, const Wanted& wanted, const Tensor& input) {
   check_loss_dtype(wanted.loss_dtype, input);
   TORCH_CHECK(!(weight && weight->requires_grad() && at::GradMode::is_enabled()),
               "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach().");
@@ -31,12 +31,12 @@ inline void check_loss(const Options& o, const Tensor& logits, const Tensor& tar
                        const Wanted& wanted) {
   check_rows(o, logits, target, weight);
   check_whole_rows(o, logits.sym_size(1), "cross_entropy");
-  check_loss_options(weight, wanted, logits.scalar_type());
+  check_loss_options(weight, wanted, logits);
 }
 inline void check_loss(const Options& o, const LinearRows& rows, const Wanted& wanted) {
   check_linear_rows(o, rows);
   check_whole_rows(o, rows.linear_weight.sym_size(0), "linear_cross_entropy");
-  check_loss_options(rows.weight, wanted, rows.input.scalar_type());
+  check_loss_options(rows.weight, wanted, rows.input);
 }
 
 // `dtype` is that of the logits.

@@ -91,8 +91,8 @@ def linear_cross_entropy(
         lse_square_scale: scale of the z-loss, finite and >= 0, which is added to the loss.
         logit_scale: finite. Replaces the logits by logit_scale * logits. A tensor raises: it would get no gradient.
         softcap: c in [1e-6, 1e6], or None. Replaces the logits by c * tanh(logits / c), after logit_scale.
-        loss_dtype: dtype of loss and z_loss: float32, float64 or the dtype of input. Default: float32 under autocast
-            (float64 for float64 input), otherwise the dtype of input.
+        loss_dtype: dtype of loss and z_loss: float32, float64 (not on an NPU) or the dtype of input. Default: float32
+            under autocast (float64 for float64 input), otherwise the dtype of input.
         chunk_rows: rows per chunk, at least 1. Larger chunks are faster up to some hundreds of rows, and need more
             memory. Default: 4 % of the memory of all logits in float32, clamped to [128, 512] rows ([256, 512] in 16
             bits); or the rows that fit in 32 MiB, if those are more.

@@ -130,10 +130,14 @@ def check_types(function: str, options: dict[str, Any]) -> None:
             raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}")
 
 
-def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.dtype) -> None:
+def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.Tensor) -> None:
     """Raise TypeError for a dtype that the loss cannot have, as the operators do."""
-    if loss_dtype not in (None, input, torch.float32, torch.float64):
-        raise TypeError(LOSS_DTYPE.format(input, loss_dtype))
+    if loss_dtype not in (None, input.dtype, torch.float32, torch.float64):
+        raise TypeError(LOSS_DTYPE.format(input.dtype, loss_dtype))
+    if loss_dtype == torch.float64 and input.device.type == "npu":
+        raise TypeError(
+            f"npu_xent: loss_dtype must not be float64 on {input.device}, which has no float64 arithmetic; use float32."
+        )
 
 
 def check_ranges(options: dict[str, Any]) -> None:

@@ -110,8 +110,9 @@ def cross_entropy(
         softcap: in [1e-6, 1e6], or None. Replaces input by softcap * tanh(input / softcap), after logit_scale, in the
             loss, lse and z-loss. The gradient is with respect to the uncapped input. An infinite logit becomes softcap
             or -softcap, so -inf masks nothing. (Gemma 2, https://arxiv.org/abs/2408.00118, sec. 2.)
-        loss_dtype: dtype of loss and z_loss: float32, float64 or the dtype of input. Default: float32 under autocast
-            (float64 for float64 input), otherwise the dtype of input. A float32 loss of 16-bit logits costs no copy.
+        loss_dtype: dtype of loss and z_loss: float32, float64 (not on an NPU) or the dtype of input. Default: float32
+            under autocast (float64 for float64 input), otherwise the dtype of input. A float32 loss of 16-bit
+            logits costs no copy.
         return_lse: also return logsumexp of every row, ignored rows included. It is differentiable. The gradient of the
             loss is computed in one sweep as without it; only if lse gets a gradient, the backward reads the logits
             once more. To log it, use lse.detach(), which does not keep the logits in memory; compiled code always
@@ -378,7 +379,7 @@ def _by_torch_operations(
             "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    check_loss_dtype(loss_dtype, input.dtype)
+    check_loss_dtype(loss_dtype, input)
     loss_dtype = loss_dtype or (dtype if autocast else input.dtype)
     class_dim = min(input.dim() - 1, 1)
     logits = input.to(dtype)

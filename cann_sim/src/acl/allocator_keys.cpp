@@ -14,9 +14,9 @@ namespace {
 
 // The settings of all devices, which libc10.so registers.
 const std::set<std::string>& common() {
-  static const std::set<std::string> names = {"max_split_size_mb",        "max_non_split_rounding_mb",
-                                              "garbage_collection_threshold", "roundup_power2_divisions",
-                                              "expandable_segments",      "pinned_use_background_threads"};
+  static const std::set<std::string> names = {
+      "max_split_size_mb",        "max_non_split_rounding_mb", "garbage_collection_threshold",
+      "roundup_power2_divisions", "expandable_segments",       "pinned_use_background_threads"};
   return names;
 }
 
