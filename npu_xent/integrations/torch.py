@@ -76,7 +76,7 @@ def _choose(
 ) -> Tensor:
     if has_torch_function_variadic(input, target, weight):
         # Not left to torch's function, which would pass on the function that it finds under its name: always this one.
-        return handle_torch_function(
+        loss: Tensor = handle_torch_function(
             cross_entropy if _passes_through(input, target, weight) else _torchs,
             (input, target, weight),
             input,
@@ -88,6 +88,7 @@ def _choose(
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
+        return loss
     serve = F.cross_entropy is cross_entropy and _serves(
         input, target, weight, ignore_index, reduction, label_smoothing
     )
