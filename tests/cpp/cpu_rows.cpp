@@ -359,7 +359,7 @@ void test_shards(const ChunkKernels<T>& kernels) {
     row_stats(kernels, shard, false, {lse.data(), low.data(), picked.data(), wsum.data()}, static_cast<T*>(nullptr),
               on_threads(1));
     std::vector<T> grad(rows * n_cols);
-    row_grad(kernels, shard, t.totals, {upstream.data(), nullptr, 0, 0}, all_lse.data(),
+    row_grad(kernels, shard, t.totals, {upstream.data(), nullptr, nullptr, 0, 0, 0}, all_lse.data(),
              static_cast<const acc*>(nullptr), grad.data(), n_cols, on_threads(1));
     for (int64_t n = 0; n < rows; ++n) {
       const bool kept = p.target[n] != kIgnore;
