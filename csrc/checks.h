@@ -29,10 +29,11 @@ struct Named {
 };
 
 // For kernels, which read memory by its address: a storage can be freed or shrunk (untyped_storage().resize_) behind a
-// tensor, to save memory.
+// tensor, to save memory. Tensors without memory, of the meta device or of a compiler, pass.
 inline void check_storages(std::initializer_list<Named> tensors) {
   for (const auto& [name, t] : tensors) {
-    if (t == nullptr || !t->defined() || !t->has_storage() || t->numel() == 0) {
+    if (t == nullptr || !t->defined() || t->is_meta() || !t->has_storage() ||
+        t->unsafeGetTensorImpl()->has_symbolic_sizes_strides() || t->numel() == 0) {
       continue;
     }
     const size_t needed =

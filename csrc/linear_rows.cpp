@@ -52,13 +52,11 @@ class LinearSweep {
  public:
   // With `read_ignored`, chunks include ignored rows.
   LinearSweep(const Options& o, const LinearRows& rows, bool read_ignored) : rows_(rows) {
-    if (!rows.input.is_meta()) {
-      check_storages({{"input", rows.input},
-                      {"linear_weight", rows.linear_weight},
-                      {"linear_bias", rows.linear_bias},
-                      {"target", rows.target},
-                      {"weight", rows.weight}});
-    }
+    check_storages({{"input", rows.input},
+                    {"linear_weight", rows.linear_weight},
+                    {"linear_bias", rows.linear_bias},
+                    {"target", rows.target},
+                    {"weight", rows.weight}});
     const auto row = row_options(o, n_classes());
     ignore_index_ = row.ignore_index;
     if (rows.weight) {  // once, not in each chunk

@@ -219,3 +219,18 @@ def test_autocast_casts_the_class_weight(dtype: torch.dtype, weight_dtype: torch
     if weight_dtype not in (torch.float32, dtype):
         with pytest.raises(TypeError, match="weight must be float32 or of the logits' dtype"):
             npu_xent.cross_entropy(logits, target, weight)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_autocast_casts_the_class_weight_in_compiled_code(dynamic: bool, device: torch.device) -> None:
+    """With dynamic shapes the weight has no size yet when it is cast."""
+
+    def loss(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return npu_xent.cross_entropy(x, y, w)
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    for classes in (13, 17):
+        logits, target = make_logits(6, classes, torch.float32, device), make_target(6, classes, device)
+        weight = torch.rand(classes, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+        torch.testing.assert_close(compiled(logits, target, weight), loss(logits, target, weight))

@@ -39,9 +39,7 @@ inline OptionalTensor autocast_weight(const OptionalTensor& weight, at::ScalarTy
   if (!weight || !at::isFloatingType(weight->scalar_type()) || weight->scalar_type() == logits) {
     return weight;
   }
-  if (!weight->is_meta()) {
-    check_storages({{"weight", weight}});
-  }
+  check_storages({{"weight", weight}});
   return weight->to(stats_dtype(logits));
 }
 
