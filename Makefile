@@ -38,7 +38,7 @@ TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH)
 stamp = .torch-$(subst =,_,$(subst /,_,$(1)))
 TORCH_STAMP := $(VENV)/$(call stamp,$(TORCH))
 DEVICE := cpu
-# What wheels are for.
+# This machine's processor, and the one that wheels are built for.
 MACHINE := $(shell uname -m)
 ARCH := $(MACHINE)
 
@@ -103,7 +103,8 @@ test-cpp-sanitized:
 	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
 
 # The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
-# under qemu, so that they need not know. The torch is 2.10.0 by default: that of 2.13.0 for Arm wants CUDA.
+# under qemu, so they need no code for cross-compiling. The default is torch 2.10.0: the wheel of 2.13.0 for Arm requires
+# CUDA.
 ARM := build/aarch64
 ARM_ROOT := $(abspath $(ARM))/root
 ARM_SITE := $(ARM_ROOT)/usr/lib/python3/dist-packages

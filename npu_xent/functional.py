@@ -409,12 +409,12 @@ def _by_torch_operations(
         loss, total = -_product(share, log_prob).sum(class_dim), kept.sum()
     else:
         total = weights[target.masked_fill(kept.logical_not(), 0)].masked_fill(kept.logical_not(), 0.0).sum()
-        loss = torch.zeros_like(kept, dtype=dtype)
+        loss, weighted = torch.zeros_like(kept, dtype=dtype), _product(by_class, log_prob)
         if label_smoothing != 1.0:
-            nll = nll_loss(_product(by_class, log_prob), target, ignore_index=ignore_index, reduction="none")
+            nll = nll_loss(weighted, target, ignore_index=ignore_index, reduction="none")
             loss = loss + (1 - label_smoothing) * nll
         if label_smoothing != 0.0:
-            smoothed = _product(by_class, log_prob).sum(class_dim).masked_fill(kept.logical_not(), 0.0)
+            smoothed = weighted.sum(class_dim).masked_fill(kept.logical_not(), 0.0)
             loss = loss - label_smoothing / classes * smoothed
     if reduction != "none":
         loss = loss.sum() / total * (total / total) if reduction == "mean" else loss.sum()  # NaN for a total of 0

@@ -38,7 +38,7 @@ SUITE = re.compile(r"^(cpu|npu): (.*)$", re.MULTILINE)  # the lines that tests/r
 
 @dataclass
 class Result:
-    """What came of one release; its fields are the columns of the table."""
+    """The results with one release; the fields are the columns of the table."""
 
     torch: str
     torch_npu: str = "none"

@@ -71,6 +71,7 @@ def _usage(what: str) -> int:
 
 
 def _import_torch_npu() -> None:
+    """Imports torch_npu, also beside a CUDA build of torch."""
     ctypes.CDLL(None).cann_sim_acl_remove_keys_of_cuda()
     importlib.import_module("torch_npu")
 
