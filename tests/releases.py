@@ -7,7 +7,7 @@ import torch
 TORCH = tuple(int(number) for number in torch.__version__.partition("+")[0].split(".")[:2])
 
 # Matrix products of bfloat16 copy their operands on the CPU.
-COPIES_BFLOAT16_OPERANDS = TORCH < (2, 11)
+COPIES_BFLOAT16_OPERANDS = TORCH < (2, 12)
 
 
 def cpu_capability() -> str:
