@@ -8,6 +8,7 @@
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <limits>
 
@@ -122,20 +123,23 @@ inline void check_target_range(const RowOptions& o, const Tensor& target) {
   }
 }
 
-// Arguments common to all sweeps.
-inline void check_rows(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
-  check_options(o);
+inline void check_logits(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
                     " dimensions: ", logits.sym_sizes(), ".");
   const auto dtype = logits.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", dtype, ".");
   check_npu_dtype(logits, "logits");
-  const auto columns = logits.sym_size(1);
-  CHECK_SYM_VALUE(columns.sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
+  CHECK_SYM_VALUE(logits.sym_size(1).sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
-  check_target_and_weight(target, weight, check_shard(o, columns), logits.device());
-  check_weight_dtype(weight, dtype);
+}
+
+// Arguments common to all sweeps.
+inline void check_rows(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
+  check_options(o);
+  check_logits(logits);
+  check_target_and_weight(target, weight, check_shard(o, logits.sym_size(1)), logits.device());
+  check_weight_dtype(weight, logits.scalar_type());
   CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)),
                   "npu_xent: target must have one value for each of the ", logits.sym_size(0),
                   " rows of the logits, but has ", target.sym_size(0), ".");
@@ -175,28 +179,79 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
                   " must have one value for each loss, but has ", grad->sym_numel(), ".");
 }
 
-// The statistics and upstream gradients that the gradient of n rows of logits of this dtype is computed from.
-inline void check_for_gradient(const Options& o, const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                               const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                               const OptionalTensor& grad_lse, const c10::SymInt& n, at::ScalarType logits,
-                               c10::Device device) {
-  check_stats(lse, "lse", n, stats_dtype(logits), device);
-  if (lse_low) {
-    check_stats(*lse_low, "lse_low", n, lse.scalar_type(), device);
+// Temperatures of n rows. Their values are checked where they can be read (check_temperatures).
+inline void check_row_temperature(const OptionalTensor& temperature, const c10::SymInt& n, at::ScalarType logits,
+                                  c10::Device device) {
+  if (!temperature) {
+    return;
   }
-  check_totals(totals, device);
-  check_upstream(grad_loss, "grad_loss", o.reduction, n, device);
-  check_upstream(grad_z_loss, "grad_z_loss", o.reduction, n, device);
-  check_upstream(grad_lse, "grad_lse", Reduction::none, n, device);
+  TORCH_CHECK(!(temperature->requires_grad() && at::GradMode::is_enabled()),
+              "npu_xent: temperature requires a gradient, which is not computed; pass temperature.detach().");
+  TORCH_CHECK_VALUE(temperature->dim() == 1 && temperature->device() == device,
+                    "npu_xent: temperature must be a number, or have the shape of target and be on ", device,
+                    ", but has ", temperature->dim(), " dimensions and is on ", temperature->device(), ".");
+  TORCH_CHECK_TYPE(temperature->scalar_type() == at::kFloat || temperature->scalar_type() == stats_dtype(logits),
+                   "npu_xent: temperature must be a number or float32, but is ", temperature->scalar_type(),
+                   "; pass temperature.float().");
+  CHECK_SYM_VALUE(temperature->sym_size(0).sym_eq(n), "npu_xent: temperature must have one value for each of the ", n,
+                  " rows, but has ", temperature->sym_size(0), ".");
+}
+
+// The values of float32 or float64 temperatures, [N], but for ignored rows. Only on the CPU can they be read.
+inline void check_temperatures(const Tensor& given, const Tensor& target, int64_t ignore_index) {
+  if (!given.is_cpu()) {
+    return;
+  }
+  check_storages({{"temperature", given}});
+  const auto temperature = given.contiguous(), targets = target.contiguous();
+  const auto* y = targets.const_data_ptr<int64_t>();
+  const auto check = [&](const auto* values) {
+    for (int64_t n = 0; n < temperature.numel(); ++n) {
+      TORCH_CHECK_VALUE((values[n] > 0 && std::isfinite(values[n])) || y[n] == ignore_index, "npu_xent: temperature[",
+                        n, "] is ", values[n], ", but must be positive and finite.");
+    }
+  };
+  temperature.scalar_type() == at::kFloat ? check(temperature.const_data_ptr<float>())
+                                          : check(temperature.const_data_ptr<double>());
+}
+
+// The operands of the gradient of n rows of logits of this dtype.
+inline void check_for_gradient(const Options& o, const ForGrad& x, const c10::SymInt& n, at::ScalarType logits,
+                               c10::Device device) {
+  check_stats(x.lse, "lse", n, stats_dtype(logits), device);
+  const auto check_optional = [&](const OptionalTensor& stats, const char* name) {
+    if (stats) {
+      check_stats(*stats, name, n, x.lse.scalar_type(), device);
+    }
+  };
+  check_optional(x.lse_low, "lse_low");
+  check_optional(x.entropy, "entropy");
+  TORCH_CHECK_VALUE(
+      x.totals || (o.reduction == Reduction::none && o.label_smoothing == 0),
+      "npu_xent: totals may be left out only for reduction \"none\" without label_smoothing; pass those of "
+      "reduce_rows.");
+  TORCH_CHECK_VALUE(x.entropy || !x.grad_entropy,
+                    "npu_xent: grad_entropy needs entropy; pass that of row_stats with need_entropy.");
+  if (x.totals) {
+    check_totals(*x.totals, device);
+  }
+  check_upstream(x.grad_loss, "grad_loss", o.reduction, n, device);
+  check_upstream(x.grad_z_loss, "grad_z_loss", o.reduction, n, device);
+  check_upstream(x.grad_lse, "grad_lse", Reduction::none, n, device);
+  check_upstream(x.grad_entropy, "grad_entropy", Reduction::none, n, device);
+  check_row_temperature(x.row_temperature, n, logits, device);
+}
+
+inline void check_row_stats(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                            const OptionalTensor& row_temperature) {
+  check_rows(o, logits, target, weight);
+  check_row_temperature(row_temperature, logits.sym_size(0), logits.scalar_type(), logits.device());
 }
 
 inline void check_row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                           const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           const OptionalTensor& grad_lse) {
+                           const ForGrad& operands) {
   check_rows(o, logits, target, weight);
-  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse, logits.sym_size(0),
-                     logits.scalar_type(), logits.device());
+  check_for_gradient(o, operands, logits.sym_size(0), logits.scalar_type(), logits.device());
 }
 
 inline void check_row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
@@ -250,12 +305,14 @@ inline void check_linear_rows(const Options& o, const LinearRows& rows) {
                   input.sym_size(0), " rows of input, but has ", target.sym_size(0), ".");
 }
 
-inline void check_linear_row_grad(const Options& o, const LinearRows& rows, const Tensor& lse,
-                                  const OptionalTensor& lse_low, const Tensor& totals, const OptionalTensor& grad_loss,
-                                  const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
+inline void check_linear_row_stats(const Options& o, const LinearRows& rows, const OptionalTensor& row_temperature) {
   check_linear_rows(o, rows);
-  check_for_gradient(o, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse, rows.input.sym_size(0),
-                     rows.input.scalar_type(), rows.input.device());
+  check_row_temperature(row_temperature, rows.input.sym_size(0), rows.input.scalar_type(), rows.input.device());
+}
+
+inline void check_linear_row_grad(const Options& o, const LinearRows& rows, const ForGrad& operands) {
+  check_linear_rows(o, rows);
+  check_for_gradient(o, operands, rows.input.sym_size(0), rows.input.scalar_type(), rows.input.device());
 }
 
 inline void check_linear_row_stats_grad(const Options& o, const LinearRows& rows, const Tensor& totals) {
@@ -298,9 +355,10 @@ inline void check_reduce_rows(const Options& o, const Tensor& target, const Opti
   if (!lse) {
     return;
   }
-  TORCH_CHECK_VALUE(picked && totals && (wsum || !o.need_wsum()),
-                    "npu_xent: reduce_rows with lse also needs picked and totals, and wsum when label_smoothing is not "
-                    "0.");
+  TORCH_CHECK_VALUE(
+      picked && (totals || o.reduction != Reduction::mean) && (wsum || !o.need_wsum()),
+      "npu_xent: reduce_rows with lse also needs picked, totals for a mean, and wsum when label_smoothing "
+      "is not 0.");
   const auto dtype = lse->scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "npu_xent: lse must be float32 or float64, but is ",
                    dtype, ".");
@@ -314,7 +372,9 @@ inline void check_reduce_rows(const Options& o, const Tensor& target, const Opti
   if (o.need_wsum()) {
     check_stats(*wsum, "wsum", n, dtype, target.device());
   }
-  check_totals(*totals, target.device());
+  if (totals) {
+    check_totals(*totals, target.device());
+  }
 }
 
 }  // namespace npu_xent

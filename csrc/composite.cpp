@@ -1,10 +1,12 @@
 // The primitives composed of aten operations, for devices without kernels. Same formulas (row_math.h), same results up
 // to rounding. Nothing synchronizes with the device, so an out-of-range target cannot raise: its row becomes NaN.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -37,11 +39,39 @@ struct Targets {
   }
 };
 
-// The argument of the softmax: scaled and softcapped logits in the statistics dtype.
-Tensor mapped(const Options& o, const Tensor& logits) {
-  const auto x = logits.to(stats_dtype(logits.scalar_type()));
-  const auto scaled = o.logit_scale == 1 ? x : x * o.logit_scale;
-  return o.softcap ? (scaled / *o.softcap).tanh() * *o.softcap : scaled;
+// The argument of the softmax, in the statistics dtype, and what its gradient is multiplied by.
+struct Mapped {
+  Tensor z;                        // scaled and softcapped logits, divided by the temperature
+  Tensor slope;                    // the derivative of the softcap; undefined if it is 1
+  OptionalTensor row_temperature;  // [N, 1]
+
+  Mapped(const RowOptions& row, const Tensor& logits, const OptionalTensor& temperature) {
+    const auto dtype = stats_dtype(logits.scalar_type());
+    z = logits.to(dtype);
+    if (row.logit_scale != 1) {
+      z = z * row.logit_scale;
+    }
+    if (row.softcap != 0) {
+      const auto ratio = (z / row.softcap).tanh();
+      z = ratio * row.softcap;
+      slope = (1 - ratio) * (1 + ratio);
+    }
+    if (temperature) {
+      const auto rows = temperature->to(dtype).unsqueeze(1);
+      const auto usable = rows.gt(0).logical_and(rows.isfinite());
+      row_temperature = rows.masked_fill(usable.logical_not(), kNaN);
+      z = z / *row_temperature;
+    }
+  }
+};
+
+// Whether each target is the first of the largest scaled logits.
+Tensor first_of_largest(const RowOptions& row, const Tensor& logits, const Targets& targets) {
+  const auto x = row.logit_scale < 0 ? logits.neg() : row.logit_scale > 0 ? logits : at::zeros_like(logits);
+  const auto value = x.gather(1, targets.column.unsqueeze(1));
+  const auto columns = at::arange(logits.size(1), targets.column.options());
+  const auto beats = x.gt(value).logical_or(x.eq(value).logical_and(columns.lt(targets.column.unsqueeze(1))));
+  return targets.in_shard.logical_and(beats.any(1).logical_not());
 }
 
 // The weight of each row's target.
@@ -62,14 +92,14 @@ GradOf<over_logits> placed(const Tensor& logits, const Tensor& grad) {
 }
 
 RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                             bool need_wsum, bool need_log_prob, bool read_ignored) {
-  check_rows(o, logits, target, weight);
+                             const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted) {
+  check_row_stats(o, logits, target, weight, row_temperature);
   const int64_t n_cols = logits.size(1);
   const auto row = row_options(o, n_cols);
   const Targets targets(row, target, n_cols);
-  const auto x = mapped(o, logits);
-  const auto unread =
-      target.eq(row.ignore_index).logical_and(at::full({}, !(read_ignored || need_log_prob), targets.kept.options()));
+  const auto x = Mapped(row, logits, row_temperature).z;
+  const auto unread = target.eq(row.ignore_index)
+                          .logical_and(at::full({}, !(wanted.read_ignored || need_log_prob), targets.kept.options()));
   const auto true_lse = x.logsumexp(1);
   const auto lse = true_lse.masked_fill(unread, 0);
   // Without the rounding of lse, sum exp(x - lse) would be 1.
@@ -80,7 +110,7 @@ RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tenso
                           .masked_fill(targets.in_shard.logical_not(), 0)
                           .masked_fill(targets.bad, kNaN);
   auto wsum = not_wanted(x.options());
-  if (need_wsum) {
+  if (wanted.wsum) {
     const auto from_lse = x - true_lse.unsqueeze(1) - low.unsqueeze(1);
     if (weight) {
       const auto w = weight->to(x.scalar_type()).narrow(0, row.class_start, n_cols);
@@ -95,15 +125,24 @@ RowStats row_stats_composite(const Options& o, const Tensor& logits, const Tenso
                    .to(logits.scalar_type())
                    .contiguous();
   }
-  return {lse, low.masked_fill(unread, 0), picked, wsum, log_prob};
+  auto entropy = not_wanted(x.options());
+  if (wanted.entropy) {
+    const auto y = x - true_lse.unsqueeze(1) - low.unsqueeze(1), p = y.exp();
+    entropy = (p * y).masked_fill(p.eq(0), 0).sum(1).neg().masked_fill(undefined, kNaN).masked_fill(unread, 0);
+  }
+  auto top1 = not_wanted(target.options().dtype(at::kBool));
+  if (wanted.top1) {
+    top1 = first_of_largest(row, logits, targets).logical_and(undefined.logical_not());
+  }
+  return {lse, low.masked_fill(unread, 0), picked, wsum, log_prob, entropy, top1};
 }
 
 template <bool over_logits>
 GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, const Tensor& target,
-                                       const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
-                                       const Tensor& totals, const OptionalTensor& grad_loss,
-                                       const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+                                       const OptionalTensor& weight, const ForGrad& operands) {
+  check_row_grad(o, logits, target, weight, operands);
+  const auto& [lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse, row_temperature, entropy, grad_entropy] =
+      operands;
   if (over_logits) {
     check_dense(logits);
   }
@@ -111,27 +150,27 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
   const auto row = row_options(o, n_cols);
   const Targets targets(row, target, n_cols);
   const auto dtype = lse.scalar_type();
-  const auto denominators = totals.to(dtype);
+  const auto denominator = [&, &all = totals](int64_t i) { return all->to(dtype).select(0, i); };
   const bool mean = o.reduction == Reduction::mean;
-  const auto upstream = [&](const OptionalTensor& g) {
-    return g ? g->to(dtype).reshape(-1) : at::full({1}, 0.0, lse.options());
-  };
+  const auto no_gradient = at::full({1}, 0.0, lse.options());
+  const auto upstream = [&](const OptionalTensor& g) { return g ? g->to(dtype).reshape(-1) : no_gradient; };
   const auto from_loss = upstream(grad_loss);
   const auto named = target.eq(row.ignore_index);
-  const auto of_kept = [&](const Tensor& x) { return grad_lse ? x.masked_fill(named, 0) : x; };
+  const bool of_lse = grad_lse.has_value();
+  const auto of_kept = [&](const Tensor& x) { return of_lse ? x.masked_fill(named, 0) : x; };
   // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
-  const auto g = of_kept(mean && grad_loss ? from_loss / denominators.select(0, kKeptWeight) : from_loss);
+  const auto g = of_kept(mean && grad_loss ? from_loss / denominator(kKeptWeight) : from_loss);
 
   // a, b and s of row_math.h, [N] or [1].
   const double per_class = o.label_smoothing / static_cast<double>(row.num_classes);
   const auto b = g * (1 - o.label_smoothing) * target_weight(weight, targets, dtype);
   auto a = b;
   if (o.label_smoothing != 0) {
-    a = a + g * per_class * denominators.select(0, kClassWeight);
+    a = a + g * per_class * denominator(kClassWeight);
   }
   if (o.lse_square_scale != 0) {
     auto z = from_loss + upstream(grad_z_loss);
-    z = mean ? z / denominators.select(0, kKeptRows) : z;
+    z = mean ? z / denominator(kKeptRows) : z;
     a = a + of_kept(z * (2 * o.lse_square_scale) * lse);
   }
   auto without_gradient = named;
@@ -140,9 +179,17 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
     a = a + from_lse;
     without_gradient = named.logical_and(from_lse.eq(0));
   }
-  const auto x = mapped(o, logits);
-  const auto low = lse_low ? *lse_low : at::full({}, 0.0, lse.options());
-  auto grad = (x - lse.unsqueeze(1)).exp() * (a * low.neg().exp()).unsqueeze(1);
+  const Mapped mapped(row, logits, row_temperature);
+  const auto& x = mapped.z;
+  const auto low = lse_low ? *lse_low : no_gradient;  // zeros
+  const auto y = x - lse.unsqueeze(1);
+  auto grad = y.exp() * (a * low.neg().exp()).unsqueeze(1);
+  auto h = no_gradient;
+  if (grad_entropy) {
+    h = upstream(grad_entropy).masked_fill(named, 0);
+    const auto from_mean = y - low.unsqueeze(1) + entropy->unsqueeze(1), p = (y - low.unsqueeze(1)).exp();
+    grad = grad - (h.unsqueeze(1) * p * from_mean).masked_fill(p.eq(0), 0);  // z may be -inf
+  }
   const auto s = g * per_class;
   if (o.label_smoothing != 0) {
     const auto share = s.unsqueeze(1);
@@ -151,14 +198,20 @@ GradOf<over_logits> row_grad_composite(const Options& o, const Tensor& logits, c
   // The target's column, avoiding the cancellation of a p - b for confident predictions.
   const auto column = targets.column.unsqueeze(1);
   const auto from_lse = x.gather(1, column).squeeze(1) - lse - low;
-  const auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
+  auto at_target = a * from_lse.expm1() + (a - b) - s * target_weight(weight, targets, dtype);
+  if (grad_entropy) {
+    const auto p = from_lse.exp();
+    at_target = at_target - (h * p * (from_lse + *entropy)).masked_fill(p.eq(0), 0);
+  }
   grad =
       grad.scatter(1, column, at::where(targets.in_shard, at_target, grad.gather(1, column).squeeze(1)).unsqueeze(1));
-  if (o.softcap) {
-    const auto ratio = x / *o.softcap;
-    grad = grad * ((1 - ratio) * (1 + ratio));
+  if (mapped.slope.defined()) {
+    grad = grad * mapped.slope;
   }
   grad = grad * row.grad_scale;
+  if (mapped.row_temperature) {
+    grad = grad / *mapped.row_temperature;
+  }
   const auto undefined = targets.bad.logical_or(lse.isfinite().logical_not());
   return placed<over_logits>(logits, grad.masked_fill(undefined.unsqueeze(1), kNaN)
                                          .masked_fill(without_gradient.unsqueeze(1), 0)
@@ -174,15 +227,21 @@ StatsGradOf<over_logits> row_stats_grad_composite(const Options& o, const Tensor
   if (over_logits) {
     check_dense(logits);
   }
-  auto [lse, lse_low, picked, wsum, _] =
-      row_stats(o, logits, target, weight, o.need_wsum(), /*need_log_prob=*/false, read_ignored);
-  const auto upstream = at::ones({}, lse.options());
+  StatsWanted wanted;
+  wanted.wsum = o.need_wsum();
+  wanted.read_ignored = read_ignored;
+  auto [lse, lse_low, picked, wsum, log_prob, entropy, top1] =
+      row_stats(o, logits, target, weight, std::nullopt, /*need_log_prob=*/false, wanted);
+  ForGrad operands;
+  operands.lse = lse;
+  operands.lse_low = lse_low;
+  operands.totals = totals;
+  operands.grad_loss = at::ones({}, lse.options());
   if constexpr (over_logits) {
-    row_grad<true>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt, std::nullopt);
+    row_grad<true>(o, logits, target, weight, operands);
     return {lse, lse_low, picked, wsum};
   } else {
-    auto grad = row_grad<false>(o, logits, target, weight, lse, lse_low, totals, upstream, std::nullopt, std::nullopt);
-    return {lse, lse_low, picked, wsum, grad};
+    return {lse, lse_low, picked, wsum, row_grad<false>(o, logits, target, weight, operands)};
   }
 }
 
@@ -200,7 +259,7 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
     return {not_wanted(out), not_wanted(out),
             at::stack({kept_weight.sum(), targets.kept.sum().to(dtype), class_weight})};
   }
-  const auto denominators = totals->to(dtype);
+  const auto denominator = [&](int64_t i) { return totals->to(dtype).select(0, i); };
   const auto nll = lse_low ? *lse - *picked + *lse_low : *lse - *picked;
   const auto share = (1 - o.label_smoothing) * kept_weight;
   auto loss = (share * nll).masked_fill(share.eq(0), 0);
@@ -219,9 +278,9 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
     z_loss = z_loss.sum();
   }
   if (o.reduction == Reduction::mean) {
-    const auto total = denominators.select(0, kKeptWeight);
+    const auto total = denominator(kKeptWeight);
     loss = (loss / total).masked_fill(total.eq(0), kNaN);  // with smoothing the numerator may not be 0
-    z_loss = z_loss / denominators.select(0, kKeptRows);
+    z_loss = z_loss / denominator(kKeptRows);
   }
   const auto no_totals = not_wanted(target.options().dtype(dtype));
   if (o.lse_square_scale == 0) {

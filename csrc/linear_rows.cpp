@@ -111,9 +111,10 @@ class LinearSweep {
     }
   }
 
+  at::ScalarType stats() const { return stats_dtype(rows_.input.scalar_type()); }
   // [N], or [0] if not wanted; zeros for rows in no chunk.
-  Tensor new_values(bool wanted = true) const {
-    const auto options = rows_.input.options().dtype(stats_dtype(rows_.input.scalar_type()));
+  Tensor new_values(at::ScalarType dtype, bool wanted) const {
+    const auto options = rows_.input.options().dtype(dtype);
     return has_gaps() ? at::zeros({wanted ? n_rows() : 0}, options) : at::empty({wanted ? n_rows() : 0}, options);
   }
 
@@ -125,31 +126,31 @@ class LinearSweep {
 };
 
 // One value per row, for all rows.
-struct LinearStats {
-  Tensor lse, lse_low, picked, wsum;
+class AllRows {
+ public:
+  explicit AllRows(const LinearSweep& sweep) : sweep_(sweep) {}
 
-  LinearStats(const LinearSweep& sweep, bool need_wsum)
-      : lse(sweep.new_values()),
-        lse_low(sweep.new_values()),
-        picked(sweep.new_values()),
-        wsum(sweep.new_values(need_wsum)) {}
-
-  void put(const Chunk& chunk, const Tensor& chunk_lse, const Tensor& chunk_low, const Tensor& chunk_picked,
-           const Tensor& chunk_wsum) {
-    if (chunk.size == lse.size(0)) {  // it has all rows
-      lse = chunk_lse;
-      lse_low = chunk_low;
-      picked = chunk_picked;
-      wsum = chunk_wsum;
+  // The i-th kind of value, for the rows of one chunk; empty if not wanted.
+  void put(size_t i, const Chunk& chunk, const Tensor& values) {
+    if (chunk.size == sweep_.n_rows()) {  // it has all rows
+      values_[i] = values;
       return;
     }
-    chunk.put(lse, chunk_lse);
-    chunk.put(lse_low, chunk_low);
-    chunk.put(picked, chunk_picked);
-    if (wsum.numel() != 0) {
-      chunk.put(wsum, chunk_wsum);
+    if (!values_[i].defined()) {
+      values_[i] = sweep_.new_values(values.scalar_type(), values.numel() != 0);
+    }
+    if (values.numel() != 0) {
+      chunk.put(values_[i], values);
     }
   }
+  // Zeros if there was no chunk.
+  Tensor value(size_t i, bool wanted = true, std::optional<at::ScalarType> dtype = std::nullopt) {
+    return values_[i].defined() ? values_[i] : sweep_.new_values(dtype.value_or(sweep_.stats()), wanted);
+  }
+
+ private:
+  const LinearSweep& sweep_;
+  std::array<Tensor, 6> values_;
 };
 
 // sum += part, in blocks of rows because torch first copies a 16-bit part to fp32.
@@ -250,39 +251,63 @@ std::tuple<Tensor, Tensor, Tensor> LinearGrads::results() {
   return {input_, linear_weight_, linear_bias_sum_.to(sweep_.rows().input.scalar_type())};
 }
 
-StatsOutputs linear_row_stats_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                        const OptionalTensor& linear_bias, const Tensor& target,
-                                        const OptionalTensor& weight, std::optional<int64_t> chunk_rows, bool need_wsum,
-                                        bool read_ignored) {
+LinearStats linear_row_stats_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                       const OptionalTensor& linear_bias, const Tensor& target,
+                                       const OptionalTensor& weight, const OptionalTensor& row_temperature,
+                                       std::optional<int64_t> chunk_rows, const StatsWanted& wanted) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
-  check_linear_rows(o, rows);
-  const LinearSweep sweep(o, rows, read_ignored);
-  LinearStats stats(sweep, need_wsum);
+  check_linear_row_stats(o, rows, row_temperature);
+  const LinearSweep sweep(o, rows, wanted.read_ignored);
+  if (row_temperature) {  // here, where messages can name the row
+    check_temperatures(*row_temperature, sweep.rows().target, sweep.ignore_index());
+  }
+  AllRows all(sweep);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
-    const auto [lse, lse_low, picked, wsum, _] =
-        row_stats(o, logits, chunk.target, sweep.rows().weight, need_wsum, /*need_log_prob=*/false, read_ignored);
-    stats.put(chunk, lse, lse_low, picked, wsum);
+    const auto [lse, lse_low, picked, wsum, _, entropy, top1] = row_stats(
+        o, logits, chunk.target, sweep.rows().weight, chunk.of(row_temperature), /*need_log_prob=*/false, wanted);
+    size_t i = 0;
+    for (const auto& values : {lse, lse_low, picked, wsum, entropy, top1}) {
+      all.put(i++, chunk, values);
+    }
   });
-  return {stats.lse, stats.lse_low, stats.picked, stats.wsum};
+  return {all.value(0),
+          all.value(1),
+          all.value(2),
+          all.value(3, wanted.wsum),
+          all.value(4, wanted.entropy),
+          all.value(5, wanted.top1, at::kBool)};
 }
 
 LinearGrad linear_row_grad_composite(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                      const OptionalTensor& linear_bias, const Tensor& target,
-                                     const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
-                                     const Tensor& totals, const OptionalTensor& grad_loss,
-                                     const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse,
+                                     const OptionalTensor& weight, const ForGrad& operands,
                                      std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
-  check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
-  const LinearSweep sweep(o, rows, /*read_ignored=*/grad_lse.has_value());
+  check_linear_row_grad(o, rows, operands);
+  check_storages({{"temperature", operands.row_temperature},
+                  {"the gradient of the loss", operands.grad_loss},
+                  {"the gradient of lse", operands.grad_lse},
+                  {"the gradient of the entropy", operands.grad_entropy}});
+  const LinearSweep sweep(o, rows, /*read_ignored=*/operands.grad_lse.has_value());
   LinearGrads grads(sweep, output_mask);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
-    const auto upstream = [&](const OptionalTensor& grad) {
-      return grad && o.reduction == Reduction::none ? chunk.of(OptionalTensor(grad->reshape(-1))) : grad;
+    const auto by_row = [&](const OptionalTensor& grad) {
+      return grad ? chunk.of(OptionalTensor(grad->reshape(-1))) : grad;
     };
-    row_grad<true>(o, logits, chunk.target, sweep.rows().weight, chunk.of(lse), chunk.of(lse_low), totals,
-                   upstream(grad_loss), upstream(grad_z_loss), chunk.of(grad_lse));
-    grads.add(chunk, logits, chunk.of(grad_lse));
+    const auto upstream = [&](const OptionalTensor& grad) {
+      return o.reduction == Reduction::none ? by_row(grad) : grad;
+    };
+    ForGrad of_chunk{chunk.of(operands.lse),
+                     chunk.of(operands.lse_low),
+                     operands.totals,
+                     upstream(operands.grad_loss),
+                     upstream(operands.grad_z_loss),
+                     by_row(operands.grad_lse),
+                     chunk.of(operands.row_temperature),
+                     chunk.of(operands.entropy),
+                     by_row(operands.grad_entropy)};
+    row_grad<true>(o, logits, chunk.target, sweep.rows().weight, of_chunk);
+    grads.add(chunk, logits, of_chunk.grad_lse);
   });
   return grads.results();
 }
@@ -295,15 +320,19 @@ LinearStatsGrad linear_row_stats_grad_composite(const Options& o, const Tensor& 
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
   check_linear_row_stats_grad(o, rows, totals);
   const LinearSweep sweep(o, rows, read_ignored);
-  LinearStats stats(sweep, o.need_wsum());
+  AllRows all(sweep);
   LinearGrads grads(sweep, output_mask);
   sweep.for_each_chunk([&](const Chunk& chunk, const Tensor& logits) {
     const auto [lse, lse_low, picked, wsum] =
         row_stats_grad<true>(o, logits, chunk.target, sweep.rows().weight, totals, read_ignored);
-    stats.put(chunk, lse, lse_low, picked, wsum);
+    size_t i = 0;
+    for (const auto& values : {lse, lse_low, picked, wsum}) {
+      all.put(i++, chunk, values);
+    }
     grads.add(chunk, logits);
   });
-  return std::tuple_cat(std::tuple{stats.lse, stats.lse_low, stats.picked, stats.wsum}, grads.results());
+  return std::tuple_cat(std::tuple{all.value(0), all.value(1), all.value(2), all.value(3, o.need_wsum())},
+                        grads.results());
 }
 
 }  // namespace

@@ -49,7 +49,8 @@ inline Tensor totals_of(const Options& o, const Tensor& target, const OptionalTe
 // (loss, z_loss) out of statistics.
 inline std::pair<Tensor, Tensor> loss_of(const Options& o, const Tensor& target, const OptionalTensor& weight,
                                          const Tensor& lse, const Tensor& lse_low, const Tensor& picked,
-                                         const Tensor& wsum, const Tensor& totals, at::ScalarType loss_dtype) {
+                                         const OptionalTensor& wsum, const OptionalTensor& totals,
+                                         at::ScalarType loss_dtype) {
   auto [loss, z_loss, _] = reduce_rows(o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
   return {loss, z_loss};
 }
@@ -63,8 +64,11 @@ inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits
                                     const OptionalTensor& weight, const Wanted& wanted) {
   const auto o = of_classes(options, logits.sym_size(1));
   auto totals = totals_of(o, target, weight, logits.scalar_type());
-  auto [lse, lse_low, picked, wsum, log_prob] = row_stats(o, logits, target, weight, o.need_wsum(), wanted.log_prob,
-                                                          /*read_ignored=*/wanted.lse || wanted.log_prob);
+  StatsWanted stats;
+  stats.wsum = o.need_wsum();
+  stats.read_ignored = wanted.lse || wanted.log_prob;
+  auto [lse, lse_low, picked, wsum, log_prob, entropy, top1] =
+      row_stats(o, logits, target, weight, std::nullopt, wanted.log_prob, stats);
   auto [loss, z_loss] = loss_of(o, target, weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
   return {loss, z_loss, lse, lse_low, log_prob, totals};
 }
@@ -73,9 +77,12 @@ inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits
 inline LossAndStats loss_by_reading(const Options& options, const LinearRows& rows, const Wanted& wanted) {
   const auto o = of_classes(options, rows.linear_weight.sym_size(0));
   auto totals = totals_of(o, rows.target, rows.weight, rows.input.scalar_type());
-  auto [lse, lse_low, picked, wsum] =
-      linear_row_stats(o, rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, rows.chunk_rows,
-                       o.need_wsum(), /*read_ignored=*/wanted.lse);
+  StatsWanted stats;
+  stats.wsum = o.need_wsum();
+  stats.read_ignored = wanted.lse;
+  auto [lse, lse_low, picked, wsum, entropy, top1] =
+      linear_row_stats(o, rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, std::nullopt,
+                       rows.chunk_rows, stats);
   auto [loss, z_loss] = loss_of(o, rows.target, rows.weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
   return {loss, z_loss, lse, lse_low, {}, totals};
 }

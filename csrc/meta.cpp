@@ -29,19 +29,27 @@ LinearGrad empty_linear_grads(const LinearRows& rows, std::array<bool, 3> wanted
           empty(wanted[2], {rows.linear_weight.sym_size(0)})};
 }
 
+// [N] bool, or [0].
+Tensor empty_top1(const Tensor& logits, bool wanted) {
+  return at::empty_symint({wanted ? logits.sym_size(0) : c10::SymInt(0)}, logits.options().dtype(at::kBool));
+}
+
 RowStats row_stats_meta(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                        bool need_wsum, bool need_log_prob, bool) {
-  check_rows(o, logits, target, weight);
-  return {empty_rows(logits), empty_rows(logits), empty_rows(logits), empty_rows(logits, need_wsum),
-          need_log_prob ? empty_logits(logits) : not_wanted(logits.options())};
+                        const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted) {
+  check_row_stats(o, logits, target, weight, row_temperature);
+  return {empty_rows(logits),
+          empty_rows(logits),
+          empty_rows(logits),
+          empty_rows(logits, wanted.wsum),
+          need_log_prob ? empty_logits(logits) : not_wanted(logits.options()),
+          empty_rows(logits, wanted.entropy),
+          empty_top1(logits, wanted.top1)};
 }
 
 template <bool over_logits>
 GradOf<over_logits> row_grad_meta(const Options& o, const Tensor& logits, const Tensor& target,
-                                  const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
-                                  const Tensor& totals, const OptionalTensor& grad_loss,
-                                  const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+                                  const OptionalTensor& weight, const ForGrad& operands) {
+  check_row_grad(o, logits, target, weight, operands);
   if constexpr (over_logits) {
     check_dense(logits);
   } else {
@@ -79,22 +87,25 @@ Reduced reduce_rows_meta(const Options& o, const Tensor& target, const OptionalT
           at::empty({lse ? int64_t{0} : kTotals}, stats)};
 }
 
-StatsOutputs linear_row_stats_meta(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                   const OptionalTensor& linear_bias, const Tensor& target,
-                                   const OptionalTensor& weight, std::optional<int64_t> chunk_rows, bool need_wsum,
-                                   bool) {
-  check_linear_rows(o, {input, linear_weight, linear_bias, target, weight, chunk_rows});
-  return {empty_rows(input), empty_rows(input), empty_rows(input), empty_rows(input, need_wsum)};
+LinearStats linear_row_stats_meta(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                  const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                                  const OptionalTensor& row_temperature, std::optional<int64_t> chunk_rows,
+                                  const StatsWanted& wanted) {
+  check_linear_row_stats(o, {input, linear_weight, linear_bias, target, weight, chunk_rows}, row_temperature);
+  return {empty_rows(input),
+          empty_rows(input),
+          empty_rows(input),
+          empty_rows(input, wanted.wsum),
+          empty_rows(input, wanted.entropy),
+          empty_top1(input, wanted.top1)};
 }
 
 LinearGrad linear_row_grad_meta(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                 const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                                const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                                const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                                const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
+                                const ForGrad& operands, std::optional<int64_t> chunk_rows,
                                 std::array<bool, 3> output_mask) {
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
-  check_linear_row_grad(o, rows, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+  check_linear_row_grad(o, rows, operands);
   return empty_linear_grads(rows, output_mask);
 }
 

@@ -15,19 +15,19 @@
 
 namespace {
 
-pybind11::dict plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap) {
+pybind11::dict plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap, bool by_row) {
   if (rows < 1 || cols < 1 || dtype < 0 || dtype > 2) {
     throw std::invalid_argument("plan_rows wants rows > 0, cols > 0 and a dtype of 0 (fp32), 1 (fp16) or 2 (bf16)");
   }
   using namespace npu_xent;
-  const XentPlan p = npu_xent::plan_rows(rows, cols, dtype, softcap);
+  const XentPlan p = npu_xent::plan_rows(rows, cols, dtype, softcap, by_row);
   const bool is_short = p.mode == static_cast<int64_t>(RowMode::short_rows);
   pybind11::dict plan;
 #define XENT_ENTRY(name) plan[#name] = p.name;
   XENT_PLAN_MEMBERS(XENT_ENTRY)
 #undef XENT_ENTRY
-  plan["ub_bytes"] = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap).total
-                              : long_buffers(dtype, p.chunk_cols, p.slots, softcap).total;
+  plan["ub_bytes"] = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap, by_row).total
+                              : long_buffers(dtype, p.chunk_cols, p.slots, softcap, by_row).total;
   plan["work_items"] = work_items(p, rows);
   plan["chunk_items"] = chunk_items(p, rows);
   return plan;
@@ -120,7 +120,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("UB_BYTES") = npu_xent::kUbBytes;
   m.attr("KERNEL_INTERFACE") = kernel_interface();
   m.def("plan_rows", &plan_rows, pybind11::arg("rows"), pybind11::arg("cols"), pybind11::arg("dtype"),
-        pybind11::kw_only(), pybind11::arg("softcap") = false,
+        pybind11::kw_only(), pybind11::arg("softcap") = false, pybind11::arg("by_row") = false,
         "How a device kernel cuts logits [rows, cols], with or without a softcap: the planner of "
         "csrc/tiling/row_plan.h, as a dict.");
   m.def("share_of", &share_of, pybind11::arg("total"), pybind11::arg("core"), pybind11::arg("cores"),

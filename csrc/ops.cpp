@@ -21,18 +21,22 @@ TORCH_LIBRARY(npu_xent, m) {
     m.def((name + "(" + arguments + ", " + kOptionsSchema + ") -> " + returns).c_str(), {at::Tag::pt2_compliant_tag});
   };
 
-  // One reading sweep: statistics per row, and log_prob [N, C] in the logits' dtype.
+  // One reading sweep: statistics per row, log_prob [N, C] in the logits' dtype, the entropy of the softmax [N], and
+  // top1 [N] bool: whether the target is the first of the largest scaled logits (of this shard).
+  const std::string wanted =
+      "bool need_wsum=False, bool need_entropy=False, bool need_top1=False, bool read_ignored=False";
   def("row_stats",
-      "Tensor logits, Tensor target, Tensor? weight=None, *, bool need_wsum=False, bool need_log_prob=False, "
-      "bool read_ignored=False",
-      "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob)");
+      "Tensor logits, Tensor target, Tensor? weight=None, Tensor? row_temperature=None, *, bool need_log_prob=False, " +
+          wanted,
+      "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor log_prob, Tensor entropy, Tensor top1)");
 
   // One sweep that reads and writes: the gradient of the logits from the gradients of loss and z_loss ([N] for "none",
-  // else []) and of lse ([N]); None means zeros. Ignored rows get the gradient that comes through lse: their logits are
-  // read only where grad_lse is not 0. row_grad_ writes the gradient over the logits.
-  const std::string row_grad =
-      " logits, Tensor target, Tensor? weight, Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, "
-      "Tensor? grad_z_loss=None, Tensor? grad_lse=None, *";
+  // else []), and of lse and entropy ([N]); None means zeros. Ignored rows get the gradient that comes through lse:
+  // their logits are read only where grad_lse is not 0. row_grad_ writes the gradient over the logits.
+  const std::string for_grad =
+      ", Tensor lse, Tensor? lse_low, Tensor? totals, Tensor? grad_loss, Tensor? grad_z_loss=None, "
+      "Tensor? grad_lse=None, Tensor? row_temperature=None, Tensor? entropy=None, Tensor? grad_entropy=None, *";
+  const std::string row_grad = " logits, Tensor target, Tensor? weight" + for_grad;
   def("row_grad", "Tensor" + row_grad, "Tensor");
   def("row_grad_", "Tensor(a!)" + row_grad, "()");
 
@@ -67,13 +71,9 @@ TORCH_LIBRARY(npu_xent, m) {
   // The primitives without materializing the logits. output_mask says which of the three gradients are wanted.
   const std::string linear = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight";
   const std::string linear_grads = "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)";
-  def("linear_row_stats", linear + "=None, *, int? chunk_rows=None, bool need_wsum=False, bool read_ignored=False",
-      "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum)");
-  def("linear_row_grad",
-      linear +
-          ", Tensor lse, Tensor? lse_low, Tensor totals, Tensor? grad_loss, Tensor? grad_z_loss=None, "
-          "Tensor? grad_lse=None, *, int? chunk_rows=None, bool[3] output_mask",
-      "(" + linear_grads);
+  def("linear_row_stats", linear + "=None, Tensor? row_temperature=None, *, int? chunk_rows=None, " + wanted,
+      "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, Tensor entropy, Tensor top1)");
+  def("linear_row_grad", linear + for_grad + ", int? chunk_rows=None, bool[3] output_mask", "(" + linear_grads);
   def("linear_row_stats_grad",
       linear + ", Tensor totals, *, int? chunk_rows=None, bool read_ignored=False, bool[3] output_mask",
       "(Tensor lse, Tensor lse_low, Tensor picked, Tensor wsum, " + linear_grads);
@@ -82,27 +82,35 @@ TORCH_LIBRARY(npu_xent, m) {
   def("linear_cross_entropy",
       linear + "=None, *, int? chunk_rows=None, ScalarType? loss_dtype=None, bool need_lse=False",
       "(Tensor loss, Tensor z_loss, Tensor lse)");
+
+  // The log-probability of each target, the entropy, and top1; differentiable in the logits, or in input, linear_weight
+  // and linear_bias, through log_probs and entropy. Of the options they take ignore_index, logit_scale, softcap and
+  // temperature. token_log_probs_ writes the gradient over the logits.
+  const std::string token =
+      "Tensor target, Tensor? row_temperature=None, *, bool need_entropy=False, bool need_top1=False";
+  const std::string token_outputs = "(Tensor log_probs, Tensor entropy, Tensor top1)";
+  def("token_log_probs", "Tensor logits, " + token, token_outputs);
+  def("token_log_probs_", "Tensor(a!) logits, " + token, token_outputs);
+  def("linear_token_log_probs",
+      "Tensor input, Tensor linear_weight, Tensor? linear_bias, " + token + ", int? chunk_rows=None", token_outputs);
+
+  // The log-probabilities of K classes of each row: index [N, K] int64, result [N, K]. There are no ignored rows.
+  def("selected_log_probs", "Tensor logits, Tensor index, Tensor? row_temperature=None, *", "Tensor");
 }
 
 RowStats row_stats(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                   bool need_wsum, bool need_log_prob, bool read_ignored) {
-  return call<row_stats>("npu_xent::row_stats", o, logits, target, weight, need_wsum, need_log_prob, read_ignored);
+                   const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted) {
+  return call<row_stats>("npu_xent::row_stats", o, logits, target, weight, row_temperature, need_log_prob, wanted);
 }
 
 template <bool over_logits>
 GradOf<over_logits> row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                             const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                             const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                             const OptionalTensor& grad_lse) {
+                             const ForGrad& operands) {
   return call<row_grad<over_logits>>(over_logits ? "npu_xent::row_grad_" : "npu_xent::row_grad", o, logits, target,
-                                     weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+                                     weight, operands);
 }
-template Tensor row_grad<false>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                const OptionalTensor&);
-template void row_grad<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                             const OptionalTensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&);
+template Tensor row_grad<false>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const ForGrad&);
+template void row_grad<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, const ForGrad&);
 
 template <bool over_logits>
 StatsGradOf<over_logits> row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
@@ -140,21 +148,20 @@ template Loss cross_entropy<false>(const Options&, const Tensor&, const Tensor&,
 template Loss cross_entropy<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&,
                                   std::optional<at::ScalarType>, bool, bool, bool);
 
-StatsOutputs linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                              const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                              std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored) {
+LinearStats linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                             const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                             const OptionalTensor& row_temperature, std::optional<int64_t> chunk_rows,
+                             const StatsWanted& wanted) {
   return call<linear_row_stats>("npu_xent::linear_row_stats", o, input, linear_weight, linear_bias, target, weight,
-                                chunk_rows, need_wsum, read_ignored);
+                                row_temperature, chunk_rows, wanted);
 }
 
 LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                           const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
+                           const ForGrad& operands, std::optional<int64_t> chunk_rows,
                            std::array<bool, 3> output_mask) {
-  return call<linear_row_grad>("npu_xent::linear_row_grad", o, input, linear_weight, linear_bias, target, weight, lse,
-                               lse_low, totals, grad_loss, grad_z_loss, grad_lse, chunk_rows, output_mask);
+  return call<linear_row_grad>("npu_xent::linear_row_grad", o, input, linear_weight, linear_bias, target, weight,
+                               operands, chunk_rows, output_mask);
 }
 
 LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
@@ -172,6 +179,30 @@ LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Ten
                                 bool need_lse) {
   return call<linear_cross_entropy>("npu_xent::linear_cross_entropy", o, input, linear_weight, linear_bias, target,
                                     weight, chunk_rows, loss_dtype, need_lse);
+}
+
+template <bool over_logits>
+TokenLogProbs token_log_probs(const Options& o, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& row_temperature, bool need_entropy, bool need_top1) {
+  return call<token_log_probs<over_logits>>(over_logits ? "npu_xent::token_log_probs_" : "npu_xent::token_log_probs", o,
+                                            logits, target, row_temperature, need_entropy, need_top1);
+}
+template TokenLogProbs token_log_probs<false>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, bool,
+                                              bool);
+template TokenLogProbs token_log_probs<true>(const Options&, const Tensor&, const Tensor&, const OptionalTensor&, bool,
+                                             bool);
+
+TokenLogProbs linear_token_log_probs(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                     const OptionalTensor& linear_bias, const Tensor& target,
+                                     const OptionalTensor& row_temperature, bool need_entropy, bool need_top1,
+                                     std::optional<int64_t> chunk_rows) {
+  return call<linear_token_log_probs>("npu_xent::linear_token_log_probs", o, input, linear_weight, linear_bias, target,
+                                      row_temperature, need_entropy, need_top1, chunk_rows);
+}
+
+Tensor selected_log_probs(const Options& o, const Tensor& logits, const Tensor& index,
+                          const OptionalTensor& row_temperature) {
+  return call<selected_log_probs>("npu_xent::selected_log_probs", o, logits, index, row_temperature);
 }
 
 }  // namespace npu_xent

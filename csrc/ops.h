@@ -11,17 +11,46 @@
 #include <tuple>
 #include <type_traits>
 
-#include "options.h"
+#include "adaptor.h"
 
 namespace npu_xent {
 
-using RowStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;      // lse, lse_low, picked, wsum, log_prob
+// Operands of the gradient besides the logits, the target and the weight.
+struct ForGrad {
+  Tensor lse;
+  OptionalTensor lse_low, totals;                         // totals: for a mean or label smoothing
+  OptionalTensor grad_loss, grad_z_loss, grad_lse;        // upstream gradients; none: zeros
+  OptionalTensor row_temperature, entropy, grad_entropy;  // entropy: if it has a gradient
+
+  template <typename Self>
+  static auto tie(Self& s) {
+    return std::tie(s.lse, s.lse_low, s.totals, s.grad_loss, s.grad_z_loss, s.grad_lse, s.row_temperature, s.entropy,
+                    s.grad_entropy);
+  }
+};
+
+// The requested statistics besides lse, lse_low and picked.
+struct StatsWanted {
+  bool wsum = false, entropy = false, top1 = false;
+  bool read_ignored = false;  // ignored rows have lse, lse_low and entropy too
+
+  template <typename Self>
+  static auto tie(Self& s) {
+    return std::tie(s.wsum, s.entropy, s.top1, s.read_ignored);
+  }
+};
+
+// lse, lse_low, picked, wsum, log_prob, entropy, top1
+using RowStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using RowStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // lse, lse_low, picked, wsum, grad
 using StatsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;          // lse, lse_low, picked, wsum
 using Reduced = std::tuple<Tensor, Tensor, Tensor>;                       // loss, z_loss, totals
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;                  // loss, z_loss, lse, log_prob
 using LinearLoss = std::tuple<Tensor, Tensor, Tensor>;                    // loss, z_loss, lse
+using TokenLogProbs = std::tuple<Tensor, Tensor, Tensor>;                 // log_probs, entropy, top1
 using LinearGrad = std::tuple<Tensor, Tensor, Tensor>;  // grad_input, grad_linear_weight, grad_linear_bias
+// lse, lse_low, picked, wsum, entropy, top1
+using LinearStats = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // StatsOutputs, then LinearGrad.
 using LinearStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -32,14 +61,12 @@ template <bool over_logits>
 using StatsGradOf = std::conditional_t<over_logits, StatsOutputs, RowStatsGrad>;
 
 RowStats row_stats(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                   bool need_wsum, bool need_log_prob, bool read_ignored);
+                   const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted);
 
 // row_grad, row_grad_
 template <bool over_logits>
 GradOf<over_logits> row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                             const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                             const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                             const OptionalTensor& grad_lse);
+                             const ForGrad& operands);
 
 // row_stats_grad, row_stats_grad_
 template <bool over_logits>
@@ -67,16 +94,14 @@ struct LinearRows {
   std::optional<int64_t> chunk_rows;
 };
 
-StatsOutputs linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                              const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                              std::optional<int64_t> chunk_rows, bool need_wsum, bool read_ignored);
+LinearStats linear_row_stats(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                             const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                             const OptionalTensor& row_temperature, std::optional<int64_t> chunk_rows,
+                             const StatsWanted& wanted);
 
 LinearGrad linear_row_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
                            const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                           const Tensor& lse, const OptionalTensor& lse_low, const Tensor& totals,
-                           const OptionalTensor& grad_loss, const OptionalTensor& grad_z_loss,
-                           const OptionalTensor& grad_lse, std::optional<int64_t> chunk_rows,
-                           std::array<bool, 3> output_mask);
+                           const ForGrad& operands, std::optional<int64_t> chunk_rows, std::array<bool, 3> output_mask);
 
 LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, const Tensor& linear_weight,
                                       const OptionalTensor& linear_bias, const Tensor& target,
@@ -88,6 +113,19 @@ LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Ten
                                 const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                                 std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
                                 bool need_lse);
+
+// token_log_probs, token_log_probs_
+template <bool over_logits>
+TokenLogProbs token_log_probs(const Options& o, const Tensor& logits, const Tensor& target,
+                              const OptionalTensor& row_temperature, bool need_entropy, bool need_top1);
+
+TokenLogProbs linear_token_log_probs(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                     const OptionalTensor& linear_bias, const Tensor& target,
+                                     const OptionalTensor& row_temperature, bool need_entropy, bool need_top1,
+                                     std::optional<int64_t> chunk_rows);
+
+Tensor selected_log_probs(const Options& o, const Tensor& logits, const Tensor& index,
+                          const OptionalTensor& row_temperature);
 
 // fp32, or fp64 for fp64 logits.
 inline at::ScalarType stats_dtype(at::ScalarType dtype) {

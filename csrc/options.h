@@ -1,6 +1,5 @@
 // The options of the loss, defined only here: members with defaults, names, schema and ranges. Kernels take
-// `const Options&` as their first argument; `flat` and `call` convert to and from the dispatcher's flat argument list,
-// where the options come last.
+// `const Options&` as their first argument; adaptor.h converts it for the dispatcher.
 //
 //   reduction         "none": [N]; "mean" divides by the weight of the kept rows; "sum"
 //   ignore_index      rows with this target are ignored; their logits are read only for lse and log_prob
@@ -8,26 +7,26 @@
 //   lse_square_scale  zs: the z-loss zs lse^2 is added to the loss
 //   logit_scale       t: softmax(t x)
 //   softcap           c > 0: softmax(c tanh(t x / c))
-//   grad_scale        u: the outermost factor of the gradient; default: t
+//   temperature       T: softmax(z / T), with z the logits after scale and softcap
+//   grad_scale        the outermost factor of the gradient, u = grad_scale / T; default: t
 //   class_start       for logits that are one shard of the classes: the class of column 0; num_classes counts the
 //                     classes of all shards. A target of another shard has picked = 0 and no [c = y] term here.
 //                     Shards i merge into lse = log sum exp lse_i, picked = sum picked_i, and with W_i the sum of the
-//                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be omitted
+//                     shard's weights, wsum = sum (wsum_i + W_i (lse_i - lse)); lse_low may then be omitted. The
+//                     entropies merge into sum exp(lse_i - lse) (H_i + lse - lse_i) over the shards with exp(lse_i -
+//                     lse) > 0, with lse_low in the differences
 //
 // row_math.h has the formulas.
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymInt.h>
 #include <c10/util/Exception.h>
 
 #include <array>
 #include <cmath>
 #include <optional>
-#include <string_view>
 #include <tuple>
-#include <utility>
 
 #include "row_math.h"
 
@@ -43,6 +42,7 @@ struct Options {
   double lse_square_scale = 0;
   double logit_scale = 1;
   std::optional<double> softcap;
+  double temperature = 1;
   std::optional<double> grad_scale;
   c10::SymInt class_start = 0;
   std::optional<c10::SymInt> num_classes;
@@ -51,10 +51,10 @@ struct Options {
   template <typename Self>
   static auto tie(Self& o) {
     return std::tie(o.reduction, o.ignore_index, o.label_smoothing, o.lse_square_scale, o.logit_scale, o.softcap,
-                    o.grad_scale, o.class_start, o.num_classes);
+                    o.temperature, o.grad_scale, o.class_start, o.num_classes);
   }
   static constexpr std::array kNames{"reduction", "ignore_index", "label_smoothing", "lse_square_scale", "logit_scale",
-                                     "softcap",   "grad_scale",   "class_start",     "num_classes"};
+                                     "softcap",   "temperature",  "grad_scale",      "class_start",      "num_classes"};
   // f(name, member) for each member of `o`.
   template <typename Self, typename F>
   static void visit(Self& o, const F& f) {
@@ -71,7 +71,7 @@ struct Options {
 
 inline constexpr char kOptionsSchema[] =
     "str reduction=\"mean\", SymInt ignore_index=-100, float label_smoothing=0.0, float lse_square_scale=0.0, "
-    "float logit_scale=1.0, float? softcap=None, float? grad_scale=None, SymInt class_start=0, "
+    "float logit_scale=1.0, float? softcap=None, float temperature=1.0, float? grad_scale=None, SymInt class_start=0, "
     "SymInt? num_classes=None";
 
 // Checks the ranges of the numbers; checks.h has the checks that depend on tensors.
@@ -85,6 +85,9 @@ inline void check_options(const Options& o) {
   TORCH_CHECK_VALUE(!o.softcap || (*o.softcap >= 1e-6 && *o.softcap <= 1e6),
                     "npu_xent: softcap must lie in [1e-6, 1e6], but is ", o.softcap.value_or(0),
                     "; leave it at None for no softcap.");
+  TORCH_CHECK_VALUE(o.temperature >= 1e-6 && o.temperature <= 1e6,
+                    "npu_xent: temperature must lie in [1e-6, 1e6], but is ", o.temperature,
+                    "; leave it at 1 for none.");
   TORCH_CHECK_VALUE(std::isfinite(o.grad_scale.value_or(1)), "npu_xent: grad_scale must be finite, but is ",
                     o.grad_scale.value_or(1), ".");
 }
@@ -99,65 +102,11 @@ inline RowOptions row_options(const Options& o, int64_t n_cols) {
   row.lse_square_scale = o.lse_square_scale;
   row.class_start = number(o.class_start);
   row.num_classes = o.num_classes ? number(*o.num_classes) : row.class_start + n_cols;
-  row.logit_scale = o.logit_scale;
-  row.softcap = o.softcap.value_or(0);
-  row.grad_scale = o.grad_scale.value_or(o.logit_scale);
+  // c tanh(t x / c) / T is the softcap of c / T of logits scaled by t / T.
+  row.logit_scale = o.logit_scale / o.temperature;
+  row.softcap = o.softcap.value_or(0) / o.temperature;
+  row.grad_scale = o.grad_scale.value_or(o.logit_scale) / o.temperature;
   return row;
-}
-
-// A member as the dispatcher passes it: unchanged, except that the reduction is a string.
-template <typename T>
-T to_flat(const T& member) {
-  return member;
-}
-inline std::string_view to_flat(Reduction reduction) {
-  return reduction == Reduction::mean ? "mean" : reduction == Reduction::sum ? "sum" : "none";
-}
-template <typename T>
-void from_flat(const T& flat, T& member) {
-  member = flat;
-}
-inline void from_flat(std::string_view name, Reduction& reduction) {
-  reduction = name == "mean" ? Reduction::mean : name == "sum" ? Reduction::sum : Reduction::none;
-  TORCH_CHECK_VALUE(name == to_flat(reduction), "npu_xent: reduction must be \"mean\", \"sum\" or \"none\", but is \"",
-                    name, "\".");
-}
-
-template <typename T>
-struct FlatTypes;
-template <typename... T>
-struct FlatTypes<std::tuple<T&...>> {
-  using type = std::tuple<std::decay_t<decltype(to_flat(std::declval<T&>()))>...>;
-};
-using FlatOptions = FlatTypes<decltype(Options::tie(std::declval<Options&>()))>::type;
-
-// f(options, arguments...), and f(arguments..., option, option, ...).
-template <auto f, typename F, typename Flat>
-struct Adaptor;
-template <auto f, typename R, typename... Arguments, typename... Flat>
-struct Adaptor<f, R (*)(const Options&, Arguments...), std::tuple<Flat...>> {
-  static R flat(Arguments... arguments, Flat... options) {
-    Options o;
-    std::apply([&](auto&... member) { (from_flat(options, member), ...); }, Options::tie(o));
-    return f(o, std::forward<Arguments>(arguments)...);
-  }
-  // The handle is found once for each f, so f goes with one name.
-  static R call(const char* name, const Options& o, Arguments... arguments) {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<R(Arguments..., Flat...)>();
-    return std::apply(
-        [&](const auto&... member) -> R { return op.call(std::forward<Arguments>(arguments)..., to_flat(member)...); },
-        Options::tie(o));
-  }
-};
-
-// f with the flat signature that the dispatcher requires.
-template <auto f>
-constexpr auto* flat = &Adaptor<f, decltype(f), FlatOptions>::flat;
-
-// Calls the operator `name`, whose signature is that of f.
-template <auto f, typename... Arguments>
-auto call(const char* name, const Options& o, Arguments&&... arguments) {
-  return Adaptor<f, decltype(f), FlatOptions>::call(name, o, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace npu_xent

@@ -6,9 +6,12 @@
 //   dL/dx_c = u ( a p_c - b [c = y] - s w_c ),   p_c = exp(t x_c - lse)
 //   a = k G [ (1-e) w_y + (e/C) W ] + k Z 2 zs lse + g      b = k G (1-e) w_y      s = k G e/C
 //
+// H = -sum_c p_c log p_c, and with h its upstream gradient dL/dx_c also gets - u h p_c (log p_c + H).
+//
 // A term whose factor (1-e) w_y or w_c is 0 counts as 0, even if its logit is -inf.
 //
-// With a softcap, cap tanh(t x / cap) replaces t x throughout, and u (1 - tanh(t x / cap)^2) replaces u.
+// With a softcap, cap tanh(t x / cap) replaces t x throughout, and u (1 - tanh(t x / cap)^2) replaces u. A temperature
+// T divides t, cap and u.
 //
 // lse is stored as the sum of two numbers, `lse` and `lse_low`, and wsum is relative to lse; otherwise logits far from
 // 0 would cost the loss its precision. G, Z and g are the upstream gradients of the row's l, z and lse; u is t

@@ -32,18 +32,25 @@ def problem(
     layout: str = "contiguous",
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    temperature: float = 1.0,
+    temperature_by_row: bool = False,
 ) -> dict[str, Any]:
     """Every argument that an operator can have a tensor for, by name: logits, statistics, upstream gradients."""
     logits = make_logits(rows, classes, dtype, device, layout=layout)
     target = make_target(rows, classes, device, ignore_index=ignore_index)
     weight = make_weight(classes, torch.float32, device) if weighted else None
     ignored = -100 if ignore_index is None else ignore_index
-    mapped = {"logit_scale": logit_scale, "softcap": softcap}
-    stats = named("row_stats", logits, target, weight, ignore_index=ignored, **mapped, need_wsum=True)
+    mapped = {"logit_scale": logit_scale, "softcap": softcap, "temperature": temperature}
+    row_temperature = torch.linspace(0.5, 2.0, rows, device=device) if temperature_by_row else None
+    stats = named(
+        "row_stats", logits, target, weight, row_temperature, ignore_index=ignored, **mapped, need_wsum=True,
+        need_entropy=True,
+    )  # fmt: skip
     totals = named(
         "reduce_rows", target, weight, ignore_index=ignored, num_classes=classes, loss_dtype=stats_dtype(dtype)
     )
-    return {"logits": logits, "target": target, "weight": weight, **stats, "totals": totals["totals"]}
+    tensors = {"logits": logits, "target": target, "weight": weight, "row_temperature": row_temperature}
+    return {**tensors, **stats, "totals": totals["totals"]}
 
 
 def call(name: str, made: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -53,6 +60,7 @@ def call(name: str, made: dict[str, Any], **options: Any) -> dict[str, Any]:
     values = made | {
         "self": logits.contiguous(),
         "factor": torch.tensor(0.5, device=logits.device),
+        "index": target.clamp(min=0).unsqueeze(1),
         "grad_loss": torch.ones(target.shape if one_a_row else (), dtype=logits.dtype, device=logits.device),
     }
     if name == "reduce_rows":
@@ -70,17 +78,23 @@ OPERATORS = (
     "scale_",
     "cross_entropy",
     "cross_entropy_",
+    "token_log_probs",
+    "token_log_probs_",
+    "selected_log_probs",
 )
 PRIMITIVES = OPERATORS[:7]
 
 OPTIONS = factors(
     *("dtype", "reduction", "weighted", "ignore_index", "label_smoothing", "lse_square_scale", "softcap"),
-    *("logit_scale", "grad_scale"),
+    *("logit_scale", "grad_scale", "temperature", "temperature_by_row"),
     lse_low=(True, False),
     layout=("contiguous", "columns of a wider tensor", "transposed"),
     loss_dtype=(None, torch.float32),
     need_wsum=(True, False),
     need_log_prob=(False, True),
+    need_entropy=(False, True),
+    need_top1=(True, False),
+    entropy_has_gradient=(False, True),
     read_ignored=(False, True),
 )
 CASES = pairwise(OPTIONS)
@@ -89,6 +103,9 @@ CASES = pairwise(OPTIONS)
 def prepared(name: str, case: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The arguments of operator `name` for a case of OPTIONS, as far as the operator takes it."""
     options = dict(case)
+    if "log_probs" in name:
+        for refused in ("label_smoothing", "lse_square_scale", "grad_scale"):
+            options.pop(refused)
     if name.startswith("row_stats_grad") and options["reduction"] == "none":
         options["reduction"] = "sum"
     if name.endswith("_"):
@@ -101,7 +118,11 @@ def prepared(name: str, case: dict[str, Any], device: torch.device) -> dict[str,
         ignore_index=options["ignore_index"],
         logit_scale=options["logit_scale"],
         softcap=options["softcap"],
+        temperature=options["temperature"],
+        temperature_by_row=options.pop("temperature_by_row"),
     )
+    if options.pop("entropy_has_gradient"):
+        made["grad_entropy"] = torch.linspace(-1.0, 1.0, 7, device=device)
     if not options.pop("lse_low"):
         made["lse_low"] = None
     options["ignore_index"] = -100 if options["ignore_index"] is None else options["ignore_index"]

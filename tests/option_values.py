@@ -20,11 +20,15 @@ OPTION_VALUES: Mapping[str, Sequence[Any]] = {
     "lse_square_scale": (0.0, 0.1),
     "logit_scale": (1.0, 0.7),
     "softcap": (None, 2.0),
+    "temperature": (1.0, 0.5),
     "loss_dtype": (None, torch.float32),
     "return_lse": (False, True),
     "return_z_loss": (False, True),
+    "return_entropy": (False, True),
+    "return_top1": (False, True),
     # Of the operators alone.
     "grad_scale": (None, 3.0),
+    "temperature_by_row": (False, True),
 }
 
 

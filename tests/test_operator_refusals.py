@@ -166,6 +166,58 @@ REFUSALS = {
         ValueError,
         "logits that are overwritten with their gradient must be contiguous",
     ),
+    # temperatures and entropy
+    "temperature of 0": Refusal(
+        "row_stats", lambda p: {"temperature": 0.0}, ValueError, "temperature must lie in [1e-6, 1e6], but is 0"
+    ),
+    "temperatures of two dimensions": Refusal(
+        "row_stats",
+        lambda p: {"row_temperature": p["lse"][None]},
+        ValueError,
+        "temperature must be a number, or have the shape of target and be on",
+    ),
+    "temperatures elsewhere": Refusal(
+        "row_grad",
+        lambda p: {"row_temperature": torch.ones(3, device="meta")},
+        ValueError,
+        "temperature must be a number, or have the shape of target and be on",
+    ),
+    "temperatures in float16": Refusal(
+        "row_grad",
+        lambda p: {"row_temperature": p["lse"].half()},
+        TypeError,
+        "temperature must be a number or float32, but is Half",
+    ),
+    "two temperatures": Refusal(
+        "row_stats",
+        lambda p: {"row_temperature": p["lse"][:2]},
+        ValueError,
+        "temperature must have one value for each of the 3 rows, but has 2",
+    ),
+    "entropy in float16": Refusal(
+        "row_grad", lambda p: {"entropy": p["lse"].half()}, TypeError, "entropy must be Float, but is Half"
+    ),
+    "entropy of another length": Refusal(
+        "row_grad", lambda p: {"entropy": p["lse"][:2]}, ValueError, "entropy must have 3 values, but has 2"
+    ),
+    "a gradient of entropy without it": Refusal(
+        "row_grad",
+        lambda p: {"entropy": None, "grad_entropy": p["lse"]},
+        ValueError,
+        "grad_entropy needs entropy; pass that of row_stats with need_entropy",
+    ),
+    "one grad_entropy for all rows": Refusal(
+        "row_grad",
+        lambda p: {"grad_entropy": p["lse"][0]},
+        ValueError,
+        "grad_entropy must have one value for each loss, but has 1",
+    ),
+    "a mean without totals": Refusal(
+        "row_grad",
+        lambda p: {"totals": None},
+        ValueError,
+        'totals may be left out only for reduction "none" without label_smoothing',
+    ),
     # N-sized
     "num_classes of 0": Refusal(
         "reduce_rows",
@@ -177,13 +229,13 @@ REFUSALS = {
         "reduce_rows", lambda p: {"weight": p["weight"].int()}, TypeError, "weight must be a floating-point tensor"
     ),
     "lse without picked": Refusal(
-        "reduce_rows", lambda p: {"picked": None}, ValueError, "reduce_rows with lse also needs picked and totals"
+        "reduce_rows", lambda p: {"picked": None}, ValueError, "reduce_rows with lse also needs picked, totals"
     ),
     "smoothing without wsum": Refusal(
         "reduce_rows",
         lambda p: {"wsum": None, "label_smoothing": 0.1},
         ValueError,
-        "reduce_rows with lse also needs picked and totals, and wsum when label_smoothing is not 0",
+        "reduce_rows with lse also needs picked, totals for a mean, and wsum when label_smoothing is not 0",
     ),
     "lse in float16": Refusal(
         "reduce_rows", lambda p: {"lse": p["lse"].half()}, TypeError, "lse must be float32 or float64, but is Half"

@@ -37,20 +37,27 @@ SAMPLES = [
         {"reduction": "none", "logit_scale": 0.7, "softcap": 4.0, "grad_scale": 2.0},
     ),
 ]
+CONSUMING = ("cross_entropy_", "token_log_probs_")
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("sample", SAMPLES, ids=lambda sample: sample[0])
-@pytest.mark.parametrize("name", OPERATORS[:-1])  # cross_entropy_ takes the output of an operation: see below
+# cross_entropy_ and token_log_probs_ take the output of an operation: see below.
+@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in CONSUMING])
 def test_opcheck(name: str, sample: tuple[str, dict[str, Any], dict[str, Any]], device: torch.device) -> None:
     """Schema, autograd registration, fake tensors, and compilation with dynamic shapes."""
     _, made, options = sample
     if name.startswith("row_stats_grad") and options.get("reduction") == "none":
         options = options | {"reduction": "sum"}
-    extras = {"need_wsum": True, "need_log_prob": True, "need_lse": True, "read_ignored": True} if made else {}
+    if "log_probs" in name:
+        options = {key: options[key] for key in ("ignore_index", "logit_scale", "softcap") if key in options}
+    extras = {}
+    if made:
+        names = ("need_wsum", "need_log_prob", "need_lse", "need_entropy", "need_top1", "read_ignored")
+        extras = dict.fromkeys(names, True) | {"temperature": 0.5}
     arguments = call(name, problem(device, **made), **options, **extras)
-    if name == "cross_entropy":
+    if name in ("cross_entropy", "token_log_probs", "selected_log_probs"):
         arguments["logits"] = arguments["logits"].clone().requires_grad_()
     first = next(iter(arguments))
     # torch looks at how autograd is registered on these devices only.
@@ -67,12 +74,14 @@ def test_opcheck_of_totals(device: torch.device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_consumed_logits_compile(reduction: str, device: torch.device) -> None:
-    """cross_entropy_ behind the operation whose output it takes."""
+@pytest.mark.parametrize("reduction", [*REDUCTIONS, None])
+def test_consumed_logits_compile(reduction: str | None, device: torch.device) -> None:
+    """cross_entropy_, or token_log_probs_, behind the operation whose output it takes."""
     leaf, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
 
     def loss_of(x: Tensor) -> Tensor:
+        if reduction is None:
+            return sum(ops.token_log_probs_(x * 2, target, need_entropy=True)[:2]).sum()
         return ops.cross_entropy_(x * 2, target, reduction=reduction)[0].sum()
 
     compiled = torch.compile(loss_of, backend="aot_eager", fullgraph=True)
@@ -96,8 +105,8 @@ def test_meta_says_what_eager_gives(name: str, case: dict[str, Any], device: tor
     arguments = prepared(name, case, device)
     outputs = []
     for values in (arguments, {key: to_meta(value) for key, value in arguments.items()}):
-        if name == "cross_entropy_":
-            outputs.append(ops.cross_entropy_(**values | {"logits": values["logits"].requires_grad_() * 1}))
+        if name in CONSUMING:
+            outputs.append(getattr(ops, name)(**values | {"logits": values["logits"].requires_grad_() * 1}))
         else:
             outputs.append(run(name, values))
     eager, meta = outputs

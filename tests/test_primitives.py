@@ -44,6 +44,9 @@ Composite = type[TorchDispatchMode]
 def assert_agree(actual: Tensor, expected: Tensor, size: float, name: str) -> None:
     """Equal in shape, dtype, strides, NaN and infinities; each within the tolerance of a truth of this size."""
     assert (actual.shape, actual.dtype, actual.stride()) == (expected.shape, expected.dtype, expected.stride()), name
+    if actual.dtype == torch.bool:
+        assert torch.equal(actual, expected), name
+        return
     assert torch.equal(actual.isnan(), expected.isnan()), name
     assert torch.equal(actual.isinf(), expected.isinf()), name
     a, b = actual.cpu().double(), expected.cpu().double()
@@ -253,8 +256,10 @@ def test_outputs_that_are_not_wanted_are_empty(device: torch.device) -> None:
         return [output for output, value in named(name, *arguments, **options).items() if value.shape == (0,)]
 
     logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
-    assert empty("row_stats", logits, target) == ["wsum", "log_prob"]
-    assert empty("row_stats", logits, target, need_wsum=True, need_log_prob=True) == []
+    assert empty("row_stats", logits, target) == ["wsum", "log_prob", "entropy", "top1"]
+    wanted = {f"need_{name}": True for name in ("wsum", "log_prob", "entropy", "top1")}
+    assert empty("row_stats", logits, target, **wanted) == []
+    assert empty("token_log_probs", logits, target) == ["entropy", "top1"]
     assert empty("reduce_rows", target, None, num_classes=5, loss_dtype=torch.float32) == ["loss", "z_loss"]
     assert empty("cross_entropy", logits, target) == ["z_loss", "lse", "log_prob"]
     wanted = {"need_lse": True, "need_log_prob": True, "lse_square_scale": 0.1}
@@ -266,7 +271,7 @@ def test_ignored_rows_count_as_zero_unless_they_are_read(device: torch.device) -
     expected = truth(logits, target)
     assert_near(named("row_stats", logits, target, read_ignored=True)["lse"], expected.lse, 20.0)
     logits[1] = NAN
-    unread = named("row_stats", logits, target, need_wsum=True)
+    unread = named("row_stats", logits, target, need_wsum=True, need_entropy=True, need_top1=True)
     assert all(float(value[1]) == 0 for name, value in unread.items() if name != "log_prob")
 
 

@@ -38,12 +38,20 @@ DTYPES = {torch.float32: LogitsType.fp32, torch.float16: LogitsType.fp16, torch.
 
 # The tensors of each kernel, in the order of its parameters; a plan and arguments follow.
 STATS = ("lse", "lse_low", "picked", "wsum")
+STATS_BY_ROW = ("entropy", "top1")
 PART_STATS = ("part_lse", "part_lse_low", "part_picked", "part_wsum", "part_weight")
+PART_STATS_BY_ROW = ("part_entropy", "part_top1")
 TENSORS = {
-    "row_stats": ("logits", "target", "weight", *STATS, "part_weight", "log_prob"),
-    "row_grad": ("logits", "target", "weight", *STATS[:2], "totals", "grad_loss", "grad_z_loss", "grad"),
+    "row_stats": ("logits", "target", "weight", "row_scale", *STATS, "part_weight", *STATS_BY_ROW, "log_prob"),
+    "row_grad": (
+        *("logits", "target", "weight", "row_scale", *STATS[:2], "entropy", "totals"),
+        *("grad_loss", "grad_z_loss", "grad_entropy", "grad"),
+    ),
     "row_stats_grad": ("logits", "target", "weight", "totals", *STATS, "grad"),
-    "reduce_rows": ("target", "weight", *STATS, *PART_STATS, "totals", "loss", "z_loss", "sums"),
+    "reduce_rows": (
+        *("target", "weight", *STATS, *PART_STATS, "totals", "loss", "z_loss", "sums"),
+        *(*STATS_BY_ROW, *PART_STATS_BY_ROW),
+    ),
     "scale": ("x", "factor"),
 }
 
@@ -89,6 +97,14 @@ def _memory(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.is_contiguous() else tensor.as_strided((last + 1,), (1,))
 
 
+def row_scale(row_temperature: torch.Tensor | None) -> torch.Tensor | None:
+    """What kernels multiply each row's logits by: NaN if a temperature is not positive and finite."""
+    if row_temperature is None:
+        return None
+    scale = row_temperature.float().reciprocal()
+    return scale.masked_fill(~((scale > 0) & (scale < float("inf"))), float("nan"))
+
+
 @dataclass
 class Device:
     """A number of cores, and the reports of what was launched on them."""
@@ -99,9 +115,9 @@ class Device:
     forced: dict[str, int] = field(default_factory=dict)  # fields of the plan to set
     config_of: int | None = None  # the one launch, counted from 0, that `config` is for; None: all
 
-    def plan(self, logits: torch.Tensor, softcap: float | None = None) -> Plan:
+    def plan(self, logits: torch.Tensor, softcap: float | None = None, by_row: bool = False) -> Plan:
         """The planner's plan for these logits, with what the test forces."""
-        plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype], softcap=softcap is not None)
+        plan = _C.plan_rows(*logits.shape, DTYPES[logits.dtype], softcap=softcap is not None, by_row=by_row)
         return Plan(**{name: self.forced.get(name, plan[name]) for name, _ in Plan._fields_})
 
     def launch(self, kernel: str, work: int, plan: Plan | None, args: Args, **tensors: object) -> None:
@@ -140,6 +156,7 @@ class Device:
         logits,
         target,
         weight=None,
+        row_temperature=None,
         *,
         ignore_index=-100,
         logit_scale=1.0,
@@ -148,11 +165,15 @@ class Device:
         num_classes=None,
         need_wsum=False,
         need_log_prob=False,
+        need_entropy=False,
+        need_top1=False,
         read_ignored=False,
     ):
-        """(lse, lse_low, picked, wsum, log_prob)"""
+        """(lse, lse_low, picked, wsum, log_prob, entropy, top1); top1 is 1.0 or 0.0"""
         n, c = logits.shape
-        plan = self.plan(logits, softcap)
+        scale = row_scale(row_temperature)
+        by_row = scale is not None or need_entropy or need_top1
+        plan = self.plan(logits, softcap, by_row)
         args = self._args(
             logits,
             class_start=class_start,
@@ -162,25 +183,30 @@ class Device:
             logit_scale=logit_scale,
             softcap=softcap or 0.0,
             grad_scale=logit_scale,
+            row_scaled=scale is not None,
+            by_row=by_row,
         )
-        rows = {"logits": logits, "target": target, "weight": weight}
-        stats = self._new_stats(n, need_wsum)
+        rows = {"logits": logits, "target": target, "weight": weight, "row_scale": scale}
+        stats = self._new_stats(n, wsum=need_wsum, entropy=need_entropy, top1=need_top1)
         log_prob = torch.empty(n, c, dtype=logits.dtype) if need_log_prob else None
-        if plan.mode != RowMode.split:
-            outputs = self._outputs(**stats, log_prob=log_prob)
-            self.launch("row_stats", self._items(plan, n), plan, args, **rows, **outputs)
-        else:
+        apart = plan.mode == RowMode.split or need_entropy or need_top1
+        if plan.mode == RowMode.split:
             self._split_stats(plan, args, rows, stats)
-            if need_log_prob:
-                args.stage = Stage.log_prob_only
-                outputs = self._outputs(log_prob=log_prob)
-                known = {name: stats[name] for name in ("lse", "lse_low")}
-                self.launch("row_stats", n * plan.chunks, plan, args, **rows, **known, **outputs)
-        return (*stats.values(), log_prob)
+        else:
+            outputs = self._outputs(**stats, log_prob=None if apart else log_prob)
+            self.launch("row_stats", self._items(plan, n), plan, args, **rows, **outputs)
+        if need_log_prob and apart:
+            args.stage = Stage.log_prob_only
+            outputs = self._outputs(log_prob=log_prob)
+            known = {name: stats[name] for name in ("lse", "lse_low")}
+            items = self._items(plan, n) if plan.mode == RowMode.short else n * plan.chunks
+            self.launch("row_stats", items, plan, args, **rows, **known, **outputs)
+        *of_loss, entropy, top1 = stats.values()
+        return (*of_loss, log_prob, entropy, top1)
 
     @staticmethod
-    def _new_stats(n: int, need_wsum: bool) -> dict[str, torch.Tensor | None]:
-        return {name: torch.empty(n) if name != "wsum" or need_wsum else None for name in STATS}
+    def _new_stats(n: int, **wanted: bool) -> dict[str, torch.Tensor | None]:
+        return {name: torch.empty(n) if wanted.get(name, True) else None for name in (*STATS, *STATS_BY_ROW)}
 
     @staticmethod
     def _items(plan: Plan, n: int) -> int:
@@ -189,10 +215,10 @@ class Device:
     def _split_stats(self, plan, args, rows, stats) -> None:
         """Statistics of parts of rows, and then of rows."""
         n = rows["target"].numel()
-        need_wsum = stats["wsum"] is not None
+        wanted = {f"part_{name}": value is not None for name, value in stats.items()}
+        wanted["part_weight"] = wanted["part_wsum"]
         parts = {
-            name: torch.empty(n, plan.parts) if need_wsum or name not in ("part_wsum", "part_weight") else None
-            for name in PART_STATS
+            name: torch.empty(n, plan.parts) if wanted[name] else None for name in (*PART_STATS, *PART_STATS_BY_ROW)
         }
         args.stage = Stage.partial_stats
         of_parts = {name.removeprefix("part_") if name != "part_weight" else name: part for name, part in parts.items()}
@@ -228,6 +254,9 @@ class Device:
         totals,
         grad_loss,
         grad_z_loss=None,
+        row_temperature=None,
+        entropy=None,
+        grad_entropy=None,
         *,
         reduction="mean",
         ignore_index=-100,
@@ -243,7 +272,9 @@ class Device:
     ):
         """The gradient; over the logits if in_place."""
         n, c = logits.shape
-        plan = self.plan(logits, softcap)
+        scale = row_scale(row_temperature)
+        by_row = scale is not None or grad_entropy is not None
+        plan = self.plan(logits, softcap, by_row)
         grad = logits if in_place else torch.empty(n, c, dtype=logits.dtype)
         args = self._grad_args(
             logits,
@@ -258,11 +289,14 @@ class Device:
             num_classes=num_classes or class_start + c,
             ignore_index=ignore_index,
             unit_upstream=unit_upstream,
+            row_scaled=scale is not None,
+            by_row=by_row,
         )
         items = self._items(plan, n) if plan.mode == RowMode.short else n * plan.chunks
         self.launch(
-            "row_grad", items, plan, args, logits=logits, target=target, weight=weight, lse=lse, lse_low=lse_low,
-            totals=totals, grad_loss=grad_loss, grad_z_loss=grad_z_loss,
+            "row_grad", items, plan, args, logits=logits, target=target, weight=weight, row_scale=scale, lse=lse,
+            lse_low=lse_low, entropy=None if grad_entropy is None else entropy, totals=totals, grad_loss=grad_loss,
+            grad_z_loss=grad_z_loss, grad_entropy=grad_entropy,
             grad=grad if in_place else cann_sim.Uninit(grad),
         )  # fmt: skip
         return grad
@@ -289,7 +323,7 @@ class Device:
         plan = self.plan(logits, softcap)
         grad = logits if in_place else torch.empty(n, c, dtype=logits.dtype)
         rows = {"logits": logits, "target": target, "weight": weight}
-        stats = self._new_stats(n, label_smoothing != 0)
+        stats = self._new_stats(n, wsum=label_smoothing != 0, entropy=False, top1=False)
         args = self._grad_args(
             logits,
             grad,
@@ -313,10 +347,11 @@ class Device:
             )  # fmt: skip
         else:
             self.launch(
-                "row_stats_grad", self._items(plan, n), plan, args, **rows, totals=totals, **self._outputs(**stats),
+                "row_stats_grad", self._items(plan, n), plan, args, **rows, totals=totals,
+                **self._outputs(**{name: stats[name] for name in STATS}),
                 grad=grad if in_place else cann_sim.Uninit(grad),
             )  # fmt: skip
-        return (*stats.values(), grad)
+        return (*(stats[name] for name in STATS), grad)
 
     def reduce_rows(
         self,

@@ -77,12 +77,12 @@ struct ShortFlag {
 };
 
 // reduce_rows.h. There are no queues. Each WaitFlag follows its SetFlag at once, and at the end of a task all flags are
-// closed (PIPE_ALL), so one id serves every step. Only JoinParts sets S_MTE3 several times in a row, for up to four
+// closed (PIPE_ALL), so one id serves every step. Only JoinParts sets S_MTE3 several times in a row, for up to six
 // values. Each value has an id of its own, because S does not know when MTE3 has taken the flag of the value before.
 struct ReduceFlag {
   enum Id : int32_t {
     kStep = 0,
-    kValue = 0,  // to 3: one for each value of JoinParts
+    kValue = 0,  // to 5: one for each value of JoinParts
   };
   static __aicore__ inline int32_t OfValue(int64_t slot) { return kValue + static_cast<int32_t>(slot); }
 };

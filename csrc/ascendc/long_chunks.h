@@ -58,23 +58,49 @@ class LongChunks {
     return weight_;
   }
 
-  // The logits after scale and softcap, in fp32: in the slot if IsScaledAlready, else in `work`. With a softcap and
-  // `with_deficit`, Deficit() then holds the deficit of softcap.h.
+  // The logits after all scales and the softcap, in fp32: in the slot if IsScaledAlready, else in `work`. With a
+  // softcap and `with_deficit`, Deficit() then holds the deficit of softcap.h.
   __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& slot, const LocalTensor<float>& work, int64_t n,
-                                              bool with_deficit = false) const {
-    const LocalTensor<float> x = ScaledLogits(slot, work, args_, n);
+                                              float row_scale, bool with_deficit = false) const {
+    const float scale = softcap_.IsOn() ? args_.logit_scale : Product(row_scale, args_.logit_scale);
+    const LocalTensor<float> x = ScaledLogits(slot, work, args_, scale, n);
     if (!IsScaledAlready<T>(args_)) {
       PipeBarrier<PIPE_V>();
     }
     if (softcap_.IsOn()) {
       with_deficit ? softcap_.Apply(x, cap_, n) : softcap_.Apply(x, n);
+      if (args_.row_scaled != 0) {
+        AscendC::Muls(x, x, row_scale, n);
+        PipeBarrier<PIPE_V>();
+      }
     }
+    return x;
+  }
+  // Whether different logits stay different in Mapped, which then orders them as Ordered does: a softcap and a scale of
+  // fp32 logits may round them to one number, a scale of 16-bit logits does not.
+  __aicore__ inline bool KeepsOrder() const {
+    return !softcap_.IsOn() && args_.logit_scale != 0.0f && (!kIsFp32<T> || IsScaledAlready<T>(args_));
+  }
+  // The logits in fp32, with the sign of the logit scale: their order is that of the scaled logits.
+  __aicore__ inline LocalTensor<float> Ordered(const LocalTensor<T>& slot, const LocalTensor<float>& work,
+                                               int64_t n) const {
+    const float sign = args_.logit_scale > 0.0f ? 1.0f : args_.logit_scale < 0.0f ? -1.0f : 0.0f;
+    if constexpr (kIsFp32<T>) {
+      if (sign == 1.0f) {
+        return slot;
+      }
+    }
+    const LocalTensor<float> x = ScaledLogits(slot, work, args_, sign, n);
+    PipeBarrier<PIPE_V>();
     return x;
   }
   // The result of an earlier Mapped.
   __aicore__ inline LocalTensor<float> MappedBefore(const LocalTensor<T>& slot, const LocalTensor<float>& work) const {
     return IsScaledAlready<T>(args_) ? Fp32Of(slot, work) : work;
   }
+
+  // A chunk of scratch, in the memory of the class weights: free after CopyWeightIn's user, and until the next.
+  __aicore__ inline LocalTensor<float> Scratch() const { return weight_; }
 
   __aicore__ inline const Softcap& Cap() const { return softcap_; }
   // Of the chunk last given to Mapped.

@@ -11,9 +11,11 @@ namespace npu_xent {
 struct RowState {
   bool zero, undefined;  // an ignored row; a row without a distribution
   float lse, lse_low;
-  float scale, offset;  // gradient = (scale exp(x - lse) - offset w) slope; x and slope after scale and softcap
-  int64_t target;       // column, or -1
-  bool target_known;    // the gradient at the target is `target_value`; else `target_step` has to be added there
+  float row_scale;
+  // The gradient is ((scale + tilt (x - lse)) exp(x - lse) - offset w) slope; x and slope after all scales and softcap.
+  float scale, tilt, offset;
+  int64_t target;     // column, or -1
+  bool target_known;  // the gradient at the target is `target_value`; else `target_step` has to be added there
   float target_value, target_step;
 };
 
@@ -31,6 +33,11 @@ class LongFacts {
     grad_z_loss_ = ub.GetWithOffset<float>(kFactRows, b.grad_z_loss);
     if (args_.softcap != 0.0f) {
       capped_ = ub.GetWithOffset<float>(kFactRows, b.capped);
+    }
+    if (args_.by_row != 0) {
+      row_scale_ = ub.GetWithOffset<float>(kFactRows, b.row_scale);
+      entropy_ = ub.GetWithOffset<float>(kFactRows, b.entropy);
+      grad_entropy_ = ub.GetWithOffset<float>(kFactRows, b.grad_entropy);
     }
   }
   // Reads what all rows share.
@@ -50,13 +57,16 @@ class LongFacts {
         CopyOperandIn(grad_loss_, gm_.grad_loss, pieces);
         CopyOperandIn(grad_z_loss_, gm_.grad_z_loss, pieces);
       }
+      CopyOperandIn(entropy_, gm_.entropy, pieces);
+      CopyOperandIn(grad_entropy_, gm_.grad_entropy, pieces);
     }
+    CopyOperandIn(row_scale_, gm_.row_scale, pieces);
     SetFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
     WaitFlag<HardEvent::MTE2_S>(LongFlag::kOperands);
     // A copy for each target's logit and weight: copies can overlap; scalar reads of GM would wait for each other.
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       const Piece piece = pieces.At(i);
-      const int64_t column = pieces.TargetColumn(piece);
+      const int64_t column = gm_.top1 != nullptr ? pieces.ColumnOfRow(piece.row) : pieces.TargetColumn(piece);
       if (column >= 0) {
         CopyIn(picked_[i * kBlockOf<T>], Gm<T>(gm_.logits, piece.row * args_.logits_stride + column), 1);
       }
@@ -71,14 +81,29 @@ class LongFacts {
     }
   }
 
-  // The target's logit after scale and softcap, in fp32, for piece `index`, which has its row's target.
-  __aicore__ inline float MappedPicked(int64_t index) const {
-    return args_.softcap != 0.0f ? capped_.GetValue(index) : ScaledPicked(index);
+  // What the logits of a row are multiplied by after the softcap.
+  __aicore__ inline float RowScale(const LongPieces<kStats>& pieces, int64_t row) const {
+    return gm_.row_scale != nullptr ? row_scale_.GetValue(row - pieces.FirstRow()) : 1.0f;
+  }
+  // The target's logit after all scales and softcap, in fp32, for piece `index`, which has its row's target.
+  __aicore__ inline float MappedPicked(const LongPieces<kStats>& pieces, int64_t index) const {
+    const float row_scale = RowScale(pieces, pieces.At(index).row);
+    if (!IsFinite(row_scale)) {
+      return NaN();
+    }
+    // Rounded as LongChunks::Mapped rounds it.
+    return args_.softcap != 0.0f ? Product(capped_.GetValue(index), row_scale)
+                                 : ScaledPicked(index, Product(row_scale, args_.logit_scale));
+  }
+  // The target's logit with the sign of the logit scale, for top1; finite.
+  __aicore__ inline float OrderedPicked(int64_t index) const {
+    const float x = Bounded(ScalarOf(picked_, index * kBlockOf<T>));
+    return args_.logit_scale > 0.0f ? x : args_.logit_scale < 0.0f ? -x : 0.0f;
   }
   // `picked` of row_math.h; NaN for a bad target.
   __aicore__ inline float Picked(const LongPieces<kStats>& pieces, int64_t index) const {
     const Piece piece = pieces.At(index);
-    return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? MappedPicked(index) : 0.0f;
+    return pieces.IsRowBad(piece.row) ? NaN() : pieces.TargetColumn(piece) >= 0 ? MappedPicked(pieces, index) : 0.0f;
   }
 
   // From statistics that are operands, or that were computed here.
@@ -93,34 +118,44 @@ class LongFacts {
     RowState s;
     s.lse = lse;
     s.lse_low = lse_low;
+    s.row_scale = RowScale(pieces, piece.row);
     s.zero = kOutput == Output::grad && pieces.IsRowIgnored(piece.row);
     s.undefined = !IsFinite(lse);
     s.target = -1;
     if (kOutput != Output::grad || s.zero) {
       return s;
     }
-    const Upstream up = UpstreamOf(piece.row - pieces.FirstRow());
+    const int64_t fact = piece.row - pieces.FirstRow();
+    const Upstream up = UpstreamOf(fact);
+    const float grad_entropy = gm_.grad_entropy != nullptr ? grad_entropy_.GetValue(fact) : 0.0f;
     const bool is_bad = pieces.IsRowBad(piece.row);
     const bool has_weight = gm_.weight != nullptr && IsKept(args_, pieces.TargetOf(piece.row));
     const float weight = has_weight ? target_weight_.GetValue(index * kBlock) : 1.0f;
     s.undefined = s.undefined || is_bad || !IsFinite(weight) || !IsFinite(up.class_weight) || !IsFinite(up.loss) ||
-                  !IsFinite(up.z);
+                  !IsFinite(up.z) || !IsFinite(grad_entropy) || !IsFinite(s.row_scale);
     if (s.undefined) {
       return s;
     }
-    const Coefficients k = MakeCoefficients(args_, weight, up, lse);
-    s.scale = k.a * (1.0f - lse_low + 0.5f * lse_low * lse_low);  // a exp(-lse_low): lse_low is a rounding error
+    const Coefficients k = MakeCoefficients(args_, weight, up, lse, s.row_scale);
+    const float entropy = grad_entropy != 0.0f ? entropy_.GetValue(fact) : 0.0f;
+    const float h = args_.grad_scale * s.row_scale * grad_entropy;
+    const float factor = 1.0f - lse_low + 0.5f * lse_low * lse_low;  // exp(-lse_low): lse_low is a rounding error
+    s.scale = (k.a - h * (entropy - lse_low)) * factor;
+    s.tilt = -h * factor;
     s.offset = k.s;
     s.target = pieces.TargetColumn(piece);
     s.target_known = false;
     s.target_step = -k.b;
-    const float picked = s.target >= 0 ? MappedPicked(index) : 0.0f;
+    const float picked = s.target >= 0 ? MappedPicked(pieces, index) : 0.0f;
     if (s.target >= 0 && IsFinite(picked)) {
       // a p - b would cancel for a confident prediction, where p is near 1.
-      const float below = (picked - lse) - lse_low, slope = softcap.SlopeAt(picked);
+      const float below = (picked - lse) - lse_low;
+      const float slope = softcap.IsOn() ? softcap.SlopeAt(capped_.GetValue(index)) : 1.0f;
       s.target_known = below > kNearZero;
       if (s.target_known) {
-        s.target_value = slope * (k.a * Expm1NearZero(below) + (k.a - k.b) - k.s * weight);
+        const float less_one = Expm1NearZero(below);
+        const float of_entropy = h * (1.0f + less_one) * (below + entropy);
+        s.target_value = slope * (k.a * less_one + (k.a - k.b) - k.s * weight - of_entropy);
       }
       s.target_step *= slope;
     }
@@ -128,14 +163,14 @@ class LongFacts {
   }
 
  private:
-  __aicore__ inline float ScaledPicked(int64_t index) const {
-    return Product(ScalarOf(picked_, index * kBlockOf<T>), args_.logit_scale);
+  __aicore__ inline float ScaledPicked(int64_t index, float scale) const {
+    return Product(ScalarOf(picked_, index * kBlockOf<T>), scale);
   }
   // The scalar unit has no exp: the vector unit caps the targets' logits of a block, all at once.
   __aicore__ inline void CapPicked(const LongPieces<kStats>& pieces, const Softcap& softcap) const {
     for (int64_t i = 0; i < kFactRows; ++i) {
       const bool has_target = i < pieces.Count() && pieces.TargetColumn(pieces.At(i)) >= 0;
-      capped_.SetValue(i, has_target ? ScaledPicked(i) : 0.0f);
+      capped_.SetValue(i, has_target ? ScaledPicked(i, args_.logit_scale) : 0.0f);
     }
     SetFlag<HardEvent::S_V>(LongFlag::kCap);
     WaitFlag<HardEvent::S_V>(LongFlag::kCap);
@@ -163,10 +198,10 @@ class LongFacts {
   const XentArgs args_;
   const RowTensors gm_;
   Upstream upstream_{};
-  LocalTensor<T> picked_;                                       // a data block a piece
-  LocalTensor<float> target_weight_;                            // a data block a piece
-  LocalTensor<float> capped_;                                   // with a softcap: picked logits, by piece
-  LocalTensor<float> lse_, lse_low_, grad_loss_, grad_z_loss_;  // operands, by row
+  LocalTensor<T> picked_;             // a data block a piece
+  LocalTensor<float> target_weight_;  // a data block a piece
+  LocalTensor<float> capped_;         // with a softcap: picked logits, by piece
+  LocalTensor<float> lse_, lse_low_, grad_loss_, grad_z_loss_, row_scale_, entropy_, grad_entropy_;  // operands, by row
 };
 
 }  // namespace npu_xent

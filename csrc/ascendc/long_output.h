@@ -24,7 +24,7 @@ class LongOutput {
     if (s.zero || s.undefined) {
       AscendC::Duplicate(y, s.zero ? 0.0f : NaN(), n);
     } else {
-      AscendC::Adds(y, chunks.Mapped(slot, work, n, kOutput == Output::grad), -s.lse, n);
+      AscendC::Adds(y, chunks.Mapped(slot, work, n, s.row_scale, kOutput == Output::grad), -s.lse, n);
       PipeBarrier<PIPE_V>();
       if constexpr (kOutput == Output::log_prob) {
         AscendC::Adds(y, y, -s.lse_low, n);
@@ -64,14 +64,27 @@ class LongOutput {
   }
 
  private:
-  // y = the gradient of a chunk in fp32, before rounding, from y = x - lse: scale exp(y) - offset w, times the slope of
-  // a softcap, and the target's element corrected.
+  // y = the gradient of a chunk in fp32, before rounding, from y = x - lse: (scale + tilt y) exp(y) - offset w, times
+  // the slope of a softcap, and the target's element corrected.
   __aicore__ inline void MakeGrad(const LocalTensor<float>& y, const LongChunks<T>& chunks, int64_t chunk,
                                   const RowState& s) {
     const int64_t n = chunks.Size(chunk);
-    AscendC::Exp(y, y, n);
-    PipeBarrier<PIPE_V>();
-    AscendC::Muls(y, y, s.scale, n);
+    if (s.tilt != 0.0f) {
+      const LocalTensor<float> exps = chunks.Scratch();
+      AscendC::Exp(exps, y, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Maxs(y, y, kFiniteLog, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Muls(y, y, s.tilt, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Adds(y, y, s.scale, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Mul(y, y, exps, n);
+    } else {
+      AscendC::Exp(y, y, n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Muls(y, y, s.scale, n);
+    }
     if (args_.class_share != 0.0f) {
       SubtractOffset(y, chunks, chunk, s.offset);
     }

@@ -67,9 +67,10 @@ class LongPieces {
   __aicore__ inline bool IsRowIgnored(int64_t row) const { return IsIgnored(args_, TargetOf(row)); }
   __aicore__ inline bool IsRowBad(int64_t row) const { return IsBad(args_, TargetOf(row)); }
   __aicore__ inline bool IsRead(int64_t row) const { return !IsRowIgnored(row) || args_.read_ignored != 0; }
-  // The target's column if the piece has it, else -1.
+  // The target's column if the row, or the piece, has it, else -1.
+  __aicore__ inline int64_t ColumnOfRow(int64_t row) const { return ColumnOf(args_, TargetOf(row)); }
   __aicore__ inline int64_t TargetColumn(const Piece& piece) const {
-    const int64_t column = ColumnOf(args_, TargetOf(piece.row));
+    const int64_t column = ColumnOfRow(piece.row);
     const bool here = column >= piece.begin * plan_.chunk_cols && column < piece.end * plan_.chunk_cols;
     return here ? column : -1;
   }

@@ -16,6 +16,10 @@ class LongResults {
     picked_ = ub.GetWithOffset<float>(kFactRows, b.out_picked);
     wsum_ = ub.GetWithOffset<float>(kFactRows, b.out_wsum);
     weight_ = ub.GetWithOffset<float>(kFactRows, b.out_weight);
+    if (gm_.entropy != nullptr || gm_.top1 != nullptr) {
+      entropy_ = ub.GetWithOffset<float>(kFactRows, b.out_entropy);
+      top1_ = ub.GetWithOffset<float>(kFactRows, b.out_top1);
+    }
   }
 
   __aicore__ inline void Set(int64_t index, const RowStatistics& statistics, float picked) {
@@ -24,13 +28,19 @@ class LongResults {
     picked_.SetValue(index, picked);
     wsum_.SetValue(index, statistics.wsum);
     weight_.SetValue(index, statistics.weight);
+    if (gm_.entropy != nullptr) {
+      entropy_.SetValue(index, statistics.entropy);
+    }
+    if (gm_.top1 != nullptr) {
+      top1_.SetValue(index, statistics.top1);
+    }
   }
 
   // Copies out the statistics of all pieces of a block, zeros for those that were not read.
   __aicore__ inline void Store(const LongPieces<true>& pieces) {
     for (int64_t i = 0; i < pieces.Count(); ++i) {
       if (!pieces.IsRead(pieces.At(i).row)) {
-        Set(i, RowStatistics{{0.0f, 0.0f}, 0.0f, 0.0f}, 0.0f);
+        Set(i, RowStatistics{{0.0f, 0.0f}, 0.0f, 0.0f, 0.0f, 0.0f}, 0.0f);
       }
     }
     SetFlag<HardEvent::S_MTE3>(LongFlag::kResults);
@@ -44,11 +54,17 @@ class LongResults {
     if (gm_.part_weight != nullptr) {
       CopyOut(Gm<float>(gm_.part_weight, pieces.First()), weight_, pieces.Count());
     }
+    if (gm_.entropy != nullptr) {
+      CopyOut(Gm<float>(gm_.entropy, pieces.First()), entropy_, pieces.Count());
+    }
+    if (gm_.top1 != nullptr) {
+      CopyOut(Gm<float>(gm_.top1, pieces.First()), top1_, pieces.Count());
+    }
   }
 
  private:
   const RowTensors gm_;
-  LocalTensor<float> lse_, lse_low_, picked_, wsum_, weight_;
+  LocalTensor<float> lse_, lse_low_, picked_, wsum_, weight_, entropy_, top1_;
 };
 
 }  // namespace npu_xent

@@ -30,11 +30,12 @@ class LongRows {
       : pipe_(pipe),
         plan_(plan),
         args_(args),
+        gm_top1_(tensors.top1),
         resident_(kStats && kHasOutput && plan.mode == static_cast<int64_t>(RowMode::resident)),
         pieces_(plan, args),
         facts_(args, tensors),
         chunks_(plan, args, tensors),
-        statistics_(tensors),
+        statistics_(args, tensors),
         results_(tensors),
         output_(args, tensors) {}
 
@@ -54,7 +55,7 @@ class LongRows {
  private:
   __aicore__ inline void Allocate() {
     slots_ = resident_ ? plan_.slots : smaller(plan_.slots, kStreamSlots);
-    const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_, args_.softcap != 0.0f);
+    const LongBuffers b = long_buffers(args_.dtype, plan_.chunk_cols, slots_, args_.softcap != 0.0f, args_.by_row != 0);
     pipe_.InitBuffer(ub_, b.total);
     pieces_.Allocate(ub_, b);
     facts_.Allocate(ub_, b);
@@ -170,9 +171,20 @@ class LongRows {
   // ---- statistics: the maximum of a chunk at once, its sums after the maximum of the next chunk ----
 
   __aicore__ inline void StatisticsStep(int64_t load, const Cursor& at) {
-    statistics_.FindMax(chunks_, load, at);
+    statistics_.FindMax(chunks_, load, at, facts_.RowScale(pieces_, at.piece.row), ContenderOf(at));
     SumHeld();
     held_ = Held{load, at};
+  }
+  __aicore__ inline Contender ContenderOf(const Cursor& at) const {
+    if (gm_top1_ == nullptr) {
+      return {-1, 0.0f};
+    }
+    const int64_t column = pieces_.ColumnOfRow(at.piece.row);
+    if (column < 0) {
+      return {column, 0.0f};
+    }
+    return {column,
+            chunks_.KeepsOrder() ? Bounded(facts_.MappedPicked(pieces_, at.index)) : facts_.OrderedPicked(at.index)};
   }
   // Sums the held chunk. At the start of a row it finishes the row before, at the end it folds the row.
   __aicore__ inline void SumHeld() {
@@ -183,7 +195,7 @@ class LongRows {
     if (at.IsFirst()) {
       FinishPending();
     }
-    statistics_.SumChunk(chunks_, held_.load, at);
+    statistics_.SumChunk(chunks_, held_.load, at, ContenderOf(at));
     if (!resident_ && held_.load + slots_ < loads_) {
       SetFlag<HardEvent::V_MTE2>(LongFlag::OfChunk(held_.load));
     }
@@ -254,6 +266,7 @@ class LongRows {
   AscendC::TPipe& pipe_;
   const XentPlan plan_;
   const XentArgs args_;
+  const GM_ADDR gm_top1_;
   const bool resident_;
   int64_t slots_ = 0, loads_ = 0;  // of the ring; chunks to load in this block
   uint64_t stored_ = 0;            // bit i % kFlags: chunk i has an output, so MTE3 frees its slot

@@ -26,6 +26,10 @@ struct ReduceTensors {
   GM_ADDR loss;
   GM_ADDR z_loss;
   GM_ADDR sums;  // workspace: a data block for each block of rows, then for each block of class weights
+  GM_ADDR entropy;
+  GM_ADDR top1;
+  GM_ADDR part_entropy;
+  GM_ADDR part_top1;
 };
 
 class ReduceRows {
@@ -289,7 +293,8 @@ class ReduceRows {
 
   // ---- parts of one row ----
 
-  // lse = log sum exp(lse_i), wsum = sum (wsum_i + W_i (lse_i - lse)): each part is a class shard (ops.cpp).
+  // lse = log sum exp(lse_i), wsum = sum (wsum_i + W_i (lse_i - lse)), entropy = sum p_i (H_i + lse - lse_i) with
+  // p_i = exp(lse_i - lse): each part is a class shard (options.h). top1: no part beats the target.
   __aicore__ inline void JoinParts(int64_t row) {
     const int64_t n = plan_.parts, first = row * n;
     CopyIn(V(kLse), Gm<float>(gm_.part_lse, first), n);
@@ -298,6 +303,12 @@ class ReduceRows {
     if (gm_.wsum != nullptr) {
       CopyIn(V(kWsum), Gm<float>(gm_.part_wsum, first), n);
       CopyIn(V(kWeightOf), Gm<float>(gm_.part_weight, first), n);
+    }
+    if (gm_.entropy != nullptr) {
+      CopyIn(V(kZ), Gm<float>(gm_.part_entropy, first), n);
+    }
+    if (gm_.top1 != nullptr) {
+      CopyIn(V(kKeep), Gm<float>(gm_.part_top1, first), n);
     }
     SetFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
     WaitFlag<HardEvent::MTE2_V>(ReduceFlag::kStep);
@@ -314,6 +325,8 @@ class ReduceRows {
     PipeBarrier<PIPE_V>();
     AscendC::WholeReduceSum(sum, V(kT), n, kBlock, 1, 1, 0);
     PipeBarrier<PIPE_V>();
+    AscendC::Adds(result_[3 * kBlock], sum, 0.0f, kBlock);
+    PipeBarrier<PIPE_V>();
     AscendC::Ln(sum, sum, kBlock);
     SetFlag<HardEvent::V_S>(ReduceFlag::kStep);
     WaitFlag<HardEvent::V_S>(ReduceFlag::kStep);
@@ -327,6 +340,11 @@ class ReduceRows {
         wsum = SumOfTwo(wsum, V(kWeightOf).GetValue(i) * below);
       }
     }
+    const float entropy = gm_.entropy != nullptr && IsFinite(lse.high) ? JoinEntropies(lse, n) : NaN();
+    float top1 = IsFinite(lse.high) ? 1.0f : 0.0f;
+    for (int64_t i = 0; gm_.top1 != nullptr && i < n; ++i) {
+      top1 = V(kKeep).GetValue(i) == 0.0f ? 0.0f : top1;
+    }
     const bool unread = IsUnread(row);
     StoreValue(gm_.lse, row, 0, unread ? 0.0f : lse.high);
     StoreValue(gm_.lse_low, row, 1, unread ? 0.0f : lse.low);
@@ -334,6 +352,24 @@ class ReduceRows {
     if (gm_.wsum != nullptr) {
       StoreValue(gm_.wsum, row, 3, unread ? 0.0f : wsum);
     }
+    if (gm_.entropy != nullptr) {
+      StoreValue(gm_.entropy, row, 4, unread ? 0.0f : entropy);
+    }
+    if (gm_.top1 != nullptr) {
+      StoreValue(gm_.top1, row, 5, unread ? 0.0f : top1);
+    }
+  }
+  // From the parts' exp(lse_i - max) in kT, the sum of these in result_, and H_i in kZ.
+  __aicore__ inline float JoinEntropies(const TwoFloats& lse, int64_t n) const {
+    float entropy = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+      const float share = V(kT).GetValue(i);
+      if (share != 0.0f) {  // otherwise lse_i may be -inf, and H_i NaN
+        const float above = (lse.high - V(kLse).GetValue(i)) + (lse.low - V(kLseLow).GetValue(i));
+        entropy += share * (V(kZ).GetValue(i) + above);
+      }
+    }
+    return entropy / result_.GetValue(3 * kBlock);
   }
   __aicore__ inline void StoreValue(GM_ADDR to, int64_t row, int64_t slot, float value) {
     const LocalTensor<float> block = V(kLoss)[slot * kBlock];

@@ -6,13 +6,14 @@
 
 using namespace npu_xent;
 
-extern "C" __global__ __aicore__ void npu_xent_row_grad(GM_ADDR logits, GM_ADDR target, GM_ADDR weight, GM_ADDR lse,
-                                                        GM_ADDR lse_low, GM_ADDR totals, GM_ADDR grad_loss,
-                                                        GM_ADDR grad_z_loss, GM_ADDR grad, XentPlan plan,
-                                                        XentArgs args) {
+extern "C" __global__ __aicore__ void npu_xent_row_grad(GM_ADDR logits, GM_ADDR target, GM_ADDR weight,
+                                                        GM_ADDR row_scale, GM_ADDR lse, GM_ADDR lse_low,
+                                                        GM_ADDR entropy, GM_ADDR totals, GM_ADDR grad_loss,
+                                                        GM_ADDR grad_z_loss, GM_ADDR grad_entropy, GM_ADDR grad,
+                                                        XentPlan plan, XentArgs args) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   AscendC::TPipe pipe;
-  const RowTensors tensors{logits,  target,  weight,  totals,    lse,         lse_low,
-                           nullptr, nullptr, nullptr, grad_loss, grad_z_loss, grad};
+  const RowTensors tensors{logits,  target,    weight,      totals, lse,       lse_low, nullptr,      nullptr,
+                           nullptr, grad_loss, grad_z_loss, grad,   row_scale, entropy, grad_entropy, nullptr};
   RunRows<Output::grad, false>(pipe, plan, args, tensors);
 }

@@ -45,6 +45,10 @@ struct RowTensors {
   GM_ADDR grad_loss;
   GM_ADDR grad_z_loss;
   GM_ADDR output;  // log_prob or the gradient
+  GM_ADDR row_scale;
+  GM_ADDR entropy;  // a result of a sweep with statistics, else an operand
+  GM_ADDR grad_entropy;
+  GM_ADDR top1;  // 1 or 0 (RowStatistics)
 };
 
 enum class Output { none, log_prob, grad };
@@ -149,27 +153,30 @@ __aicore__ inline void BoundVector(const LocalTensor<float>& out, const LocalTen
 // Whether the stored logits can be used as they are: they are fp32, and neither scaled nor capped.
 template <typename T>
 __aicore__ inline bool IsScaledAlready(const XentArgs& args) {
-  return kIsFp32<T> && args.logit_scale == 1.0f && args.softcap == 0.0f;
+  return kIsFp32<T> && args.logit_scale == 1.0f && args.softcap == 0.0f && args.row_scaled == 0;
 }
-// n logits as t x in fp32: in `logits` if IsScaledAlready, else in `work`, and then a barrier has to follow. The
+// n logits times `scale` in fp32: in `logits` if IsScaledAlready, else in `work`, and then a barrier has to follow. The
 // softcap is applied later.
 template <typename T>
 __aicore__ inline LocalTensor<float> ScaledLogits(const LocalTensor<T>& logits, const LocalTensor<float>& work,
-                                                  const XentArgs& args, int64_t n) {
+                                                  const XentArgs& args, float scale, int64_t n) {
   if constexpr (kIsFp32<T>) {
     if (IsScaledAlready<T>(args)) {
       return logits;
     }
-    AscendC::Muls(work, logits, args.logit_scale, n);
+    AscendC::Muls(work, logits, scale, n);
   } else {
     AscendC::Cast(work, logits, AscendC::RoundMode::CAST_NONE, n);
-    if (args.logit_scale != 1.0f) {
+    if (scale != 1.0f) {
       PipeBarrier<PIPE_V>();
-      AscendC::Muls(work, work, args.logit_scale, n);
+      AscendC::Muls(work, work, scale, n);
     }
   }
   return work;
 }
+
+// x, or a number whose exponential is 0 too: x may be -inf, and -inf * 0 would be NaN.
+constexpr float kFiniteLog = -128.0f;
 
 // Where an output is computed in fp32: in place, or in `work`, from which RoundOutput takes it.
 template <typename T>
@@ -254,15 +261,17 @@ __aicore__ inline void CopyTargetWeights(const LocalTensor<float>& to, GM_ADDR w
 struct Coefficients {
   float a, b, s;
 };
-__aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, const Upstream& up, float lse) {
+__aicore__ inline Coefficients MakeCoefficients(const XentArgs& args, float weight, const Upstream& up, float lse,
+                                                float row_scale) {
   Coefficients k;
   k.b = up.loss * args.target_share * weight;
   const float added = args.adds_to_a != 0 ? up.z : up.z * 2.0f * args.lse_square_scale * lse;
   k.a = k.b + up.loss * args.class_share * up.class_weight + added;
   k.s = up.loss * args.class_share;
-  k.a *= args.grad_scale;
-  k.b *= args.grad_scale;
-  k.s *= args.grad_scale;
+  const float u = args.grad_scale * row_scale;
+  k.a *= u;
+  k.b *= u;
+  k.s *= u;
   return k;
 }
 

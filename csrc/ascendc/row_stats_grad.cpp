@@ -12,6 +12,7 @@ extern "C" __global__ __aicore__ void npu_xent_row_stats_grad(GM_ADDR logits, GM
                                                               XentArgs args) {
   KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
   AscendC::TPipe pipe;
-  const RowTensors tensors{logits, target, weight, totals, lse, lse_low, picked, wsum, nullptr, nullptr, nullptr, grad};
+  const RowTensors tensors{logits,  target,  weight,  totals, lse,     lse_low, picked,  wsum,
+                           nullptr, nullptr, nullptr, grad,   nullptr, nullptr, nullptr, nullptr};
   RunRows<Output::grad, true>(pipe, plan, args, tensors);
 }

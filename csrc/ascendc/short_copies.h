@@ -18,10 +18,12 @@ class ShortCopies {
     if constexpr (kOutput != Output::none) {
       pipe.InitBuffer(out_, 2, b.tile_bytes);
     }
-    if constexpr (!kStats) {
+    if (HasOperands()) {
       pipe.InitBuffer(operands_, 2, b.row_bytes);
     }
   }
+  // Whether vectors [rows] come in with each tile.
+  __aicore__ inline bool HasOperands() const { return !kStats || gm_.row_scale != nullptr; }
 
   // The class weights, once for all tiles.
   __aicore__ inline void CopyWeightIn(AscendC::TPipe& pipe, const ShortTile& v) const {
@@ -51,39 +53,35 @@ class ShortCopies {
       r = larger(end, r + 1);
     }
     in_.EnQue(in);
-    if constexpr (!kStats) {
+    if (HasOperands()) {
       LocalTensor<float> operands = operands_.AllocTensor<float>();
-      CopyIn(operands, Gm<float>(gm_.lse, f.first), f.rows);
-      CopyOperand(operands[v.lane_count], gm_.lse_low, f);
-      if (ReductionIs(args_, Reduction::none)) {
-        CopyOperand(operands[2 * v.lane_count], gm_.grad_loss, f);
-        CopyOperand(operands[3 * v.lane_count], gm_.grad_z_loss, f);
+      if constexpr (!kStats) {
+        CopyIn(operands, Gm<float>(gm_.lse, f.first), f.rows);
+        CopyOperand(operands[v.lane_count], gm_.lse_low, f);
+        if (ReductionIs(args_, Reduction::none)) {
+          CopyOperand(operands[2 * v.lane_count], gm_.grad_loss, f);
+          CopyOperand(operands[3 * v.lane_count], gm_.grad_z_loss, f);
+        }
+        if (gm_.grad_entropy != nullptr) {
+          CopyOperand(operands[4 * v.lane_count], gm_.entropy, f);
+          CopyOperand(operands[5 * v.lane_count], gm_.grad_entropy, f);
+        }
+      }
+      if (gm_.row_scale != nullptr) {
+        CopyOperand(operands[6 * v.lane_count], gm_.row_scale, f);
       }
       operands_.EnQue(operands);
     }
   }
-  // Statistics and gradients that came in with the tile.
+  // Statistics, gradients and scales that came in with the tile.
   __aicore__ inline void TakeOperands(const ShortTile& v, const TileFacts& f) {
     const int64_t n = f.rows;
     LocalTensor<float> operands = operands_.DeQue<float>();
-    AscendC::Adds(v[kLse], operands, 0.0f, n);
-    AscendC::Adds(v[kMax], operands, 0.0f, n);
-    if (gm_.lse_low != nullptr) {
-      AscendC::Adds(v[kLseLow], operands[v.lane_count], 0.0f, n);
+    if (gm_.row_scale != nullptr) {
+      AscendC::Adds(v[kRowScale], operands[6 * v.lane_count], 0.0f, n);
     }
-    if (kGrad && ReductionIs(args_, Reduction::none)) {
-      if (gm_.grad_loss != nullptr) {
-        AscendC::Adds(v[kGradLoss], operands[2 * v.lane_count], 0.0f, n);
-        AscendC::Adds(v[kGradZ], operands[2 * v.lane_count], 0.0f, n);
-        PipeBarrier<PIPE_V>();
-      }
-      if (gm_.grad_z_loss != nullptr) {
-        if (gm_.grad_loss != nullptr && args_.adds_to_a == 0) {
-          AscendC::Add(v[kGradZ], v[kGradZ], operands[3 * v.lane_count], n);
-        } else {
-          AscendC::Adds(v[kGradZ], operands[3 * v.lane_count], 0.0f, n);
-        }
-      }
+    if constexpr (!kStats) {
+      TakeGradOperands(v, operands, n);
     }
     PipeBarrier<PIPE_V>();
     operands_.FreeTensor(operands);
@@ -114,6 +112,32 @@ class ShortCopies {
   }
   __aicore__ inline AscendC::DataCopyExtParams RowsOf(int64_t rows, uint32_t gap_in, uint32_t gap_out) const {
     return {static_cast<uint16_t>(rows), static_cast<uint32_t>(args_.cols * sizeof(T)), gap_in, gap_out, 0};
+  }
+
+  __aicore__ inline void TakeGradOperands(const ShortTile& v, const LocalTensor<float>& operands, int64_t n) const {
+    AscendC::Adds(v[kLse], operands, 0.0f, n);
+    AscendC::Adds(v[kMax], operands, 0.0f, n);
+    if (gm_.lse_low != nullptr) {
+      AscendC::Adds(v[kLseLow], operands[v.lane_count], 0.0f, n);
+    }
+    if (kGrad && ReductionIs(args_, Reduction::none)) {
+      if (gm_.grad_loss != nullptr) {
+        AscendC::Adds(v[kGradLoss], operands[2 * v.lane_count], 0.0f, n);
+        AscendC::Adds(v[kGradZ], operands[2 * v.lane_count], 0.0f, n);
+        PipeBarrier<PIPE_V>();
+      }
+      if (gm_.grad_z_loss != nullptr) {
+        if (gm_.grad_loss != nullptr && args_.adds_to_a == 0) {
+          AscendC::Add(v[kGradZ], v[kGradZ], operands[3 * v.lane_count], n);
+        } else {
+          AscendC::Adds(v[kGradZ], operands[3 * v.lane_count], 0.0f, n);
+        }
+      }
+    }
+    if (gm_.grad_entropy != nullptr) {
+      AscendC::Adds(v[kEntropy], operands[4 * v.lane_count], 0.0f, n);
+      AscendC::Adds(v[kTilt], operands[5 * v.lane_count], 0.0f, n);
+    }
   }
 
   __aicore__ inline void CopyOperand(const LocalTensor<float>& to, GM_ADDR from, const TileFacts& f) {

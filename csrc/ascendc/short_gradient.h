@@ -7,7 +7,11 @@ namespace npu_xent {
 
 class ShortGradient {
  public:
-  __aicore__ inline explicit ShortGradient(const XentArgs& args) : args_(args) {}
+  __aicore__ inline ShortGradient(const XentArgs& args, const RowTensors& tensors)
+      : args_(args), row_scaled_(tensors.row_scale != nullptr), tilted_(tensors.grad_entropy != nullptr) {}
+
+  // Whether the entropy has a gradient.
+  __aicore__ inline bool HasTilt() const { return tilted_; }
 
   // What all rows share, into lanes.
   __aicore__ inline void Prepare(const ShortTile& v, const Upstream& upstream) {
@@ -45,13 +49,31 @@ class ShortGradient {
     PipeBarrier<PIPE_V>();
     AscendC::Add(v[kA], v[kA], v[kScratch], n);
     AscendC::Sub(v[kScale], v[kMax], v[kLse], n);
+    if (tilted_) {
+      AscendC::Muls(v[kTilt], v[kTilt], -u, n);
+    }
     PipeBarrier<PIPE_V>();
+    if (row_scaled_) {
+      AscendC::Mul(v[kA], v[kA], v[kRowScale], n);
+      AscendC::Mul(v[kB], v[kB], v[kRowScale], n);
+      AscendC::Mul(v[kOffset], v[kOffset], v[kRowScale], n);
+      if (tilted_) {
+        AscendC::Mul(v[kTilt], v[kTilt], v[kRowScale], n);
+      }
+    }
     AscendC::Sub(v[kScale], v[kScale], v[kLseLow], n);
     PipeBarrier<PIPE_V>();
     AscendC::Exp(v[kScale], v[kScale], n);
     PipeBarrier<PIPE_V>();
-    AscendC::Mul(v[kScale], v[kScale], v[kA], n);
+    if (tilted_) {
+      ScaleAndTilt(v, n);
+    } else {
+      AscendC::Mul(v[kScale], v[kScale], v[kA], n);
+    }
     ProbabilityLessOne(v, n);
+    if (tilted_) {
+      TargetTilt(v, n);
+    }
     // a (p - 1) + (a - b) - s w
     AscendC::Mul(v[kAtTarget], v[kAtTarget], v[kA], n);
     AscendC::Sub(v[kMore], v[kA], v[kB], n);
@@ -60,17 +82,38 @@ class ShortGradient {
     AscendC::Add(v[kAtTarget], v[kAtTarget], v[kMore], n);
     PipeBarrier<PIPE_V>();
     AscendC::Sub(v[kAtTarget], v[kAtTarget], v[kScratch], n);
+    if (tilted_) {
+      PipeBarrier<PIPE_V>();
+      AscendC::Add(v[kAtTarget], v[kAtTarget], v[kSum], n);
+    }
     if (v.softcap.IsOn()) {
       PipeBarrier<PIPE_V>();
+      if (row_scaled_) {
+        AscendC::Div(v[kPicked], v[kPicked], v[kRowScale], n);
+        PipeBarrier<PIPE_V>();
+      }
       v.softcap.DeficitOf(v[kPicked], v[kScratch], n);
       v.softcap.MultiplyBySlope(v[kAtTarget], v[kScratch], n);
     }
   }
 
-  // `grad`, from exponentials in `exps`: kScale of them, less kOffset w, and kAtTarget at the target.
+  // exps = (kScale + kTilt (x - lse)) exp(x - lse), from x - lse in `exps` and its exponentials. Barriers precede, in
+  // RowCoefficients, and follow, in Make.
+  __aicore__ inline void Tilt(const ShortTile& v, const LocalTensor<float>& exponentials, const TileFacts& f) const {
+    const int64_t n = f.rows;
+    AscendC::Maxs(v.exps, v.exps, kFiniteLog, n * v.padded);
+    v.MulLanes(v.exps, v.exps, v[kTilt], n);
+    v.AddLanes(v.exps, v.exps, v[kScale], n);
+    AscendC::Mul(v.exps, v.exps, exponentials, n * v.padded);
+  }
+
+  // `grad`, from exponentials in `exps`: kScale of them (or what Tilt made), less kOffset w, and kAtTarget at the
+  // target.
   __aicore__ inline void Make(const ShortTile& v, const LocalTensor<float>& grad, const TileFacts& f) const {
     const int64_t n = f.rows;
-    v.MulLanes(v.exps, v.exps, v[kScale], n);
+    if (!tilted_) {
+      v.MulLanes(v.exps, v.exps, v[kScale], n);
+    }
     if (args_.class_share != 0.0f) {
       // less s w
       v.Spread(v[kOffset], n);
@@ -95,6 +138,34 @@ class ShortGradient {
   }
 
  private:
+  // With h the gradient of the entropy H: kScale = e (a - u h (H - lse_low)), kTilt = -u h e, e = exp(-lse_low) in
+  // kScale.
+  __aicore__ inline void ScaleAndTilt(const ShortTile& v, int64_t n) const {
+    AscendC::Sub(v[kScratch], v[kEntropy], v[kLseLow], n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(v[kScratch], v[kScratch], v[kTilt], n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Add(v[kScratch], v[kScratch], v[kA], n);
+    AscendC::Mul(v[kTilt], v[kTilt], v[kScale], n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(v[kScale], v[kScale], v[kScratch], n);
+    PipeBarrier<PIPE_V>();
+  }
+  // kSum = -u h p (picked - lse - lse_low + H), from picked - lse - lse_low in kScratch. The exponential is made
+  // without lse_low, which kTilt has; p - 1 in kAtTarget would cost a small p its digits.
+  __aicore__ inline void TargetTilt(const ShortTile& v, int64_t n) const {
+    AscendC::Sub(v[kSum], v[kPicked], v[kLse], n);
+    AscendC::Maxs(v[kScratch], v[kScratch], kFiniteLog, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Exp(v[kSum], v[kSum], n);
+    AscendC::Add(v[kScratch], v[kScratch], v[kEntropy], n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(v[kSum], v[kSum], v[kTilt], n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Mul(v[kSum], v[kSum], v[kScratch], n);
+    PipeBarrier<PIPE_V>();
+  }
+
   // kAtTarget = p - 1 = exp(picked - lse) - 1, near 0 by the series of Expm1NearZero, which does not cancel.
   __aicore__ inline void ProbabilityLessOne(const ShortTile& v, int64_t n) const {
     const LocalTensor<float> below = v[kScratch], far = v[kMore], near = v[kAtTarget], z = v[kSum];
@@ -125,6 +196,7 @@ class ShortGradient {
   }
 
   const XentArgs args_;
+  const bool row_scaled_, tilted_;
   Upstream upstream_{};
 };
 

@@ -26,7 +26,7 @@ class ShortRows {
         targets_(plan, args, tensors),
         copies_(args, tensors),
         statistics_(tensors),
-        gradient_(args) {}
+        gradient_(args, tensors) {}
 
   __aicore__ inline void Run() {
     const Share mine = share_of(work_items(plan_, args_.rows), AscendC::GetBlockIdx(), AscendC::GetBlockNum());
@@ -52,7 +52,8 @@ class ShortRows {
 
  private:
   __aicore__ inline void Allocate() {
-    const ShortBuffers b = short_buffers(args_.dtype, plan_.rows_per_tile, args_.cols, args_.softcap != 0.0f);
+    const ShortBuffers b =
+        short_buffers(args_.dtype, plan_.rows_per_tile, args_.cols, args_.softcap != 0.0f, args_.by_row != 0);
     copies_.Allocate(pipe_, b);
     pipe_.InitBuffer(ub_, b.rest);
     statistics_.Allocate(pipe_);
@@ -92,7 +93,15 @@ class ShortRows {
     if constexpr (kStats) {
       statistics_.WaitStore();
     }
+    if (copies_.HasOperands()) {
+      copies_.TakeOperands(tile_, f);
+    }
     ClearUnread(in, f);
+    if constexpr (kStats) {
+      if (gm_.top1 != nullptr) {
+        targets_.FindTop1(tile_, Ordered(in, f.rows), f);
+      }
+    }
     const LocalTensor<float> x = Mapped(in, f.rows);
     if constexpr (kStats || kGrad) {
       targets_.FindTargets(tile_, x, f);
@@ -100,15 +109,17 @@ class ShortRows {
     if constexpr (kStats) {
       statistics_.Compute(tile_, x, f);
       statistics_.Store(tile_, f);
-    } else {
-      copies_.TakeOperands(tile_, f);
     }
     if constexpr (kGrad) {
       if constexpr (!kStats) {
         tile_.SubLanes(tile_.exps, x, tile_[kMax], f.rows);
-        AscendC::Exp(tile_.exps, tile_.exps, f.rows * tile_.padded);  // many barriers precede its next use
+        // Many barriers precede the next use. With a tilt x - lse is needed too, and the logits are not.
+        AscendC::Exp(gradient_.HasTilt() ? x : tile_.exps, tile_.exps, f.rows * tile_.padded);
       }
       gradient_.RowCoefficients(tile_, f);
+      if (gradient_.HasTilt()) {
+        gradient_.Tilt(tile_, x, f);
+      }
     }
     if constexpr (kHasOutput) {
       LocalTensor<T> out = copies_.NewOutput();
@@ -129,7 +140,7 @@ class ShortRows {
   // operations that follow begin with Spread, which has one.
   __aicore__ inline LocalTensor<float> Mapped(const LocalTensor<T>& in, int64_t rows) const {
     const int64_t n = rows * tile_.padded;
-    const LocalTensor<float> x = ScaledLogits(in, tile_.x, args_, n);
+    const LocalTensor<float> x = ScaledLogits(in, tile_.x, args_, args_.logit_scale, n);
     if (tile_.softcap.IsOn()) {
       PipeBarrier<PIPE_V>();
       if constexpr (kGrad) {
@@ -138,7 +149,20 @@ class ShortRows {
         tile_.softcap.Apply(x, n);
       }
     }
+    if (args_.row_scaled != 0) {
+      tile_.MulLanes(x, x, tile_[kRowScale], rows);
+    }
     return x;
+  }
+  // The logits in fp32, with the sign of the logit scale: their order is that of the scaled logits.
+  __aicore__ inline LocalTensor<float> Ordered(const LocalTensor<T>& in, int64_t rows) const {
+    const float sign = args_.logit_scale > 0.0f ? 1.0f : args_.logit_scale < 0.0f ? -1.0f : 0.0f;
+    if constexpr (kIsFp32<T>) {
+      if (sign == 1.0f) {
+        return in;
+      }
+    }
+    return ScaledLogits(in, tile_.x, args_, sign, rows * tile_.padded);
   }
 
   __aicore__ inline void MakeGrad(const LocalTensor<T>& out, const TileFacts& f) const {

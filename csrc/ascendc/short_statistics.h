@@ -1,4 +1,5 @@
-// Statistics of a tile of short rows: lse and lse_low, picked and wsum, one lane a row; and the copies out.
+// Statistics of a tile of short rows: lse and lse_low, picked, wsum and the entropy, one lane a row; and the copies
+// out.
 #pragma once
 
 #include "ascendc/short_tile.h"
@@ -35,7 +36,8 @@ class ShortStatistics {
     }
   }
 
-  // Statistics of the tile x, logits after scale and softcap. kPicked is known. Leaves exp(x - kMax) in `exps`.
+  // Statistics of the tile x, logits after all scales and softcap. kPicked is known, and kTop1 if it is wanted. Leaves
+  // exp(x - kMax) in `exps`; with the entropy neither that nor x.
   __aicore__ inline void Compute(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
     const int64_t n = f.rows;
     v.ReduceTile<Maximum>(v[kMax], x, n);
@@ -48,7 +50,21 @@ class ShortStatistics {
     AscendC::Exp(v.exps, v.exps, n * v.padded);
     PipeBarrier<PIPE_V>();
     v.ReduceTile<Total>(v[kSum], v.exps, n);
+    if (gm_.entropy != nullptr) {
+      // kEntropy = T / S, with T = sum (x - max) exp(x - max)
+      v.SubLanes(x, x, v[kMax], n);
+      AscendC::Maxs(x, x, kFiniteLog, n * v.padded);
+      PipeBarrier<PIPE_V>();
+      AscendC::Mul(v.exps, v.exps, x, n * v.padded);
+      PipeBarrier<PIPE_V>();
+      v.ReduceTile<Total>(v[kEntropy], v.exps, n);
+      AscendC::Div(v[kEntropy], v[kEntropy], v[kSum], n);
+      PipeBarrier<PIPE_V>();
+    }
     LogOfSum(v, n);
+    if (gm_.entropy != nullptr || gm_.top1 != nullptr) {
+      FinishByRow(v, n);
+    }
     if (smoothing_ && shard_weight_ != 0.0f) {
       // sum w (x - max) becomes sum w (x - lse)
       AscendC::Sub(v[kScratch], v[kMax], v[kLse], n);
@@ -58,16 +74,19 @@ class ShortStatistics {
       AscendC::Muls(v[kScratch], v[kScratch], shard_weight_, n);
       PipeBarrier<PIPE_V>();
       AscendC::Add(v[kWsum], v[kWsum], v[kScratch], n);
-      PipeBarrier<PIPE_V>();
     }
     if (f.any_bad) {
       AscendC::Add(v[kPicked], v[kPicked], v.SetLane(kBadOf, f), n);
     }
     if (f.any_unread) {
-      // They were taken for zeros, so all of this is finite.
-      AscendC::Mul(v[kLse], v[kLse], v.SetLane(kReadOf, f), n);
-      AscendC::Mul(v[kLseLow], v[kLseLow], v.SetLane(kReadOf, f), n);
-      AscendC::Mul(v[kWsum], v[kWsum], v.SetLane(kReadOf, f), n);
+      AscendC::CompareScalar(v.mask, v.SetLane(kReadOf, f), 0.5f, AscendC::CMPMODE::GT, v.lane_count);
+      PipeBarrier<PIPE_V>();
+      DropUnread(v, v[kLse], n);
+      DropUnread(v, v[kLseLow], n);
+      DropUnread(v, v[kWsum], n);
+      if (gm_.entropy != nullptr) {
+        DropUnread(v, v[kEntropy], n);
+      }
     }
     PipeBarrier<PIPE_V>();
   }
@@ -88,6 +107,12 @@ class ShortStatistics {
     if (smoothing_) {
       CopyOut(Gm<float>(gm_.wsum, f.first), v[kWsum], f.rows);
     }
+    if (gm_.entropy != nullptr) {
+      CopyOut(Gm<float>(gm_.entropy, f.first), v[kEntropy], f.rows);
+    }
+    if (gm_.top1 != nullptr) {
+      CopyOut(Gm<float>(gm_.top1, f.first), v[kTop1], f.rows);
+    }
     SetFlag<HardEvent::MTE3_V>(left_);
     under_way_ = true;
   }
@@ -97,6 +122,27 @@ class ShortStatistics {
   }
 
  private:
+  // out = 0 where a row has not been read, by v.mask.
+  __aicore__ inline void DropUnread(const ShortTile& v, const LocalTensor<float>& out, int64_t n) const {
+    AscendC::Select(out, v.mask, out, 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+  }
+  // kEntropy = log S - T / S, NaN where lse is not finite; kTop1 = 0 there. kSum holds log S.
+  __aicore__ inline void FinishByRow(const ShortTile& v, int64_t n) const {
+    AscendC::Sub(v[kScratch], v[kLse], v[kLse], n);  // NaN where lse is not finite, else 0
+    PipeBarrier<PIPE_V>();
+    if (gm_.entropy != nullptr) {
+      AscendC::Sub(v[kEntropy], v[kSum], v[kEntropy], n);
+      PipeBarrier<PIPE_V>();
+      AscendC::Add(v[kEntropy], v[kEntropy], v[kScratch], n);
+    }
+    if (gm_.top1 != nullptr) {
+      AscendC::CompareScalar(v.mask, v[kScratch], 0.0f, AscendC::CMPMODE::EQ, v.lane_count);
+      PipeBarrier<PIPE_V>();
+      AscendC::Select(v[kTop1], v.mask, v[kTop1], 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    }
+    PipeBarrier<PIPE_V>();
+  }
+
   // kWsum = sum w (x - max), from x - max in `exps`, which is made anew if the weights have been in it.
   __aicore__ inline void WeightedSum(const ShortTile& v, const LocalTensor<float>& x, int64_t n) const {
     if (!has_weight_) {

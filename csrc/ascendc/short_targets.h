@@ -75,6 +75,45 @@ class ShortTargets {
     v.ReduceTile<Total>(v[kPicked], v.exps, f.rows);
   }
 
+  // kTop1 = 1 where the target is the first of the row's largest numbers, else 0. `exps` is scratch. No barrier behind.
+  __aicore__ inline void FindTop1(const ShortTile& v, const LocalTensor<float>& x, const TileFacts& f) const {
+    const int64_t n = f.rows;
+    const LocalTensor<float> value = v[kScratch], before = v[kMore];
+    FindTargets(v, x, f);
+    // Bounded, so that -inf marks the columns that do not count.
+    AscendC::Maxs(value, v[kPicked], -kFloatMax, n);
+    // The largest number before the target.
+    v.Spread(v.SetLane(kColumnOf, f), n);
+    for (int64_t j = 0; j < v.PaddedBlocks(); ++j) {
+      AscendC::Compare(v.Hot(j), v.columns[j * kLanes], v.block, AscendC::CMPMODE::LT, kLanes, n,
+                       AscendC::BinaryRepeatParams(1, 1, 0, 8, 0, 1));
+    }
+    AscendC::Maxs(v.exps, x, -kFloatMax, n * v.padded);
+    PipeBarrier<PIPE_V>();
+    for (int64_t j = 0; j < v.Blocks(); ++j) {
+      AscendC::Select(v.exps[j * kLanes], v.Hot(j), v.exps[j * kLanes], MinusInfinity(),
+                      AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, v.Width(j), n,
+                      AscendC::BinaryRepeatParams(1, 1, 1, v.RowStride(), v.RowStride(), 0));
+    }
+    PipeBarrier<PIPE_V>();
+    v.ReduceTile<Maximum>(before, v.exps, n);
+    v.ReduceTile<Maximum>(v[kTop1], x, n);
+    // In turn: 1 if the largest is the target's, 0 if one before is as large, 0 without a target.
+    AscendC::Compare(v.mask, value, v[kTop1], AscendC::CMPMODE::GE, v.lane_count);
+    PipeBarrier<PIPE_V>();
+    AscendC::Duplicate(v[kTop1], 1.0f, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Select(v[kTop1], v.mask, v[kTop1], 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::Compare(v.mask, before, value, AscendC::CMPMODE::LT, v.lane_count);
+    PipeBarrier<PIPE_V>();
+    AscendC::Select(v[kTop1], v.mask, v[kTop1], 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+    PipeBarrier<PIPE_V>();
+    AscendC::CompareScalar(v.mask, v.SetLane(kColumnOf, f), 0.0f, AscendC::CMPMODE::GE, v.lane_count);
+    PipeBarrier<PIPE_V>();
+    AscendC::Select(v[kTop1], v.mask, v[kTop1], 0.0f, AscendC::SELMODE::VSEL_TENSOR_SCALAR_MODE, n);
+  }
+
  private:
   __aicore__ inline void LookUpExceptions(const ShortTile& v, const TileFacts& f) {
     const LocalTensor<float> bad = v.SetLane(kBadOf, f), read = v.SetLane(kReadOf, f);

@@ -39,13 +39,20 @@ enum Vector : int64_t {
   kScratch,
   kMore,
   kTail,  // of a reduction
-  kVectors
+  kVectors,
+  // Only by row (row_plan.h):
+  kRowScale = kVectors,
+  kEntropy,
+  kTilt,  // the factor of (x - lse) exp(x - lse) in the gradient; before, the gradient of the entropy
+  kTop1,
+  kVectorsByRow
 };
-static_assert(kVectors <= kShortLanes, "row_plan.h keeps memory for so many");
+static_assert(kVectors <= kShortLanes && kVectorsByRow - kVectors <= kLanesByRow,
+              "row_plan.h keeps memory for so many");
 
 struct ShortTile {
   __aicore__ inline explicit ShortTile(const XentArgs& args)
-      : cols(args.cols), padded(short_row_cols(args.dtype, args.cols)), softcap(args) {}
+      : cols(args.cols), padded(short_row_cols(args.dtype, args.cols)), by_row(args.by_row != 0), softcap(args) {}
 
   __aicore__ inline void Allocate(UnifiedBuffer& ub, const ShortBuffers& b, int64_t rows) {
     lane_count = round_up(rows, kLanes);
@@ -59,7 +66,7 @@ struct ShortTile {
     parts = ub.GetWithOffset<float>(larger(1, cols / kLanes) * rows * kBlock, b.parts);
     block = ub.GetWithOffset<float>(lane_count * kBlock, b.block);
     mask = ub.GetWithOffset<uint8_t>(lane_count / 8, b.mask);
-    lanes = ub.GetWithOffset<float>(kShortLanes * lane_count, b.lanes);
+    lanes = ub.GetWithOffset<float>((kShortLanes + (by_row ? kLanesByRow : 0)) * lane_count, b.lanes);
     if (softcap.IsOn()) {
       deficit = ub.GetWithOffset<float>(b.tile, b.cap);
       softcap.Allocate(exps, deficit, hot, b.tile);  // not in use yet when the softcap is applied
@@ -69,7 +76,7 @@ struct ShortTile {
   // Zeros in all lanes, column numbers, and class weights: 1, or 0 where given weights follow.
   __aicore__ inline void PutConstants(bool has_weight) const {
     const int64_t width = round_up(padded, kLanes);
-    AscendC::Duplicate(lanes, 0.0f, kShortLanes * lane_count);
+    AscendC::Duplicate(lanes, 0.0f, (by_row ? kVectorsByRow : kVectors) * lane_count);
     AscendC::CreateVecIndex(columns, 0.0f, width);
     AscendC::Duplicate(weight, has_weight ? 0.0f : 1.0f, width);
     PipeBarrier<PIPE_V>();
@@ -132,12 +139,21 @@ struct ShortTile {
     AscendC::Brcb(block, v, div_up(rows, kBlock), AscendC::BrcbRepeatParams(1, 8));
     PipeBarrier<PIPE_V>();
   }
-  // out = a - v, v[r] from the whole of row r; and out = a v.
+  // out = a - v, v[r] from the whole of row r; out = a + v; and out = a v.
   __aicore__ inline void SubLanes(const LocalTensor<float>& out, const LocalTensor<float>& a,
                                   const LocalTensor<float>& v, int64_t rows) const {
     Spread(v, rows);
     for (int64_t j = 0; j < PaddedBlocks(); ++j) {
       AscendC::Sub(out[j * kLanes], a[j * kLanes], block, PaddedWidth(j), rows,
+                   AscendC::BinaryRepeatParams(1, 1, 0, RowStride(), RowStride(), 1));
+    }
+    PipeBarrier<PIPE_V>();
+  }
+  __aicore__ inline void AddLanes(const LocalTensor<float>& out, const LocalTensor<float>& a,
+                                  const LocalTensor<float>& v, int64_t rows) const {
+    Spread(v, rows);
+    for (int64_t j = 0; j < PaddedBlocks(); ++j) {
+      AscendC::Add(out[j * kLanes], a[j * kLanes], block, PaddedWidth(j), rows,
                    AscendC::BinaryRepeatParams(1, 1, 0, RowStride(), RowStride(), 1));
     }
     PipeBarrier<PIPE_V>();
@@ -153,6 +169,7 @@ struct ShortTile {
   }
 
   const int64_t cols, padded;  // of a row, and in UB
+  const bool by_row;           // whether there are the vectors from kRowScale on
   int64_t lane_count = 0;      // rows of a tile, rounded up to whole instructions
 
   Softcap softcap;

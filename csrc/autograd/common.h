@@ -26,6 +26,31 @@ inline bool one_sweep(at::ScalarType dtype, const Options& o, const Wanted& want
          !at::SavedTensorDefaultHooks::get_hooks().has_value();
 }
 
+inline void check_consumable(const Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.requires_grad() && at::GradMode::is_enabled(),
+                    "npu_xent: consume_logits writes the gradient over the logits, but these logits need no gradient; "
+                    "leave it off.");
+  const bool leaf =
+      logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
+  TORCH_CHECK_VALUE(!leaf,
+                    "npu_xent: consume_logits would overwrite a leaf of the autograd graph (a parameter, or a tensor "
+                    "whose .grad you asked for); leave it off, or pass the output of an operation.");
+  check_dense(logits);
+}
+
+inline void check_no_forward_mode(const OptionalTensor& t, const char* name) {
+  TORCH_CHECK(!t || !torch::autograd::isFwGradDefined(*t), "npu_xent: forward-mode derivatives of ", name,
+              " are not supported. Use torch.func.jvp of npu_xent.", name, ".");
+}
+
+// The options of a log-probability for each row.
+inline Options by_row(Options o, c10::SymInt num_classes, const char* name) {
+  TORCH_CHECK_VALUE(o.label_smoothing == 0 && o.lse_square_scale == 0 && !o.grad_scale, "npu_xent: ", name,
+                    " takes no label_smoothing, lse_square_scale and grad_scale; leave them out.");
+  o.reduction = Reduction::none;
+  return of_classes(std::move(o), std::move(num_classes));
+}
+
 // The gradient times `upstream`. With `copy`, `grad` stays unchanged for a second backward.
 inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   at::AutoDispatchBelowADInplaceOrView below;
@@ -93,6 +118,22 @@ auto make_node(std::string message, torch::autograd::edge_list edges) {
 // Connects `output` to `edges` in the autograd graph; differentiating it raises `message`.
 inline void set_refusing_history(const at::Tensor& output, std::string message, torch::autograd::edge_list edges) {
   torch::autograd::set_history(output, make_node<torch::autograd::Error>(std::move(message), std::move(edges)));
+}
+
+// In a backward: connects the gradient of argument `i` to the graphs of that argument and of the upstream gradients, so
+// that any second derivative raises `message`.
+inline void refuse_second_derivative(const Tensor& grad, size_t i, const torch::autograd::variable_list& upstream,
+                                     const std::string& message) {
+  if (!at::GradMode::is_enabled()) {
+    return;
+  }
+  torch::autograd::edge_list edges{torch::autograd::get_current_node()->next_edge(i)};
+  for (const auto& u : upstream) {
+    if (u.defined()) {
+      edges.push_back(torch::autograd::impl::gradient_edge(u));
+    }
+  }
+  set_refusing_history(grad, message, std::move(edges));
 }
 
 }  // namespace npu_xent::autograd

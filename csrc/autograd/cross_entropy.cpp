@@ -18,18 +18,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-void check_consumable(const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.requires_grad() && at::GradMode::is_enabled(),
-                    "npu_xent: consume_logits writes the gradient over the logits, but these logits need no gradient; "
-                    "leave it off.");
-  const bool leaf =
-      logits.is_leaf() || (logits.is_view() && logits._base().is_leaf() && logits._base().requires_grad());
-  TORCH_CHECK_VALUE(!leaf,
-                    "npu_xent: consume_logits would overwrite a leaf of the autograd graph (a parameter, or a tensor "
-                    "whose .grad you asked for); leave it off, or pass the output of an operation.");
-  check_dense(logits);
-}
-
 constexpr char kDoubleBackward[] =
     "npu_xent: double backward through cross_entropy is not supported. Use torch.nn.functional.cross_entropy where a "
     "second derivative is needed, without npu_xent.patch_torch(), which replaces it.";
@@ -115,12 +103,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       ctx->saved_data.erase(found);
     }
     grad = scaled(grad, upstream, copy);
-    if (at::GradMode::is_enabled()) {
-      // Connected to the graphs of the logits and of the upstream gradient, so that any second derivative raises.
-      set_refusing_history(
-          grad, kDoubleBackward,
-          {torch::autograd::get_current_node()->next_edge(0), torch::autograd::impl::gradient_edge(upstream)});
-    }
+    refuse_second_derivative(grad, 0, {upstream}, kDoubleBackward);
     return grad;
   }
 
@@ -134,9 +117,15 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       saved.erase("grad");  // of the loss alone, made in the forward
     }
     const auto& logits = tensors[0];
+    ForGrad operands;
+    operands.lse = tensors[3];
+    operands.lse_low = tensors[4];
+    operands.totals = tensors[5];
+    operands.grad_loss = optional(grads[0]);
+    operands.grad_z_loss = optional(grads[1]);
+    operands.grad_lse = optional(grads[2]);
     const auto sweep = [&](const auto& op) {
-      return op(saved_options(saved), logits, tensors[1], optional(tensors[2]), tensors[3], tensors[4], tensors[5],
-                optional(grads[0]), optional(grads[1]), optional(grads[2]));
+      return op(saved_options(saved), logits, tensors[1], optional(tensors[2]), operands);
     };
     if constexpr (inplace) {
       TORCH_CHECK(!at::GradMode::is_enabled(), kDoubleBackward);
@@ -145,7 +134,12 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       sweep(row_grad<true>);
       return logits.detach();
     } else {
-      return sweep(row_grad<false>);
+      const auto grad = [&] {
+        at::AutoDispatchBelowADInplaceOrView below;
+        return sweep(row_grad<false>);
+      }();
+      refuse_second_derivative(grad, 0, grads, kDoubleBackward);
+      return grad;
     }
   }
 };

@@ -91,7 +91,6 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
                 "been released; pass retain_graph=True to the first backward.");
     // keep_graph: a second backward may come, so this one gets copies.
     const bool copy = keeps_graph();
-    const auto node = torch::autograd::get_current_node();
     for (size_t i = 0; i < kGrads.size(); ++i) {
       const auto found = saved.find(kGrads[i]);
       if (found == saved.end()) {
@@ -105,10 +104,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
         continue;
       }
       grads[i] = scaled(grad, upstream, copy);
-      if (at::GradMode::is_enabled()) {
-        set_refusing_history(grads[i], kDoubleBackward,
-                             {node->next_edge(i), torch::autograd::impl::gradient_edge(upstream)});
-      }
+      refuse_second_derivative(grads[i], i, {upstream}, kDoubleBackward);
     }
     if (!copy) {
       saved["handed_over"] = true;
@@ -127,14 +123,22 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     const auto linear_bias = optional(tensors[2]);
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                      linear_bias && ctx->needs_input_grad(2)};
-    auto [grad_input, grad_linear_weight, grad_linear_bias] =
-        linear_row_grad(saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3], optional(tensors[4]),
-                        tensors[5], tensors[6], tensors[7], optional(upstream[0]), std::nullopt, optional(upstream[2]),
-                        saved["chunk_rows"].toOptional<int64_t>(), wanted);
+    ForGrad operands;
+    operands.lse = tensors[5];
+    operands.lse_low = tensors[6];
+    operands.totals = tensors[7];
+    operands.grad_loss = optional(upstream[0]);
+    operands.grad_lse = optional(upstream[2]);
+    auto [grad_input, grad_linear_weight, grad_linear_bias] = [&] {
+      at::AutoDispatchBelowADInplaceOrView below;
+      return linear_row_grad(saved_options(saved), tensors[0], tensors[1], linear_bias, tensors[3],
+                             optional(tensors[4]), operands, saved["chunk_rows"].toOptional<int64_t>(), wanted);
+    }();
     const std::array<Tensor, 3> made{grad_input, grad_linear_weight, grad_linear_bias};
     for (size_t i = 0; i < made.size(); ++i) {
       if (wanted[i]) {
         grads[i] = made[i];
+        refuse_second_derivative(grads[i], i, upstream, kDoubleBackward);
       }
     }
   }

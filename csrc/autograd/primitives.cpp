@@ -32,7 +32,7 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
   }
   const auto message = schema.operator_name().name +
                        " is not differentiable: double backward through npu_xent is not supported, and the first "
-                       "derivative comes from npu_xent.cross_entropy and linear_cross_entropy. Use "
+                       "derivative comes from the functions of npu_xent, such as npu_xent.cross_entropy. Use "
                        "torch.nn.functional.cross_entropy where a second derivative is needed, without "
                        "npu_xent.patch_torch(), which replaces it.";
   TORCH_CHECK(!mutates, message);

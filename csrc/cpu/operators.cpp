@@ -73,18 +73,23 @@ void note_written(const Tensor& tensor) {
 // The arguments of a sweep, checked and converted for rows.h. Logits with a unit column stride are not copied.
 struct Inputs {
   Tensor logits, target;
-  OptionalTensor weight;
+  OptionalTensor weight, temperature;
   RowOptions options;
 
-  Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_)
+  Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
+         const OptionalTensor& temperature_ = std::nullopt)
       : options(row_options(o, logits_.size(1))) {
-    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}});
+    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}, {"temperature", temperature_}});
     logits = logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
     target = target_.contiguous();
     if (weight_) {
       weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
     }
     check_target_range(options, target);
+    if (temperature_) {
+      temperature = temperature_->to(stats_dtype(logits.scalar_type())).contiguous();
+      check_temperatures(*temperature, target, options.ignore_index);
+    }
   }
 
   at::TensorOptions stats_options() const { return logits.options().dtype(stats_dtype(logits.scalar_type())); }
@@ -99,37 +104,48 @@ struct Inputs {
             logits.size(0),
             logits.size(1),
             const_data<int64_t>(target),
-            weight ? const_data<acc_t<scalar_t>>(*weight) : nullptr};
+            weight ? const_data<acc_t<scalar_t>>(*weight) : nullptr,
+            temperature ? const_data<acc_t<scalar_t>>(*temperature) : nullptr};
   }
 };
 
 // The totals in double, whatever the tensor's dtype.
-std::array<double, kTotals> read_totals(const Tensor& totals) {
+std::array<double, kTotals> read_totals(const OptionalTensor& totals) {
+  std::array<double, kTotals> result{};
+  if (!totals) {
+    return result;
+  }
   check_storages({{"totals", totals}});
-  const auto values = totals.to(at::kDouble).contiguous();
-  std::array<double, kTotals> result;
+  const auto values = totals->to(at::kDouble).contiguous();
   std::copy_n(const_data<double>(values), result.size(), result.begin());
   return result;
 }
 
 struct StatsTensors {
-  Tensor lse, lse_low, picked, wsum;
+  Tensor lse, lse_low, picked, wsum, entropy, top1;
 
-  StatsTensors(const Inputs& in, bool need_wsum)
+  StatsTensors(const Inputs& in, const StatsWanted& wanted)
       : lse(at::empty({in.logits.size(0)}, in.stats_options())),
         lse_low(at::empty_like(lse)),
         picked(at::empty_like(lse)),
-        wsum(need_wsum ? at::empty_like(lse) : not_wanted(lse.options())),
-        need_wsum_(need_wsum) {}
+        wsum(wanted.wsum ? at::empty_like(lse) : not_wanted(lse.options())),
+        entropy(wanted.entropy ? at::empty_like(lse) : not_wanted(lse.options())),
+        top1(at::empty({wanted.top1 ? in.logits.size(0) : 0}, lse.options().dtype(at::kBool))),
+        wanted_(wanted) {}
 
   template <typename scalar_t>
   Stats<scalar_t> pointers() const {
     using acc = acc_t<scalar_t>;
-    return {data<acc>(lse), data<acc>(lse_low), data<acc>(picked), need_wsum_ ? data<acc>(wsum) : nullptr};
+    return {data<acc>(lse),
+            data<acc>(lse_low),
+            data<acc>(picked),
+            wanted_.wsum ? data<acc>(wsum) : nullptr,
+            wanted_.entropy ? data<acc>(entropy) : nullptr,
+            wanted_.top1 ? data<bool>(top1) : nullptr};
   }
 
  private:
-  bool need_wsum_;
+  StatsWanted wanted_;
 };
 
 // An upstream gradient in the statistics dtype; stride 0 when one value serves all rows.
@@ -151,45 +167,47 @@ struct UpstreamTensor {
 };
 
 RowStats row_stats_cpu(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                       bool need_wsum, bool need_log_prob, bool read_ignored) {
-  check_rows(o, logits, target, weight);
-  const Inputs in(o, logits, target, weight);
-  const StatsTensors stats(in, need_wsum);
+                       const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted) {
+  check_row_stats(o, logits, target, weight, row_temperature);
+  const Inputs in(o, logits, target, weight, row_temperature);
+  const StatsTensors stats(in, wanted);
   const auto log_prob = need_log_prob ? in.new_output() : not_wanted(logits.options());
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored || need_log_prob, stats.pointers<scalar_t>(),
-              need_log_prob ? data<scalar_t>(log_prob) : nullptr, parallel_for_elements(logits.numel()));
+    row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), wanted.read_ignored || need_log_prob,
+              stats.pointers<scalar_t>(), need_log_prob ? data<scalar_t>(log_prob) : nullptr,
+              parallel_for_elements(logits.numel()));
   });
-  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob};
+  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob, stats.entropy, stats.top1};
 }
 
 template <bool over_logits>
 GradOf<over_logits> row_grad_cpu(const Options& o, const Tensor& logits, const Tensor& target,
-                                 const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
-                                 const Tensor& totals, const OptionalTensor& grad_loss,
-                                 const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+                                 const OptionalTensor& weight, const ForGrad& x) {
+  check_row_grad(o, logits, target, weight, x);
   if (over_logits) {
     check_dense(logits);
   }
-  const Inputs in(o, logits, target, weight);
-  const auto denominators = read_totals(totals);
-  check_storages({{"lse", lse}, {"lse_low", lse_low}});
-  const auto high = lse.contiguous();
-  const auto low = lse_low ? lse_low->contiguous() : Tensor();
-  const UpstreamTensor from_loss(grad_loss, "grad_loss", o.reduction, lse.scalar_type());
-  const UpstreamTensor from_z(grad_z_loss, "grad_z_loss", o.reduction, lse.scalar_type());
-  const UpstreamTensor from_lse(grad_lse, "grad_lse", Reduction::none, lse.scalar_type());
+  const Inputs in(o, logits, target, weight, x.row_temperature);
+  const auto denominators = read_totals(x.totals);
+  check_storages({{"lse", x.lse}, {"lse_low", x.lse_low}, {"entropy", x.entropy}});
+  const auto dense = [](const OptionalTensor& t) { return t ? t->contiguous() : Tensor(); };
+  const auto lse = dense(x.lse), lse_low = dense(x.lse_low), entropy = dense(x.entropy);
+  const auto dtype = lse.scalar_type();
+  const UpstreamTensor from_loss(x.grad_loss, "grad_loss", o.reduction, dtype);
+  const UpstreamTensor from_z(x.grad_z_loss, "grad_z_loss", o.reduction, dtype);
+  const UpstreamTensor from_lse(x.grad_lse, "grad_lse", Reduction::none, dtype);
+  const UpstreamTensor from_entropy(x.grad_entropy, "grad_entropy", Reduction::none, dtype);
   const auto grad = over_logits ? logits : in.new_output();
   with_storage_type(grad.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar_t>;
+    const auto pointer = [](const Tensor& t) { return t.defined() ? const_data<acc>(t) : nullptr; };
     row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), denominators.data(),
-             {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_lse.pointer<acc>(), from_loss.stride, from_z.stride,
-              from_lse.stride},
-             const_data<acc>(high), low.defined() ? const_data<acc>(low) : nullptr, data<scalar_t>(grad),
-             grad.stride(0), parallel_for_elements(grad.numel()));
+             {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_lse.pointer<acc>(), from_entropy.pointer<acc>(),
+              from_loss.stride, from_z.stride, from_lse.stride, from_entropy.stride},
+             pointer(lse), pointer(lse_low), pointer(entropy), data<scalar_t>(grad), grad.stride(0),
+             parallel_for_elements(grad.numel()));
   });
   if constexpr (over_logits) {
     note_written(logits);
@@ -206,7 +224,9 @@ StatsGradOf<over_logits> row_stats_grad_cpu(const Options& o, const Tensor& logi
     check_dense(logits);
   }
   const Inputs in(o, logits, target, weight);
-  const StatsTensors stats(in, o.need_wsum());
+  StatsWanted wanted;
+  wanted.wsum = o.need_wsum();
+  const StatsTensors stats(in, wanted);
   const auto denominators = read_totals(totals);
   const auto grad = over_logits ? logits : in.new_output();
   with_storage_type(grad.scalar_type(), [&](auto* type) {
@@ -268,7 +288,7 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
   // Summed in double and rounded once.
   const auto shape = o.reduction == Reduction::none ? target.sizes() : at::IntArrayRef{};
   const auto loss = at::empty(shape, exact), z_loss = at::empty(shape, exact);
-  const auto denominators = read_totals(*totals);
+  const auto denominators = read_totals(totals);
   const auto run = stats == at::kDouble ? reduce<double> : reduce<float>;
   run(options, target, weight, lse, lse_low, picked, wsum, denominators.data(), loss, z_loss, {});
   return {loss.to(loss_dtype), o.lse_square_scale == 0 ? not_wanted(out) : z_loss.to(loss_dtype),

@@ -32,18 +32,26 @@ struct Lse {
   double below(double x) const { return (x - high) - low; }
 };
 
-// log sum exp over chunks.
+// log sum exp and the entropy over chunks.
 class LogSumExp {
  public:
-  void add(double max, double sum) {
+  void add(double max, double sum, double tilted) {
     if (!std::isfinite(max)) {
       special_ += max < 0 ? 0 : max;  // -inf adds nothing, NaN wins over +inf
     } else if (max > max_) {
-      sum_ = sum_ * std::exp(max_ - max) + sum;
+      const double factor = std::exp(max_ - max);
+      tilted_ = factor == 0 ? tilted : (tilted_ + (max_ - max) * sum_) * factor + tilted;
+      sum_ = sum_ * factor + sum;
       max_ = max;
     } else {
-      sum_ += sum * std::exp(max - max_);
+      const double factor = std::exp(max - max_);
+      tilted_ += factor == 0 ? 0 : (tilted + (max - max_) * sum) * factor;
+      sum_ += sum * factor;
     }
+  }
+  // H = -sum p log p = log S - T / S, with S = sum e^(z - m) and T = sum (z - m) e^(z - m): two terms >= 0.
+  double entropy() const {
+    return special_ != 0 || sum_ == 0 ? std::numeric_limits<double>::quiet_NaN() : std::log(sum_) - tilted_ / sum_;
   }
   template <typename acc>
   Lse value() const {
@@ -56,7 +64,7 @@ class LogSumExp {
   }
 
  private:
-  double max_ = -std::numeric_limits<double>::infinity(), sum_ = 0, special_ = 0;
+  double max_ = -std::numeric_limits<double>::infinity(), sum_ = 0, tilted_ = 0, special_ = 0;
 };
 
 // A thread's buffers for one row, reused across rows and calls.
@@ -77,6 +85,11 @@ struct Scratch {
 
  private:
   std::vector<acc> exps_;
+};
+
+// The entropy of a row and its upstream gradient h: dL/dz_c gets - h p_c (z_c - lse + H).
+struct EntropyGrad {
+  double grad = 0, entropy = 0;
 };
 
 // One operation over the rows of one tensor: partition into tasks, and code common to the three sweeps.
@@ -138,11 +151,13 @@ class Sweep {
   }
   double target_logit(int64_t n) const {
     const int64_t column = target_column(n);
-    return column < 0 ? 0 : k_.mapped(logits(n, 0) + column, r_.logit_map());
+    return column < 0 ? 0 : k_.mapped(logits(n, 0) + column, r_.logit_map(n));
   }
+  double grad_scale(int64_t n) const { return r_.divided(r_.options.grad_scale, n); }
 
-  ChunkStats<acc> chunk_stats(int64_t n, int64_t c, bool need_wsum, acc* exps) const {
-    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(), need_wsum, exps, chunk_after(n, c));
+  ChunkStats<acc> chunk_stats(int64_t n, int64_t c, const Stats<scalar_t>& out, acc* exps) const {
+    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(n), out.wsum != nullptr, out.entropy != nullptr,
+                    exps, chunk_after(n, c));
   }
   // Whether [n_rows, n_cols] outputs bypass the caches: large ones would be evicted before they are read. Gradients
   // over logits do not bypass them, since the logits are cached already.
@@ -154,7 +169,7 @@ class Sweep {
     LogSumExp sum;
     double wsum = 0;
     for (int64_t c = 0; c < n_chunks_; ++c) {
-      sum.add(chunks[c].max, chunks[c].sum);
+      sum.add(chunks[c].max, chunks[c].sum, chunks[c].tilted);
     }
     const Lse lse = sum.value<acc>();
     for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
@@ -169,6 +184,12 @@ class Sweep {
     if (out.wsum) {
       out.wsum[n] = static_cast<acc>(wsum);
     }
+    if (out.entropy) {
+      out.entropy[n] = static_cast<acc>(sum.entropy());
+    }
+    if (out.top1) {
+      out.top1[n] = std::isfinite(lse.high) && is_first_of_largest(n, out.picked[n], chunks);
+    }
     return lse;
   }
   // The statistics of all rows when tasks are chunks.
@@ -181,7 +202,7 @@ class Sweep {
     const auto read = [&](int64_t n) { return read_ignored || !ignored(n); };
     for_each_chunk([&](int64_t n, int64_t c) {
       if (read(n)) {
-        all.chunks[n * n_chunks_ + c] = chunk_stats(n, c, out.wsum != nullptr, nullptr);
+        all.chunks[n * n_chunks_ + c] = chunk_stats(n, c, out, nullptr);
       }
     });
     for (int64_t n = 0; n < r_.n_rows; ++n) {
@@ -199,35 +220,73 @@ class Sweep {
     if (out.wsum) {
       out.wsum[n] = 0;
     }
+    if (out.entropy) {
+      out.entropy[n] = 0;
+    }
+    if (out.top1) {
+      out.top1[n] = false;
+    }
   }
 
   // The gradient of the target's column, avoiding the cancellation of a p - b for confident predictions.
-  acc target_grad(int64_t n, const RowCoefficients& k, double u, Lse lse, double picked) const {
-    const double grad = k.a * std::expm1(lse.below(picked)) + (k.a - k.b) - k.s * target_weight(n);
-    return static_cast<acc>(u * softcap_slope(picked, r_.logit_map().softcap) * grad);
+  acc target_grad(int64_t n, const RowCoefficients& k, const EntropyGrad& h, Lse lse, double picked) const {
+    const double below = lse.below(picked);
+    double grad = k.a * std::expm1(below) + (k.a - k.b) - k.s * target_weight(n);
+    if (h.grad != 0 && std::isfinite(below)) {
+      grad -= h.grad * std::exp(below) * (below + h.entropy);
+    }
+    return static_cast<acc>(grad_scale(n) * softcap_slope(picked, r_.divided(r_.options.softcap, n)) * grad);
   }
 
   // Writes chunk c of the gradient of row n, with p = exp(z - shift) factor; `exps`, if not null, is exp(z - shift).
-  void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, double u, Lse lse, double picked, double shift,
-                  double factor, const acc* exps, scalar_t* grad, bool past_cache) const {
+  void chunk_grad(int64_t n, int64_t c, const RowCoefficients& k, const EntropyGrad& h, Lse lse, double picked,
+                  double shift, double factor, const acc* exps, scalar_t* grad, bool past_cache) const {
     const int64_t target = target_column(n) - c * kChunk;
-    const acc scale = static_cast<acc>(u * k.a * factor), offset = static_cast<acc>(u * k.s);
+    const double u = grad_scale(n);
+    const acc scale = static_cast<acc>(u * factor * (k.a - h.grad * (h.entropy + (shift - lse.high) - lse.low)));
+    const acc tilt = static_cast<acc>(-u * factor * h.grad), offset = static_cast<acc>(u * k.s);
     if (!std::isfinite(lse.high)) {
       k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN(), past_cache);
       return;
     }
     if (exps) {
-      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(), scale, offset, grad, past_cache);
+      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(n), scale, offset, grad, past_cache);
     } else {
-      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(), static_cast<acc>(shift), scale, offset, grad,
+      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(n), static_cast<acc>(shift), scale, tilt, offset, grad,
               past_cache);
     }
     if (target >= 0 && target < size(c)) {
-      k_.store(grad + target, target_grad(n, k, u, lse, picked));
+      k_.store(grad + target, target_grad(n, k, h, lse, picked));
     }
   }
 
  private:
+  // Whether the target is the first of the largest scaled logits of the row. Rounding can make different logits equal
+  // after scale and softcap, so chunks that are close are compared by their logits themselves.
+  bool is_first_of_largest(int64_t n, double picked, const ChunkStats<acc>* chunks) const {
+    const int64_t target = target_column(n);
+    if (target < 0) {
+      return false;
+    }
+    constexpr double kTanhError = 1e-5;  // of a softcap, relative to it
+    const double margin = kTanhError * r_.divided(r_.options.softcap, n);
+    const double scale = r_.options.logit_scale;
+    const acc sign = scale > 0 ? acc(1) : scale < 0 ? acc(-1) : acc(0);
+    const acc value = k_.max(logits(n, 0) + target, 1, sign);
+    const auto largest = [&](int64_t begin, int64_t end) { return k_.max(logits(n, 0) + begin, end - begin, sign); };
+    for (int64_t c = 0; c < n_chunks_; ++c) {
+      if (chunks[c].max < picked - margin) {
+        continue;
+      }
+      const int64_t begin = c * kChunk, end = begin + size(c);
+      const int64_t before = std::clamp(target, begin, end), after = std::clamp(target + 1, begin, end);
+      if ((before > begin && largest(begin, before) >= value) || (after < end && largest(after, end) > value)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
   // The chunk that this thread reads after chunk c of row n, for prefetching; null if unknown.
   const scalar_t* chunk_after(int64_t n, int64_t c) const {
     if (by_chunks()) {
@@ -270,13 +329,12 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
   using acc = acc_t<scalar_t>;
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
-  const bool need_wsum = out.wsum != nullptr;
   const bool past_cache = sweep.past_cache(log_prob);
   const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
   const auto write_log_prob = [&](int64_t n, int64_t c) {
     scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
     if (std::isfinite(out.lse[n])) {
-      kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(), out.lse[n], out.lse_low[n], chunk,
+      kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(n), out.lse[n], out.lse_low[n], chunk,
                        past_cache);
     } else {
       kernels.fill(chunk, sweep.size(c), std::numeric_limits<acc>::quiet_NaN(), past_cache);
@@ -291,7 +349,7 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
       auto& chunks = Scratch<acc>::of_this_thread().chunks;
       chunks.resize(n_chunks);
       for (int64_t c = 0; c < n_chunks; ++c) {
-        chunks[c] = sweep.chunk_stats(n, c, need_wsum, nullptr);
+        chunks[c] = sweep.chunk_stats(n, c, out, nullptr);
       }
       sweep.join(n, out, chunks.data());
       for (int64_t c = 0; log_prob && c < n_chunks; ++c) {
@@ -309,7 +367,7 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
-              scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
+              const acc_t<scalar_t>* entropy, scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const double class_weight = totals[kClassWeight];
   const bool past_cache = sweep.past_cache(grad);
@@ -322,6 +380,10 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
       return;
     }
     RowCoefficients k{0, 0, 0};
+    EntropyGrad h;
+    if (!ignored && upstream.grad_entropy) {
+      h = {upstream.grad_entropy[n * upstream.entropy_stride], entropy[n]};
+    }
     if (!ignored) {
       const double from_loss = upstream.grad_loss ? upstream.grad_loss[n * upstream.loss_stride] : 0;
       const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
@@ -335,8 +397,7 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
     const int64_t target = sweep.target_column(n) - c * kChunk;
     const double picked = target >= 0 && target < sweep.size(c) ? sweep.target_logit(n) : 0;
     const Lse split{lse[n], lse_low ? lse_low[n] : 0};
-    sweep.chunk_grad(n, c, k, rows.options.grad_scale, split, picked, split.high, std::exp(-split.low), nullptr, out,
-                     past_cache);
+    sweep.chunk_grad(n, c, k, h, split, picked, split.high, std::exp(-split.low), nullptr, out, past_cache);
   });
 }
 
@@ -347,15 +408,14 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
   using acc = acc_t<scalar_t>;
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
-  const bool need_wsum = out.wsum != nullptr;
   const bool past_cache = sweep.past_cache(grad);
   const double grad_loss = 1 / loss_divisor(rows.options, totals), grad_z = 1 / z_divisor(rows.options, totals);
   const auto coefficients = [&](int64_t n, Lse lse) {
     return row_coefficients(rows.options, sweep.target_weight(n), totals[kClassWeight], lse.high, grad_loss, grad_z);
   };
   const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
-    sweep.chunk_grad(n, c, k, rows.options.grad_scale, lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse),
-                     exps, grad + n * grad_stride + c * kChunk, past_cache);
+    sweep.chunk_grad(n, c, k, EntropyGrad(), lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
+                     grad + n * grad_stride + c * kChunk, past_cache);
   };
   const auto zero_chunk = [&](int64_t n, int64_t c) {
     kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0, sweep.past_cache());
@@ -371,7 +431,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
         chunks.resize(n_chunks);
         acc* exps = keep_exps && !sweep.ignored(n) ? scratch.exps_of(rows.n_cols) : nullptr;
         for (int64_t c = 0; c < n_chunks; ++c) {
-          chunks[c] = sweep.chunk_stats(n, c, need_wsum, exps ? exps + c * kChunk : nullptr);
+          chunks[c] = sweep.chunk_stats(n, c, out, exps ? exps + c * kChunk : nullptr);
         }
         const Lse lse = sweep.join(n, out, chunks.data());
         if (!sweep.ignored(n)) {
@@ -495,14 +555,14 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
   return bad;
 }
 
-#define INSTANTIATE(scalar_t)                                                                                  \
-  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&,  \
-                          scalar_t*, const Parallel&);                                                         \
-  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,                  \
-                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*, scalar_t*, \
-                         int64_t, const Parallel&);                                                            \
-  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*,      \
-                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                   \
+#define INSTANTIATE(scalar_t)                                                                                 \
+  template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&, \
+                          scalar_t*, const Parallel&);                                                        \
+  template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,                 \
+                         const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*,           \
+                         const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&);                        \
+  template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*,     \
+                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                  \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -26,11 +26,15 @@ struct Rows {
   RowOptions options;
   const scalar_t* logits;
   int64_t row_stride, n_rows, n_cols;
-  const int64_t* target;          // [n_rows], each in [0, number of classes) or ignore_index
-  const acc_t<scalar_t>* weight;  // of all classes, or null for all ones
+  const int64_t* target;               // [n_rows], each in [0, number of classes) or ignore_index
+  const acc_t<scalar_t>* weight;       // of all classes, or null for all ones
+  const acc_t<scalar_t>* temperature;  // of each row, or null for all ones
 
-  LogitMap<acc_t<scalar_t>> logit_map() const {
-    return {static_cast<acc_t<scalar_t>>(options.logit_scale), static_cast<acc_t<scalar_t>>(options.softcap)};
+  // A temperature divides the scale, the softcap, and the outermost factor of the gradient.
+  double divided(double option, int64_t n) const { return temperature ? option / temperature[n] : option; }
+  LogitMap<acc_t<scalar_t>> logit_map(int64_t n) const {
+    return {static_cast<acc_t<scalar_t>>(divided(options.logit_scale, n)),
+            static_cast<acc_t<scalar_t>>(divided(options.softcap, n))};
   }
 };
 
@@ -38,15 +42,17 @@ struct Rows {
 template <typename scalar_t>
 struct Stats {
   acc_t<scalar_t>*lse, *lse_low, *picked;
-  acc_t<scalar_t>* wsum;  // null: not wanted
+  // Null: not wanted.
+  acc_t<scalar_t>*wsum, *entropy;
+  bool* top1;
 };
 
 // The upstream gradients of each row, before the division of a mean. Null means zeros; stride 0 means one value for all
 // rows.
 template <typename scalar_t>
 struct Upstream {
-  const acc_t<scalar_t>*grad_loss, *grad_z_loss, *grad_lse;
-  int64_t loss_stride, z_loss_stride, lse_stride;
+  const acc_t<scalar_t>*grad_loss, *grad_z_loss, *grad_lse, *grad_entropy;
+  int64_t loss_stride, z_loss_stride, lse_stride, entropy_stride;
 };
 
 // Statistics of every row, and log_prob [n_rows, n_cols] unless null. Ignored rows count as zeros and are not read
@@ -56,11 +62,11 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
                const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
 
 // The gradient from statistics, [n_rows, n_cols] with row stride `grad_stride`; `grad` may be the logits. `totals` has
-// kTotals values; a null lse_low means zeros.
+// kTotals values; a null lse_low means zeros; `entropy` is read only for a gradient of it.
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
-              scalar_t* grad, int64_t grad_stride, const Parallel& parallel);
+              const acc_t<scalar_t>* entropy, scalar_t* grad, int64_t grad_stride, const Parallel& parallel);
 
 // Both in one sweep, with an upstream gradient of 1.
 template <typename scalar_t>

@@ -18,19 +18,21 @@ using at::Tensor;
 
 struct RowStatsKernel {
   static constexpr const char* kName = "npu_xent_row_stats";
-  Tensor logits, target, weight, lse, lse_low, picked, wsum, part_weight, log_prob;
+  Tensor logits, target, weight, row_scale, lse, lse_low, picked, wsum, part_weight, entropy, top1, log_prob;
 
   auto tensors() const {
-    return std::array{&logits, &target, &weight, &lse, &lse_low, &picked, &wsum, &part_weight, &log_prob};
+    return std::array{&logits, &target, &weight,      &row_scale, &lse,  &lse_low,
+                      &picked, &wsum,   &part_weight, &entropy,   &top1, &log_prob};
   }
 };
 
 struct RowGradKernel {
   static constexpr const char* kName = "npu_xent_row_grad";
-  Tensor logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad;
+  Tensor logits, target, weight, row_scale, lse, lse_low, entropy, totals, grad_loss, grad_z_loss, grad_entropy, grad;
 
   auto tensors() const {
-    return std::array{&logits, &target, &weight, &lse, &lse_low, &totals, &grad_loss, &grad_z_loss, &grad};
+    return std::array{&logits,  &target, &weight,    &row_scale,   &lse,          &lse_low,
+                      &entropy, &totals, &grad_loss, &grad_z_loss, &grad_entropy, &grad};
   }
 };
 
@@ -44,11 +46,12 @@ struct RowStatsGradKernel {
 struct ReduceRowsKernel {
   static constexpr const char* kName = "npu_xent_reduce_rows";
   Tensor target, weight, lse, lse_low, picked, wsum, part_lse, part_lse_low, part_picked, part_wsum, part_weight,
-      totals, loss, z_loss, sums;
+      totals, loss, z_loss, sums, entropy, top1, part_entropy, part_top1;
 
   auto tensors() const {
-    return std::array{&target,      &weight,    &lse,         &lse_low, &picked, &wsum,   &part_lse, &part_lse_low,
-                      &part_picked, &part_wsum, &part_weight, &totals,  &loss,   &z_loss, &sums};
+    return std::array{&target,       &weight,      &lse,       &lse_low,      &picked,   &wsum, &part_lse,
+                      &part_lse_low, &part_picked, &part_wsum, &part_weight,  &totals,   &loss, &z_loss,
+                      &sums,         &entropy,     &top1,      &part_entropy, &part_top1};
   }
 };
 

@@ -9,6 +9,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <cstdlib>
+#include <limits>
 #include <string_view>
 
 #include "checks.h"
@@ -74,14 +75,25 @@ XentArgs kernel_args(const RowOptions& o) {
   return args;
 }
 
-// The arguments of a sweep, converted for the kernels, and their plan.
+// What the kernels multiply the logits of each row by; NaN for a temperature that is not positive and finite.
+Tensor row_scale_of(const OptionalTensor& row_temperature) {
+  if (!row_temperature) {
+    return {};
+  }
+  const auto scale = as_values(*row_temperature).reciprocal();
+  const auto is_usable = scale.gt(0).logical_and(scale.lt(std::numeric_limits<double>::infinity()));
+  return scale.masked_fill(is_usable.logical_not(), std::numeric_limits<double>::quiet_NaN());
+}
+
+// The arguments of a sweep, converted for the kernels, and their plan. `by_row`: the kernel has an entropy or top1.
 struct Sweep {
-  Tensor logits, target, weight;
+  Tensor logits, target, weight, row_scale;
   XentArgs args{};
   XentPlan plan{};
 
-  Sweep(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_) {
-    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}});
+  Sweep(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
+        const OptionalTensor& row_temperature = std::nullopt, bool by_row = false) {
+    check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}, {"temperature", row_temperature}});
     logits = to_plain_format(logits_);
     target = as_targets(target_);
     weight = as_values(weight_);
@@ -96,8 +108,11 @@ struct Sweep {
     args.logits_stride = logits.stride(0);
     args.output_stride = args.cols;
     check_targets_on_demand(options, target);
+    row_scale = row_scale_of(row_temperature);
+    args.row_scaled = row_scale.defined();
+    args.by_row = by_row || row_scale.defined();
     if (args.rows != 0) {
-      plan = plan_rows(args.rows, args.cols, args.dtype, options.softcap != 0);
+      plan = plan_rows(args.rows, args.cols, args.dtype, options.softcap != 0, args.by_row != 0);
     }
   }
 
@@ -117,31 +132,40 @@ struct Sweep {
 
 // One value per row.
 struct Stats {
-  Tensor lse, lse_low, picked, wsum;
+  Tensor lse, lse_low, picked, wsum, entropy, top1;  // top1: 1 or 0
 
-  Stats(const Sweep& sweep, bool need_wsum)
-      : lse(sweep.new_values({sweep.args.rows})),
-        lse_low(sweep.new_values({sweep.args.rows})),
-        picked(sweep.new_values({sweep.args.rows})),
-        wsum(sweep.new_values({need_wsum ? sweep.args.rows : 0})) {}
+  Stats(const Sweep& sweep, const StatsWanted& wanted) {
+    const auto values = [&](bool is_wanted) { return sweep.new_values({is_wanted ? sweep.args.rows : 0}); };
+    lse = values(true);
+    lse_low = values(true);
+    picked = values(true);
+    wsum = values(wanted.wsum);
+    entropy = values(wanted.entropy);
+    top1 = values(wanted.top1);
+  }
 };
 
 // Statistics of rows that are cut into parts: first of the parts, then of the rows.
 void launch_split_stats(const Sweep& sweep, const Stats& out) {
   const auto device = sweep.logits.device();
   const int64_t rows = sweep.args.rows, parts = sweep.plan.parts;
-  const bool need_wsum = out.wsum.numel() != 0;
-  const auto new_parts = [&] { return sweep.new_values({rows, parts}); };
-  const auto lse = new_parts(), lse_low = new_parts(), picked = new_parts();
-  const auto wsum = need_wsum ? new_parts() : Tensor(), weight = need_wsum ? new_parts() : Tensor();
+  const auto parts_of = [&](const Tensor& all) {
+    return all.numel() != 0 ? sweep.new_values({rows, parts}) : Tensor();
+  };
+  const auto lse = parts_of(out.lse), lse_low = parts_of(out.lse_low), picked = parts_of(out.picked);
+  const auto wsum = parts_of(out.wsum), weight = parts_of(out.wsum);
+  const auto entropy = parts_of(out.entropy), top1 = parts_of(out.top1);
   launch(RowStatsKernel{.logits = sweep.logits,
                         .target = sweep.target,
                         .weight = sweep.weight,
+                        .row_scale = sweep.row_scale,
                         .lse = lse,
                         .lse_low = lse_low,
                         .picked = picked,
                         .wsum = wsum,
                         .part_weight = weight,
+                        .entropy = entropy,
+                        .top1 = top1,
                         .log_prob = {}},
          device, sweep.rows_of_work(), sweep.plan, sweep.at(Stage::partial_stats));
   ReduceRowsKernel join{};
@@ -156,28 +180,28 @@ void launch_split_stats(const Sweep& sweep, const Stats& out) {
   join.part_picked = picked;
   join.part_wsum = wsum;
   join.part_weight = weight;
+  join.entropy = out.entropy;
+  join.top1 = out.top1;
+  join.part_entropy = entropy;
+  join.part_top1 = top1;
   launch(join, device, rows, sweep.plan, sweep.at(Stage::join_parts));
 }
 
-// The gradient from statistics; `grad` may be the logits.
-void launch_row_grad(const Sweep& sweep, const Tensor& lse, const Tensor& lse_low, const Tensor& totals,
-                     const Tensor& grad_loss, const Tensor& grad_z_loss, const Tensor& grad) {
-  launch(RowGradKernel{.logits = sweep.logits,
-                       .target = sweep.target,
-                       .weight = sweep.weight,
-                       .lse = lse,
-                       .lse_low = lse_low,
-                       .totals = totals,
-                       .grad_loss = grad_loss,
-                       .grad_z_loss = grad_z_loss,
-                       .grad = grad},
-         sweep.logits.device(), sweep.chunks_of_work(), sweep.plan, sweep.args);
+// The gradient from statistics and upstream gradients; `grad` may be the logits.
+void launch_row_grad(const Sweep& sweep, RowGradKernel kernel, const Tensor& grad) {
+  kernel.logits = sweep.logits;
+  kernel.target = sweep.target;
+  kernel.weight = sweep.weight;
+  kernel.row_scale = sweep.row_scale;
+  kernel.grad = grad;
+  launch(kernel, sweep.logits.device(), sweep.chunks_of_work(), sweep.plan, sweep.args);
 }
 
-// Prepares a sweep for a gradient of lse: `from_loss` becomes G of each row, 0 for ignored rows, and `from_z` what is
+// Prepares a sweep for a gradient of lse: grad_loss becomes G of each row, 0 for ignored rows, and grad_z_loss what is
 // added to a (row_math.h). Ignored rows whose lse has a gradient become rows without a target.
-void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& totals, Tensor& from_loss, Tensor& from_z,
-                             const Tensor& from_lse) {
+void use_coefficients_by_row(Sweep& sweep, RowGradKernel& kernel, const Tensor& from_lse) {
+  const auto &lse = kernel.lse, &totals = kernel.totals;
+  auto &from_loss = kernel.grad_loss, &from_z = kernel.grad_z_loss;
   constexpr int64_t kIgnored = -1, kBad = -2;
   auto& args = sweep.args;
   const bool mean = args.reduction == static_cast<int64_t>(Reduction::mean);
@@ -194,6 +218,9 @@ void use_coefficients_by_row(Sweep& sweep, const Tensor& lse, const Tensor& tota
     from_loss = mean ? from_loss / totals.select(0, kKeptWeight) : from_loss;
     from_loss = from_loss.reshape(-1).masked_fill(ignored, 0);
   }
+  if (kernel.grad_entropy.defined()) {
+    kernel.grad_entropy = kernel.grad_entropy.reshape(-1).masked_fill(ignored, 0);
+  }
   sweep.target = sweep.target.masked_fill(bad, kBad)
                      .masked_fill(ignored, kNoTarget)
                      .masked_fill(ignored.logical_and(from_lse.reshape(-1).eq(0)), kIgnored);
@@ -206,64 +233,84 @@ void launch_row_stats(const Sweep& sweep, const Stats& stats, const Tensor& log_
   RowStatsKernel kernel{.logits = sweep.logits,
                         .target = sweep.target,
                         .weight = sweep.weight,
+                        .row_scale = sweep.row_scale,
                         .lse = stats.lse,
                         .lse_low = stats.lse_low,
                         .picked = stats.picked,
                         .wsum = stats.wsum,
                         .part_weight = {},
+                        .entropy = stats.entropy,
+                        .top1 = stats.top1,
                         .log_prob = log_prob};
   const auto device = sweep.logits.device();
-  if (!sweep.split()) {
+  const bool by_row = stats.entropy.numel() != 0 || stats.top1.numel() != 0;
+  const bool at_once = !sweep.split() && !(by_row && log_prob.numel() != 0);
+  if (at_once) {
     launch(kernel, device, sweep.rows_of_work(), sweep.plan, sweep.args);
     return;
   }
-  launch_split_stats(sweep, stats);
+  if (sweep.split()) {
+    launch_split_stats(sweep, stats);
+  } else {
+    kernel.log_prob = Tensor();
+    launch(kernel, device, sweep.rows_of_work(), sweep.plan, sweep.args);
+    kernel.log_prob = log_prob;
+  }
   if (log_prob.numel() != 0) {
-    kernel.picked = kernel.wsum = Tensor();
+    kernel.picked = kernel.wsum = kernel.entropy = kernel.top1 = Tensor();
     launch(kernel, device, sweep.chunks_of_work(), sweep.plan, sweep.at(Stage::log_prob_only));
   }
 }
 
 RowStats row_stats_npu(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-                       bool need_wsum, bool need_log_prob, bool read_ignored) {
-  check_rows(o, logits, target, weight);
+                       const OptionalTensor& row_temperature, bool need_log_prob, const StatsWanted& wanted) {
+  check_row_stats(o, logits, target, weight, row_temperature);
   const c10::DeviceGuard guard(logits.device());
-  Sweep sweep(o, logits, target, weight);
-  sweep.args.read_ignored = read_ignored || need_log_prob;
-  const Stats stats(sweep, need_wsum);
+  Sweep sweep(o, logits, target, weight, row_temperature, wanted.entropy || wanted.top1);
+  sweep.args.read_ignored = wanted.read_ignored || need_log_prob;
+  const Stats stats(sweep, wanted);
   const auto log_prob = need_log_prob ? sweep.new_output() : not_wanted(logits.options());
   if (!sweep.empty()) {
     launch_row_stats(sweep, stats, log_prob);
   }
-  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob};
+  const auto top1 = wanted.top1 ? stats.top1.ne(0) : not_wanted(stats.top1.options().dtype(at::kBool));
+  return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob, stats.entropy, top1};
 }
 
 template <bool over_logits>
 GradOf<over_logits> row_grad_npu(const Options& o, const Tensor& logits, const Tensor& target,
-                                 const OptionalTensor& weight, const Tensor& lse, const OptionalTensor& lse_low,
-                                 const Tensor& totals, const OptionalTensor& grad_loss,
-                                 const OptionalTensor& grad_z_loss, const OptionalTensor& grad_lse) {
-  check_row_grad(o, logits, target, weight, lse, lse_low, totals, grad_loss, grad_z_loss, grad_lse);
+                                 const OptionalTensor& weight, const ForGrad& x) {
+  check_row_grad(o, logits, target, weight, x);
   if (over_logits) {
     check_dense(logits);
     check_overwritable(logits);
   }
   const c10::DeviceGuard guard(logits.device());
-  Sweep sweep(o, logits, target, weight);
+  Sweep sweep(o, logits, target, weight, x.row_temperature, x.grad_entropy.has_value());
   const auto grad = over_logits ? logits : sweep.new_output();
-  check_storages({{"lse", lse},
-                  {"lse_low", lse_low},
-                  {"totals", totals},
-                  {"grad_loss", grad_loss},
-                  {"grad_z_loss", grad_z_loss},
-                  {"grad_lse", grad_lse}});
+  check_storages({{"lse", x.lse},
+                  {"lse_low", x.lse_low},
+                  {"totals", x.totals},
+                  {"grad_loss", x.grad_loss},
+                  {"grad_z_loss", x.grad_z_loss},
+                  {"grad_lse", x.grad_lse},
+                  {"entropy", x.entropy},
+                  {"grad_entropy", x.grad_entropy}});
   if (!sweep.empty()) {
-    const auto high = as_values(lse), sums = as_values(totals);
-    auto from_loss = as_values(grad_loss), from_z = as_values(grad_z_loss);
-    if (grad_lse) {
-      use_coefficients_by_row(sweep, high, sums, from_loss, from_z, as_values(grad_lse));
+    RowGradKernel kernel{};
+    kernel.lse = as_values(x.lse);
+    kernel.lse_low = as_values(x.lse_low);
+    kernel.totals = as_values(x.totals);
+    kernel.grad_loss = as_values(x.grad_loss);
+    kernel.grad_z_loss = as_values(x.grad_z_loss);
+    if (x.grad_entropy) {
+      kernel.entropy = as_values(x.entropy);
+      kernel.grad_entropy = as_values(x.grad_entropy);
     }
-    launch_row_grad(sweep, high, as_values(lse_low), sums, from_loss, from_z, grad);
+    if (x.grad_lse) {
+      use_coefficients_by_row(sweep, kernel, as_values(x.grad_lse));
+    }
+    launch_row_grad(sweep, kernel, grad);
   }
   if constexpr (over_logits) {
     note_written(logits);
@@ -284,13 +331,19 @@ StatsGradOf<over_logits> row_stats_grad_npu(const Options& o, const Tensor& logi
   Sweep sweep(o, logits, target, weight);
   sweep.args.read_ignored = read_ignored;
   sweep.args.unit_upstream = 1;
-  const Stats stats(sweep, o.need_wsum());
+  StatsWanted wanted;
+  wanted.wsum = o.need_wsum();
+  const Stats stats(sweep, wanted);
   const auto grad = over_logits ? logits : sweep.new_output();
   check_storages({{"totals", totals}});
   const auto denominators = as_values(totals);
   if (sweep.split()) {
     launch_split_stats(sweep, stats);
-    launch_row_grad(sweep, stats.lse, stats.lse_low, denominators, {}, {}, grad);
+    RowGradKernel kernel{};
+    kernel.lse = stats.lse;
+    kernel.lse_low = stats.lse_low;
+    kernel.totals = denominators;
+    launch_row_grad(sweep, kernel, grad);
   } else if (!sweep.empty()) {
     launch(RowStatsGradKernel{.logits = sweep.logits,
                               .target = sweep.target,

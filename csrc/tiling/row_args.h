@@ -20,6 +20,8 @@ struct XentArgs {
   int64_t unit_upstream;  // the gradient of the loss is 1, and there is no tensor for it
   int64_t adds_to_a;      // row_grad: what is added to a, instead of the gradient of z, is in its tensor
   int64_t factor_dtype;   // LogitsType of the factor of scale
+  int64_t row_scaled;     // each row's logits are multiplied by a number of the row
+  int64_t by_row;         // the kernel needs memory for that number, an entropy or top1
   float logit_scale;      // t
   float grad_scale;       // u
   float target_share;     // 1 - e, with e the label smoothing
@@ -31,8 +33,8 @@ struct XentArgs {
 // The members of XentArgs, f(name) for each: csrc/module.cpp tells Python the layout from this list.
 #define XENT_ARGS_MEMBERS(f)                                                                                        \
   f(stage) f(dtype) f(rows) f(cols) f(logits_stride) f(output_stride) f(class_start) f(num_classes) f(ignore_index) \
-      f(reduction) f(read_ignored) f(unit_upstream) f(adds_to_a) f(factor_dtype) f(logit_scale) f(grad_scale)       \
-          f(target_share) f(class_share) f(lse_square_scale) f(softcap)
+      f(reduction) f(read_ignored) f(unit_upstream) f(adds_to_a) f(factor_dtype) f(row_scaled) f(by_row)            \
+          f(logit_scale) f(grad_scale) f(target_share) f(class_share) f(lse_square_scale) f(softcap)
 
 #define XENT_SIZE(name) +sizeof(XentArgs::name)
 static_assert(sizeof(XentArgs) == 0 XENT_ARGS_MEMBERS(XENT_SIZE), "a member is not in the list, or there is padding");

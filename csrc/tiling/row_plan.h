@@ -1,7 +1,8 @@
 // The planner: how a device kernel cuts the logits. Shared by host and device; plain C++17 without torch or CANN.
 //
-// The cut depends only on the number of rows and columns, the dtype, and whether there is a softcap. The number of
-// cores decides which core takes which piece, so results are bitwise the same on chips with 20, 24, 40 or 48 cores.
+// The cut depends only on the number of rows and columns, the dtype, and whether there are a softcap and numbers by row
+// (a scale of the logits, an entropy, top1). The number of cores decides which core takes which piece, so results are
+// bitwise the same on chips with 20, 24, 40 or 48 cores.
 //
 //   short      a tile holds several whole rows; one value a row is one lane of a vector
 //   resident   a row stays in the unified buffer (UB) in chunks, from its statistics to its output: read once
@@ -108,10 +109,14 @@ struct LongBuffers {
   int64_t lse, lse_low, grad_loss, grad_z_loss;            // facts of a backward
   int64_t out_lse, out_lse_low, out_picked, out_wsum, out_weight;
   int64_t cap, cap_mask, capped;  // with a softcap: scratch [chunk_cols], a bit for half of these; targets' logits
+  int64_t row_scale, entropy, grad_entropy;       // by row: facts
+  int64_t chunk_tilted, fold_tilted, row_tilted;  // by row: as chunk_sum, fold and row_sum
+  int64_t out_entropy, out_top1;
   int64_t total;
 };
 
-XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t slots, bool softcap = false) {
+XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t slots, bool softcap = false,
+                                     bool by_row = false) {
   LongBuffers b{};
   Pieces ub{};
   b.ring = ub.take(slots * chunk_cols * element_bytes(dtype));
@@ -143,6 +148,16 @@ XENT_SHARED LongBuffers long_buffers(int64_t dtype, int64_t chunk_cols, int64_t 
     b.cap_mask = ub.take(chunk_cols / 2 / 8);
     b.capped = ub.take(kFactRows * 4);
   }
+  if (by_row) {
+    b.row_scale = ub.take(kFactRows * 4);
+    b.entropy = ub.take(kFactRows * 4);
+    b.grad_entropy = ub.take(kFactRows * 4);
+    b.chunk_tilted = ub.take(2 * kLanes * 4);
+    b.fold_tilted = ub.take(kLanes * 4);
+    b.row_tilted = ub.take(kDataBlock);
+    b.out_entropy = ub.take(kFactRows * 4);
+    b.out_top1 = ub.take(kFactRows * 4);
+  }
   b.total = ub.end;
   return b;
 }
@@ -165,23 +180,24 @@ struct ShortBuffers {
   int64_t mask;                    // one bit a row
   int64_t target;                  // [rows] int64
   int64_t target_weight;           // a data block a row
-  int64_t lanes;                   // kShortLanes vectors [rows]
+  int64_t lanes;                   // kShortLanes vectors [rows], and kLanesByRow more
   int64_t cap;                     // with a softcap: another tile in fp32
   int64_t rest;                    // bytes of these
   int64_t total;
 };
 
-constexpr int64_t kShortLanes = 28;
-constexpr int64_t kShortOperands = 4;  // vectors [rows] that come in with a tile
+constexpr int64_t kShortLanes = 28, kLanesByRow = 4;
+constexpr int64_t kShortOperands = 4, kOperandsByRow = 3;  // vectors [rows] that come in with a tile
 
-XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols, bool softcap = false) {
+XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols, bool softcap = false,
+                                       bool by_row = false) {
   ShortBuffers b{};
   Pieces ub{};
   const int64_t padded = short_row_cols(dtype, cols), width = round_up(padded, kLanes);
   const int64_t lanes = round_up(rows, kLanes);
   b.tile = softcap ? round_up(rows * padded, kLanes) : rows * padded;  // a comparison takes whole instructions
   b.tile_bytes = round_up(rows * padded * element_bytes(dtype), kDataBlock);
-  b.row_bytes = kShortOperands * lanes * 4;
+  b.row_bytes = (kShortOperands + (by_row ? kOperandsByRow : 0)) * lanes * 4;
   b.x = ub.take(b.tile * 4);
   b.exps = ub.take(b.tile * 4);
   b.hot = ub.take(width / kLanes * lanes * 8);
@@ -193,7 +209,7 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
   b.mask = ub.take(lanes / 8);
   b.target = ub.take(lanes * 8);
   b.target_weight = ub.take(rows * kDataBlock);
-  b.lanes = ub.take(kShortLanes * lanes * 4);
+  b.lanes = ub.take((kShortLanes + (by_row ? kLanesByRow : 0)) * lanes * 4);
   b.cap = softcap ? ub.take(b.tile * 4) : 0;
   b.rest = ub.end;
   b.total = b.rest + 2 * (b.tile_bytes + b.tile_bytes + b.row_bytes);
@@ -202,17 +218,17 @@ XENT_SHARED ShortBuffers short_buffers(int64_t dtype, int64_t rows, int64_t cols
 
 // Rows of a tile: as many as UB holds, then evened out so that kMaxCores cores get the same number of tiles of about
 // the same size.
-XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap) {
+XENT_SHARED int64_t short_tile_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap, bool by_row) {
   int64_t most = smaller(kMaxTileRows, div_up(rows, kMaxCores));
-  while (most > 1 && short_buffers(dtype, most, cols, softcap).total > kUbBytes) {
+  while (most > 1 && short_buffers(dtype, most, cols, softcap, by_row).total > kUbBytes) {
     --most;
   }
   const int64_t tiles_each = div_up(rows, kMaxCores * most);
   return div_up(rows, kMaxCores * tiles_each);
 }
 
-XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols, bool softcap) {
-  return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots, softcap).total <= kUbBytes;
+XENT_SHARED bool fits_resident(int64_t cols, int64_t dtype, int64_t chunk_cols, bool softcap, bool by_row) {
+  return long_buffers(dtype, chunk_cols, div_up(cols, chunk_cols) + kExtraSlots, softcap, by_row).total <= kUbBytes;
 }
 
 // Into how many parts to cut a row so that kMaxCores cores share it out best. A row that fits in UB pays for parts with
@@ -226,23 +242,25 @@ XENT_SHARED int64_t parts_worth_having(int64_t rows, bool fits) {
 }
 
 // The plan for logits [rows, cols], rows > 0 and cols > 0.
-XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap = false) {
+XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool softcap = false, bool by_row = false) {
   XentPlan p{};
   p.parts = 1;
   if (cols <= kShortCols) {
     p.mode = static_cast<int64_t>(RowMode::short_rows);
-    p.rows_per_tile = short_tile_rows(rows, cols, dtype, softcap);
+    p.rows_per_tile = short_tile_rows(rows, cols, dtype, softcap, by_row);
     p.chunk_cols = cols;
     p.chunks = p.chunks_per_part = 1;
     p.slots = 2;
     return p;
   }
   int64_t width = smaller(kMaxChunk, round_up(cols, kChunkUnit));
-  while (width >= kMinChunk && !fits_resident(cols, dtype, width, softcap)) {
+  while (width >= kMinChunk && !fits_resident(cols, dtype, width, softcap, by_row)) {
     width -= kChunkUnit;
   }
-  const bool fits = width >= kMinChunk;
-  if (!fits) {
+  // An entropy, top1 or their gradient come from sweeps with statistics alone or an output alone: no row has to stay,
+  // and wider chunks cost less.
+  const bool fits = width >= kMinChunk, stays = fits && !by_row;
+  if (!stays) {
     width = kMaxChunk;
   }
   const int64_t wanted_parts = parts_worth_having(rows, fits);
@@ -256,8 +274,8 @@ XENT_SHARED XentPlan plan_rows(int64_t rows, int64_t cols, int64_t dtype, bool s
   p.chunk_cols = round_up(div_up(cols, p.chunks), kChunkUnit);  // chunks of one size
   p.chunks = div_up(cols, p.chunk_cols);
   p.chunks_per_part = p.chunks;
-  p.mode = static_cast<int64_t>(fits ? RowMode::resident : RowMode::streaming);
-  p.slots = fits ? p.chunks + kExtraSlots : kStreamSlots;
+  p.mode = static_cast<int64_t>(stays ? RowMode::resident : RowMode::streaming);
+  p.slots = stays ? p.chunks + kExtraSlots : kStreamSlots;
   if (split && p.chunks > 1) {
     p.mode = static_cast<int64_t>(RowMode::split);
     p.chunks_per_part = div_up(p.chunks, smaller(p.chunks, wanted_parts));

@@ -110,7 +110,8 @@ class Matrix {
 template <typename T>
 struct Results {
   using acc = acc_t<T>;
-  std::vector<acc> lse, lse_low, picked, wsum;                      // of row_stats
+  std::vector<acc> lse, lse_low, picked, wsum, entropy;             // of row_stats
+  std::vector<float> top1;                                          // 0 or 1
   std::vector<acc> swept_lse, swept_low, swept_picked, swept_wsum;  // of row_stats_grad
   std::vector<T> log_prob, grad, swept;
   std::vector<double> totals, loss, z_loss;
@@ -122,7 +123,12 @@ class Run {
   using acc = acc_t<T>;
 
   Run(const ChunkKernels<T>& kernels, const Problem& p, int64_t padding)
-      : kernels_(kernels), p_(p), padding_(padding), weight_(stored<acc>(p.weight)) {}
+      : kernels_(kernels),
+        p_(p),
+        padding_(padding),
+        weight_(stored<acc>(p.weight)),
+        temperature_(stored<acc>(p.temperature)),
+        grad_entropy_(stored<acc>(p.grad_entropy)) {}
 
   // Gradients go over the logits if `in_place`.
   Results<T> on(int64_t threads, bool in_place) {
@@ -133,11 +139,19 @@ class Run {
     reduce_totals<acc>(o, p_.target.data(), p_.rows, weight(), r.totals.data(), parallel_);
 
     Matrix<T> logits = new_logits(), log_prob(p_.rows, p_.cols, 0);
+    Matrix<acc> entropy(1, p_.rows, 0);
+    Matrix<unsigned char> top1(1, p_.rows, 0);
+    static_assert(sizeof(bool) == 1);
     stats_of(
-        [&](const Stats<T>& out) {
+        [&](Stats<T> out) {
+          out.entropy = entropy.data();
+          out.top1 = reinterpret_cast<bool*>(top1.data());
           row_stats(kernels_, rows(logits), p_.read_ignored, out, static_cast<T*>(nullptr), parallel_);
         },
         r.lse, r.lse_low, r.picked, r.wsum);
+    r.entropy = entropy.results("entropy");
+    const auto flags = top1.results("top1");
+    r.top1.assign(flags.begin(), flags.end());
     // log_prob is of all rows.
     std::vector<acc> lse, low, picked, wsum;
     stats_of([&](const Stats<T>& out) { row_stats(kernels_, rows(logits), true, out, log_prob.data(), parallel_); },
@@ -151,11 +165,12 @@ class Run {
                      need_wsum() ? r.wsum.data() : nullptr, r.totals.data(), r.loss.data(), r.z_loss.data(), parallel_);
 
     const auto from_loss = stored<acc>(p_.grad_loss), from_z = stored<acc>(p_.grad_z_loss);
-    const Upstream<T> upstream{from_loss.data(), from_z.data(), nullptr, from_loss.size() > 1, from_z.size() > 1, 0};
+    const Upstream<T> upstream{from_loss.data(),     from_z.data(),     nullptr, or_null(grad_entropy_),
+                               from_loss.size() > 1, from_z.size() > 1, 0,       1};
     Matrix<T> grad = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 1);
     Matrix<T> swept = in_place ? new_logits() : Matrix<T>(p_.rows, p_.cols, 5);
     row_grad(kernels_, rows(in_place ? grad : logits), r.totals.data(), upstream, r.lse.data(), r.lse_low.data(),
-             grad.data(), grad.stride(), parallel_);
+             r.entropy.data(), grad.data(), grad.stride(), parallel_);
     stats_of(
         [&](const Stats<T>& out) {
           row_stats_grad(kernels_, rows(in_place ? swept : logits), p_.read_ignored, r.totals.data(), out, swept.data(),
@@ -169,16 +184,18 @@ class Run {
 
  private:
   bool need_wsum() const { return p_.options.label_smoothing != 0; }
-  const acc* weight() const { return weight_.empty() ? nullptr : weight_.data(); }
+  static const acc* or_null(const std::vector<acc>& x) { return x.empty() ? nullptr : x.data(); }
+  const acc* weight() const { return or_null(weight_); }
   Matrix<T> new_logits() const { return {p_.rows, p_.cols, padding_, p_.logits}; }
   Rows<T> rows(Matrix<T>& logits) const {
-    return {p_.options, logits.data(), logits.stride(), p_.rows, p_.cols, p_.target.data(), weight()};
+    return {p_.options, logits.data(),    logits.stride(), p_.rows,
+            p_.cols,    p_.target.data(), weight(),        or_null(temperature_)};
   }
   template <typename F>
   void stats_of(const F& call, std::vector<acc>& lse, std::vector<acc>& low, std::vector<acc>& picked,
                 std::vector<acc>& wsum) const {
     Matrix<acc> out[4] = {{1, p_.rows, 0}, {1, p_.rows, 0}, {1, p_.rows, 0}, {1, p_.rows, 0}};
-    call({out[0].data(), out[1].data(), out[2].data(), need_wsum() ? out[3].data() : nullptr});
+    call({out[0].data(), out[1].data(), out[2].data(), need_wsum() ? out[3].data() : nullptr, nullptr, nullptr});
     lse = out[0].results("lse");
     low = out[1].results("lse_low");
     picked = out[2].results("picked");
@@ -188,7 +205,7 @@ class Run {
   const ChunkKernels<T>& kernels_;
   const Problem& p_;
   const int64_t padding_;
-  const std::vector<acc> weight_;
+  const std::vector<acc> weight_, temperature_, grad_entropy_;
   Parallel parallel_;
 };
 
@@ -199,6 +216,7 @@ void check_against_truth(const Problem& p, const Results<T>& r) {
   Problem unit = p;  // what row_stats_grad computes
   unit.grad_loss = {1};
   unit.grad_z_loss = {0};
+  std::fill(unit.grad_entropy.begin(), unit.grad_entropy.end(), 0);
   const Truth swept = truth_of(unit);
   for (int64_t i = 0; i < kTotals; ++i) {
     check_near<double, acc>("totals", i, r.totals[i], t.totals[i], 0);
@@ -206,20 +224,24 @@ void check_against_truth(const Problem& p, const Results<T>& r) {
   for (int64_t n = 0; n < p.rows; ++n) {
     const bool ignored = p.target[n] == kIgnore, unread = ignored && !p.read_ignored;
     const double lse = unread ? 0 : t.lse[n];
-    // With a softcap z is rounded, and lse is off by as much.
-    check_near<acc, acc>("lse", n, r.lse[n], lse, p.options.softcap == 0 ? 1 : std::fmax(1, std::fabs(lse)));
+    // With a softcap or a temperature z is rounded, and lse is off by as much.
+    const bool rounded = p.options.softcap != 0 || p.by_row();
+    check_near<acc, acc>("lse", n, r.lse[n], lse, rounded ? std::fmax(1, std::fabs(lse)) : 1);
     if (std::isfinite(lse)) {
       // Both numbers together are more exact than one could be.
       const double both = static_cast<double>(r.lse[n]) + static_cast<double>(r.lse_low[n]);
-      check_near<double, acc>("lse + lse_low", n, both, lse, unread ? 0 : 1, 1, 16);
+      const double terms = p.by_row() ? std::fmax(1, std::fabs(lse)) : 1;
+      check_near<double, acc>("lse + lse_low", n, both, lse, unread ? 0 : terms, 1, 16);
     }
-    check_near<acc, acc>("picked", n, r.picked[n], t.picked[n], p.options.softcap == 0 ? 0 : std::fabs(t.picked[n]));
+    check_near<acc, acc>("picked", n, r.picked[n], t.picked[n], rounded ? std::fabs(t.picked[n]) : 0);
+    check_near<acc, acc>("entropy", n, r.entropy[n], unread ? 0 : t.entropy[n], unread ? 0 : t.entropy_terms[n]);
+    check(r.top1[n] == (t.top1[n] ? 1 : 0), "top1[%lld] is %g", static_cast<long long>(n), r.top1[n]);
     if (!r.wsum.empty() && std::isfinite(lse)) {
       check_near<acc, acc>("wsum", n, r.wsum[n], unread ? 0 : t.wsum[n], unread ? 0 : t.wsum_terms[n]);
     }
   }
   for (int64_t i = 0; i < p.rows * p.cols; ++i) {
-    const double size = std::fabs(mapped(p, p.logits[i])) + std::fabs(t.lse[i / p.cols]) + 1;
+    const double size = std::fabs(mapped(p, i / p.cols, p.logits[i])) + std::fabs(t.lse[i / p.cols]) + 1;
     check_near<T, acc>("log_prob", i, r.log_prob[i], t.log_prob[i], std::isfinite(size) ? size : 0, 2);
     check_near<T, acc>("grad", i, r.grad[i], t.grad[i], t.grad_terms[i]);
     check_near<T, acc>("grad of row_stats_grad", i, r.swept[i], swept.grad[i], swept.grad_terms[i]);
@@ -242,7 +264,8 @@ Results<T> run(const ChunkKernels<T>& kernels, const Problem& p, int64_t padding
   context += ", 3 threads beside 1";
 #define SAME(NAME) check_same_bits(#NAME, three.NAME, one.NAME)
   SAME(lse), SAME(lse_low), SAME(picked), SAME(wsum), SAME(swept_lse), SAME(swept_low), SAME(swept_picked);
-  SAME(swept_wsum), SAME(log_prob), SAME(grad), SAME(swept), SAME(totals), SAME(loss), SAME(z_loss);
+  SAME(entropy), SAME(top1), SAME(swept_wsum), SAME(log_prob), SAME(grad), SAME(swept), SAME(totals), SAME(loss),
+      SAME(z_loss);
 #undef SAME
   context = before;
   check_same_bits("lse of row_stats_grad", one.swept_lse, one.lse);
@@ -293,7 +316,7 @@ void test_long_row(const ChunkKernels<T>& kernels) {
 template <typename T>
 void test_corners(const ChunkKernels<T>& kernels) {
   for (const int64_t cols : {133, 4200}) {
-    for (const Case& c : {kCases[3], kCases[4]}) {
+    for (const Case& c : {kCases[3], kCases[4], kCases[6]}) {
       if (cols == 4200 && (sizeof(T) == 2) == c.weighted) {
         continue;  // to save time
       }
@@ -354,13 +377,13 @@ void test_shards(const ChunkKernels<T>& kernels) {
     const int64_t n_cols = end - begin;
     RowOptions options = p.options;
     options.class_start = begin;
-    const Rows<T> shard{options, logits.data() + begin, cols, rows, n_cols, p.target.data(), weight.data()};
+    const Rows<T> shard{options, logits.data() + begin, cols, rows, n_cols, p.target.data(), weight.data(), nullptr};
     std::vector<acc> lse(rows), low(rows), picked(rows), wsum(rows);
-    row_stats(kernels, shard, false, {lse.data(), low.data(), picked.data(), wsum.data()}, static_cast<T*>(nullptr),
-              on_threads(1));
+    row_stats(kernels, shard, false, {lse.data(), low.data(), picked.data(), wsum.data(), nullptr, nullptr},
+              static_cast<T*>(nullptr), on_threads(1));
     std::vector<T> grad(rows * n_cols);
-    row_grad(kernels, shard, t.totals, {upstream.data(), nullptr, nullptr, 0, 0, 0}, all_lse.data(),
-             static_cast<const acc*>(nullptr), grad.data(), n_cols, on_threads(1));
+    row_grad(kernels, shard, t.totals, {upstream.data(), nullptr, nullptr, nullptr, 0, 0, 0, 0}, all_lse.data(),
+             static_cast<const acc*>(nullptr), static_cast<const acc*>(nullptr), grad.data(), n_cols, on_threads(1));
     for (int64_t n = 0; n < rows; ++n) {
       const bool kept = p.target[n] != kIgnore;
       const auto* x = &p.logits[n * cols];
@@ -536,7 +559,7 @@ void test_exp(const ChunkKernels<float>& kernels) {
     x.push_back(value);
   }
   std::vector<float> e(x.size());
-  kernels.grad(x.data(), nullptr, static_cast<int64_t>(x.size()), {1, 0}, 0, 1, 0, e.data(), /*past_cache=*/false);
+  kernels.grad(x.data(), nullptr, static_cast<int64_t>(x.size()), {1, 0}, 0, 1, 0, 0, e.data(), /*past_cache=*/false);
   for (size_t i = 0; i < x.size(); ++i) {
     const double expected = std::exp(static_cast<double>(x[i]));
     const double allowed = expected < FLT_MIN ? FLT_MIN : 2 * 0x1p-23 * expected;
@@ -544,7 +567,7 @@ void test_exp(const ChunkKernels<float>& kernels) {
   }
   const float nan = std::nanf("");
   float of_nan;
-  kernels.grad(&nan, nullptr, 1, {1, 0}, 0, 1, 0, &of_nan, /*past_cache=*/false);
+  kernels.grad(&nan, nullptr, 1, {1, 0}, 0, 1, 0, 0, &of_nan, /*past_cache=*/false);
   check(!std::isfinite(of_nan), "exp(NaN) is %.9g", of_nan);
 }
 

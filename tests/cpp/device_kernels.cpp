@@ -63,8 +63,15 @@ constexpr LogitsType logits_type() {
 // The statistics of rows or of their parts.
 struct StatsGm {
   Floats lse, lse_low, picked, wsum, weight;  // weight: of parts
-  StatsGm(int64_t n, bool need_wsum, bool parts = false)
-      : lse(n), lse_low(n), picked(n), wsum(need_wsum ? n : 0), weight(need_wsum && parts ? n : 0) {}
+  Floats entropy, top1;
+  StatsGm(int64_t n, bool need_wsum, bool by_row, bool parts = false)
+      : lse(n),
+        lse_low(n),
+        picked(n),
+        wsum(need_wsum ? n : 0),
+        weight(need_wsum && parts ? n : 0),
+        entropy(by_row ? n : 0),
+        top1(by_row ? n : 0) {}
 };
 
 template <typename T>
@@ -77,7 +84,9 @@ class Operation {
         need_wsum_(p.options.label_smoothing != 0),
         logits_(stored<T>(p.logits)),
         target_(p.target),
-        weight_(stored<float>(p.weight)) {
+        weight_(stored<float>(p.weight)),
+        row_scale_(scales(p)),
+        grad_entropy_(stored<float>(p.grad_entropy)) {
     const RowOptions& o = p.options;
     args_.dtype = static_cast<int64_t>(logits_type<T>());
     args_.rows = p.rows;
@@ -91,6 +100,7 @@ class Operation {
     args_.target_share = static_cast<float>(1 - o.label_smoothing);
     args_.class_share = static_cast<float>(o.label_smoothing / static_cast<double>(p.cols));
     args_.lse_square_scale = static_cast<float>(o.lse_square_scale);
+    args_.row_scaled = args_.by_row = p.by_row();
   }
 
   void check_all() {
@@ -101,16 +111,16 @@ class Operation {
       check_near<float, float>("totals", i, totals.values()[i], t.totals[i], t.totals[i]);
     }
 
-    StatsGm stats(p_.rows, need_wsum_);
+    StatsGm stats(p_.rows, need_wsum_, p_.by_row());
     Gm<T> log_prob(p_.rows * p_.cols);
-    const bool is_split = plan_.mode == static_cast<int64_t>(RowMode::split);
-    row_stats(stats, is_split ? nullptr : log_prob.address());
-    if (is_split) {
+    const bool apart = plan_.mode == static_cast<int64_t>(RowMode::split) || p_.by_row();
+    row_stats(stats, apart ? nullptr : log_prob.address());
+    if (apart) {
       XentArgs args = of_stage(Stage::log_prob_only);
-      launched("row_stats",
-               aclrtlaunch_npu_xent_row_stats(cores(chunk_items()), nullptr, logits_.address(), target_.address(),
-                                              weight_.address(), stats.lse.address(), stats.lse_low.address(), nullptr,
-                                              nullptr, nullptr, log_prob.address(), &plan_, &args));
+      launched("row_stats", aclrtlaunch_npu_xent_row_stats(
+                                cores(chunk_items()), nullptr, logits_.address(), target_.address(), weight_.address(),
+                                row_scale_.address(), stats.lse.address(), stats.lse_low.address(), nullptr, nullptr,
+                                nullptr, nullptr, nullptr, log_prob.address(), &plan_, &args));
     }
     check_stats(t, stats);
 
@@ -127,20 +137,23 @@ class Operation {
     Floats from_loss(stored<float>(p_.grad_loss)), from_z(stored<float>(p_.grad_z_loss));
     Gm<T> grad(p_.rows * p_.cols), swept(p_.rows * p_.cols);
     row_grad(stats, totals, &from_loss, &from_z, grad);
-    StatsGm again(p_.rows, need_wsum_);
-    row_stats_grad(again, totals, swept);
-    check_stats(t, again);
+    const bool sweeps = !p_.by_row();  // row_stats_grad has no numbers by row
+    if (sweeps) {
+      StatsGm again(p_.rows, need_wsum_, false);
+      row_stats_grad(again, totals, swept);
+      check_stats(t, again);
+    }
     Problem unit = p_;  // what row_stats_grad computes
     unit.grad_loss = {1};
     unit.grad_z_loss = {0};
     const Truth of_unit = truth_of(unit);
     for (int64_t i = 0; i < p_.rows * p_.cols; ++i) {
-      const double size = std::fabs(mapped(p_, p_.logits[i])) + std::fabs(t.lse[i / p_.cols]) + 1;
+      const double size = std::fabs(mapped(p_, i / p_.cols, p_.logits[i])) + std::fabs(t.lse[i / p_.cols]) + 1;
       if (p_.target[i / p_.cols] != kIgnore || p_.read_ignored) {
         check_near<T, float>("log_prob", i, log_prob.values()[i], t.log_prob[i], 2 * size, 2);
       }
       check_near<T, float>("grad", i, grad.values()[i], t.grad[i], 2 * t.grad_terms[i], 2);
-      if (p_.options.reduction != Reduction::none) {
+      if (sweeps && p_.options.reduction != Reduction::none) {
         check_near<T, float>("grad of row_stats_grad", i, swept.values()[i], of_unit.grad[i], 2 * of_unit.grad_terms[i],
                              2);
       }
@@ -148,6 +161,13 @@ class Operation {
   }
 
  private:
+  static std::vector<float> scales(const Problem& p) {
+    std::vector<float> result;
+    for (const double temperature : p.temperature) {
+      result.push_back(static_cast<float>(1 / temperature));
+    }
+    return result;
+  }
   uint32_t cores(int64_t tasks) const { return static_cast<uint32_t>(std::max<int64_t>(1, std::min(cores_, tasks))); }
   int64_t work_items() const { return npu_xent::work_items(plan_, p_.rows); }
   int64_t chunk_items() const { return npu_xent::chunk_items(plan_, p_.rows); }
@@ -163,36 +183,41 @@ class Operation {
       return;
     }
     XentArgs args = args_;
-    launched("row_stats", aclrtlaunch_npu_xent_row_stats(cores(work_items()), nullptr, logits_.address(),
-                                                         target_.address(), weight_.address(), out.lse.address(),
-                                                         out.lse_low.address(), out.picked.address(),
-                                                         out.wsum.address(), nullptr, log_prob, &plan_, &args));
+    launched("row_stats",
+             aclrtlaunch_npu_xent_row_stats(cores(work_items()), nullptr, logits_.address(), target_.address(),
+                                            weight_.address(), row_scale_.address(), out.lse.address(),
+                                            out.lse_low.address(), out.picked.address(), out.wsum.address(), nullptr,
+                                            out.entropy.address(), out.top1.address(), log_prob, &plan_, &args));
   }
 
   void split_stats(StatsGm& out) {
-    StatsGm parts(p_.rows * plan_.parts, need_wsum_, true);
+    StatsGm parts(p_.rows * plan_.parts, need_wsum_, p_.by_row(), true);
     XentArgs args = of_stage(Stage::partial_stats);
     launched("row_stats", aclrtlaunch_npu_xent_row_stats(
                               cores(work_items()), nullptr, logits_.address(), target_.address(), weight_.address(),
-                              parts.lse.address(), parts.lse_low.address(), parts.picked.address(),
-                              parts.wsum.address(), parts.weight.address(), nullptr, &plan_, &args));
+                              row_scale_.address(), parts.lse.address(), parts.lse_low.address(),
+                              parts.picked.address(), parts.wsum.address(), parts.weight.address(),
+                              parts.entropy.address(), parts.top1.address(), nullptr, &plan_, &args));
     args = of_stage(Stage::join_parts);
     launched("reduce_rows", aclrtlaunch_npu_xent_reduce_rows(
                                 cores(p_.rows), nullptr, target_.address(), weight_.address(), out.lse.address(),
                                 out.lse_low.address(), out.picked.address(), out.wsum.address(), parts.lse.address(),
                                 parts.lse_low.address(), parts.picked.address(), parts.wsum.address(),
-                                parts.weight.address(), nullptr, nullptr, nullptr, nullptr, &plan_, &args));
+                                parts.weight.address(), nullptr, nullptr, nullptr, nullptr, out.entropy.address(),
+                                out.top1.address(), parts.entropy.address(), parts.top1.address(), &plan_, &args));
   }
 
   // Without upstream gradients: that of the loss is 1.
   void row_grad(StatsGm& stats, Floats& totals, Floats* from_loss, Floats* from_z, Gm<T>& grad) {
     XentArgs args = args_;
     args.unit_upstream = from_loss == nullptr;
-    launched("row_grad", aclrtlaunch_npu_xent_row_grad(
-                             cores(chunk_items()), nullptr, logits_.address(), target_.address(), weight_.address(),
-                             stats.lse.address(), stats.lse_low.address(), totals.address(),
-                             from_loss == nullptr ? nullptr : from_loss->address(),
-                             from_z == nullptr ? nullptr : from_z->address(), grad.address(), &plan_, &args));
+    launched("row_grad",
+             aclrtlaunch_npu_xent_row_grad(cores(chunk_items()), nullptr, logits_.address(), target_.address(),
+                                           weight_.address(), row_scale_.address(), stats.lse.address(),
+                                           stats.lse_low.address(), stats.entropy.address(), totals.address(),
+                                           from_loss == nullptr ? nullptr : from_loss->address(),
+                                           from_z == nullptr ? nullptr : from_z->address(), grad_entropy_.address(),
+                                           grad.address(), &plan_, &args));
   }
 
   void row_stats_grad(StatsGm& out, Floats& totals, Gm<T>& grad) {
@@ -220,7 +245,7 @@ class Operation {
                                               of(stats ? &stats->lse : nullptr), of(stats ? &stats->lse_low : nullptr),
                                               of(stats ? &stats->picked : nullptr), of(stats ? &stats->wsum : nullptr),
                                               nullptr, nullptr, nullptr, nullptr, nullptr, of(totals), of(loss),
-                                              of(z_loss), of(sums), &plan, &args));
+                                              of(z_loss), of(sums), nullptr, nullptr, nullptr, nullptr, &plan, &args));
   }
 
   void sum_totals(Floats& totals) {
@@ -250,7 +275,13 @@ class Operation {
       check_near<float, float>("lse", n, high, lse, 2 * std::fabs(lse) + 2);
       check_near<double, float>("lse + lse_low", n, double{high} + double{stats.lse_low.values()[n]}, lse, 1, 1, 32);
       check_near<float, float>("picked", n, stats.picked.values()[n], t.picked[n],
-                               p_.options.softcap == 0 ? 0 : std::fabs(t.picked[n]));
+                               p_.options.softcap == 0 && !p_.by_row() ? 0 : std::fabs(t.picked[n]));
+      if (p_.by_row()) {
+        check_near<float, float>("entropy", n, stats.entropy.values()[n], unread ? 0 : t.entropy[n],
+                                 unread ? 0 : t.entropy_terms[n]);
+        check(stats.top1.values()[n] == (t.top1[n] ? 1 : 0), "top1[%lld] is %g", static_cast<long long>(n),
+              stats.top1.values()[n]);
+      }
       if (need_wsum_) {
         check_near<float, float>("wsum", n, stats.wsum.values()[n], unread ? 0 : t.wsum[n], 2 * t.wsum_terms[n]);
       }
@@ -263,7 +294,7 @@ class Operation {
   bool need_wsum_;
   Gm<T> logits_;
   Gm<int64_t> target_;
-  Floats weight_;
+  Floats weight_, row_scale_, grad_entropy_;
   XentArgs args_{};
 };
 
@@ -278,14 +309,14 @@ constexpr Shape kShapes[] = {{"short", 50, 97, RowMode::short_rows},
                              {"streaming", 3, 5003, RowMode::streaming},
                              {"split", 2, 4501, RowMode::split}};
 
+// Two cases for each mode, from number `turn` on.
 template <typename T>
-void test_modes(int64_t cores) {
-  size_t turn = sizeof(T);
+void test_modes(int64_t cores, size_t turn) {
   for (const Shape& shape : kShapes) {
     for (int i = 0; i < 2; ++i) {
       const Case& c = kCases[turn++ % std::size(kCases)];
       XentPlan plan =
-          npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(logits_type<T>()), c.softcap != 0);
+          npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(logits_type<T>()), c.softcap != 0, c.by_row);
       if (shape.mode == RowMode::streaming) {
         plan.mode = static_cast<int64_t>(RowMode::streaming);
         plan.parts = 1;
@@ -293,7 +324,9 @@ void test_modes(int64_t cores) {
         plan.slots = npu_xent::kStreamSlots;
       }
       context = std::string(Format<T>::name) + ", " + shape.name + " rows, " + c.name;
-      check(plan.mode == static_cast<int64_t>(shape.mode), "planned as mode %lld", static_cast<long long>(plan.mode));
+      // With numbers by row no row has to stay.
+      const RowMode mode = c.by_row && shape.mode == RowMode::resident ? RowMode::streaming : shape.mode;
+      check(plan.mode == static_cast<int64_t>(mode), "planned as mode %lld", static_cast<long long>(plan.mode));
       const Problem p = make_problem<T>(shape.rows, shape.cols, c);
       Operation<T>(p, plan, cores).check_all();
     }
@@ -322,9 +355,9 @@ void test_scale() {
 }  // namespace
 
 int main() {
-  test_modes<float>(48);
-  test_modes<f16>(20);
-  test_modes<bf16>(40);
+  test_modes<float>(48, 4);
+  test_modes<f16>(20, 0);
+  test_modes<bf16>(40, 6);
   test_scale<float>();
   test_scale<f16>();
   test_scale<bf16>();

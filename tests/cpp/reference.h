@@ -23,15 +23,19 @@ struct Case {
   bool weighted, some_ignored, read_ignored;
   double logit_scale, softcap, grad_scale;
   bool upstream;  // gradients other than 1 reach the loss and the z-loss
+  bool by_row;    // temperatures, and gradients of the entropy
 };
 
 inline const Case kCases[] = {
-    {"mean", Reduction::mean, 0, 0, false, false, false, 1, 0, 1, false},
-    {"sum, weight, smoothing, ignored rows", Reduction::sum, 0.1, 0, true, true, false, 1, 0, 1, true},
-    {"mean, everything", Reduction::mean, 0.1, 1e-2, true, true, false, 0.5, 4, 2, true},
-    {"none, z-loss, ignored rows", Reduction::none, 0, 1e-2, false, true, true, 1, 0, 1, true},
-    {"none, smoothing, weight", Reduction::none, 0.25, 0, true, false, false, 1.25, 0, 1.25, true},
-    {"mean, softcap far above the logits", Reduction::mean, 0, 0, false, false, false, 1, 1000, 1, false},
+    {"mean", Reduction::mean, 0, 0, false, false, false, 1, 0, 1, false, false},
+    {"sum, weight, smoothing, ignored rows", Reduction::sum, 0.1, 0, true, true, false, 1, 0, 1, true, false},
+    {"mean, everything", Reduction::mean, 0.1, 1e-2, true, true, false, 0.5, 4, 2, true, false},
+    {"none, z-loss, ignored rows", Reduction::none, 0, 1e-2, false, true, true, 1, 0, 1, true, false},
+    {"none, smoothing, weight", Reduction::none, 0.25, 0, true, false, false, 1.25, 0, 1.25, true, false},
+    {"mean, softcap far above the logits", Reduction::mean, 0, 0, false, false, false, 1, 1000, 1, false, false},
+    {"none, by row, ignored rows", Reduction::none, 0, 0, false, true, false, 1, 0, 1, true, true},
+    {"none, by row, softcap, smoothing, weight", Reduction::none, 0.1, 1e-2, true, true, false, 1.5, 6, 1.5, true,
+     true},
 };
 
 inline constexpr int64_t kIgnore = -100;
@@ -76,8 +80,12 @@ struct Problem {
   bool read_ignored;
   std::vector<double> logits;  // [rows, cols], values of the type that is tested
   std::vector<int64_t> target;
-  std::vector<double> weight;                  // fp32 values, or empty for all ones
-  std::vector<double> grad_loss, grad_z_loss;  // one for each row, or one for all
+  std::vector<double> weight;                     // fp32 values, or empty for all ones
+  std::vector<double> grad_loss, grad_z_loss;     // one for each row, or one for all
+  std::vector<double> temperature, grad_entropy;  // fp32 values, one for each row, or empty: 1 and 0
+
+  bool by_row() const { return !temperature.empty(); }
+  double temperature_of(int64_t n) const { return by_row() ? temperature[n] : 1; }
 };
 
 // Logits of T; rows 1, 4, 7, ... are ignored if the case says so.
@@ -93,7 +101,9 @@ Problem make_problem(int64_t rows, int64_t cols, const Case& c, double offset = 
       {},
       {},
       {1},
-      {0}};
+      {0},
+      {},
+      {}};
   for (int64_t n = 0; n < rows; ++n) {
     p.target.push_back(n == 0 ? cols - 1 : random.below(cols));
     for (int64_t i = 0; i < cols; ++i) {
@@ -116,20 +126,27 @@ Problem make_problem(int64_t rows, int64_t cols, const Case& c, double offset = 
       p.grad_z_loss[i] = static_cast<float>(random.normal());
     }
   }
+  for (int64_t n = 0; c.by_row && n < rows; ++n) {
+    p.temperature.push_back(static_cast<float>(0.5 + 1.5 * random.uniform()));
+    p.grad_entropy.push_back(n % 4 == 3 ? 0 : static_cast<float>(random.normal()));
+  }
   return p;
 }
 
 struct Truth {
   std::vector<double> lse, picked, wsum, log_prob, grad;
+  std::vector<double> entropy, entropy_terms;
+  std::vector<bool> top1;
   std::vector<double> loss, z_loss;  // one for each row, or one
   std::vector<double> loss_terms, grad_terms, wsum_terms;
   double totals[npu_xent::kTotals];
 };
 
-// What the softmax sees of a logit.
-inline double mapped(const Problem& p, double logit) {
+// What the softmax sees of a logit of row n.
+inline double mapped(const Problem& p, int64_t n, double logit) {
   const double scaled = logit * p.options.logit_scale;
-  return p.options.softcap == 0 ? scaled : p.options.softcap * std::tanh(scaled / p.options.softcap);
+  const double capped = p.options.softcap == 0 ? scaled : p.options.softcap * std::tanh(scaled / p.options.softcap);
+  return capped / p.temperature_of(n);
 }
 
 inline Truth truth_of(const Problem& p) {
@@ -154,7 +171,7 @@ inline Truth truth_of(const Problem& p) {
     std::vector<double> x(p.logits.begin() + n * p.cols, p.logits.begin() + (n + 1) * p.cols);
     double top = -INFINITY;
     for (double& value : x) {
-      value = mapped(p, value);
+      value = mapped(p, n, value);
       top = std::isnan(value) || value > top ? value : top;
       if (std::isnan(top)) {
         break;
@@ -176,6 +193,17 @@ inline Truth truth_of(const Problem& p) {
       wsum.add(weight(c) * log_prob);
       wsum_terms.add(std::isfinite(x[c]) ? weight(c) * (std::fabs(x[c]) + std::fabs(lse)) : 0);
     }
+    Sum entropy, entropy_terms;  // of terms -p log p
+    for (int64_t c = 0; c < p.cols; ++c) {
+      const double prob = std::exp(x[c] - shift) / sum.value(), below = x[c] - lse;
+      entropy.add(prob == 0 ? 0 : -prob * below);
+      entropy_terms.add(prob == 0 ? 0 : prob * (1 + std::fabs(below)) * (1 + std::fabs(x[c])));
+    }
+    t.entropy.push_back(entropy.value());
+    t.entropy_terms.push_back(defined ? 1 + std::log(sum.value()) + entropy_terms.value() : 0);
+    const auto logits = p.logits.begin() + n * p.cols;
+    t.top1.push_back(kept && defined && std::max_element(logits, logits + p.cols) - logits == y);
+
     const double w = kept ? weight(y) : 0, picked = kept ? x[y] : 0;
     t.lse.push_back(lse);
     t.picked.push_back(picked);
@@ -208,15 +236,18 @@ inline Truth truth_of(const Problem& p) {
       const double smoothed = e / classes * (totals[2] * prob - weight(c));
       const double cosh =
           p.options.softcap == 0 ? 1 : std::cosh(p.logits[n * p.cols + c] * p.options.logit_scale / p.options.softcap);
-      const double grad =
-          p.options.grad_scale / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob);
+      const double h = p.by_row() ? p.grad_entropy[n] : 0, below = std::isinf(x[c]) ? 0 : x[c] - lse;
+      const double u = p.options.grad_scale / p.temperature_of(n);
+      const double of_entropy = h * prob * (below + entropy.value());
+      const double grad = u / (cosh * cosh) * (g * ((1 - e) * w * p_minus_hot + smoothed) + z * prob - of_entropy);
       t.grad.push_back(!kept ? 0 : defined ? grad : NAN);
       // An exponential of x - lse carries the rounding of x and of lse.
       const double hot = c == y, p_terms = std::isinf(x[c]) ? 0 : (1 + std::fabs(x[c]) + std::fabs(lse)) * prob;
       const double terms =
           std::fabs(g) * ((1 - e) * w * (p_terms + hot) + e / classes * (totals[2] * (p_terms + hot) + weight(c))) +
-          std::fabs(z) * (p_terms + hot);
-      t.grad_terms.push_back(kept && defined ? std::fabs(p.options.grad_scale) * terms : 0);
+          std::fabs(z) * (p_terms + hot) +
+          std::fabs(h) * (p_terms * (std::fabs(below) + entropy.value()) + prob * t.entropy_terms[n]);
+      t.grad_terms.push_back(kept && defined ? std::fabs(u) * terms : 0);
     }
   }
   if (p.options.reduction != Reduction::none) {

@@ -70,15 +70,16 @@ std::string all_answers() {
         << offsetof(XentArgs, logit_scale) << "\n";
   for (const int64_t rows : kRows) {
     for (const int64_t cols : kCols) {
-      for (int64_t i = 0; i < 6; ++i) {
-        const int64_t dtype = i / 2;
-        const bool softcap = i % 2 != 0;
-        const XentPlan p = plan_rows(rows, cols, dtype, softcap);
+      for (int64_t i = 0; i < 12; ++i) {
+        const int64_t dtype = i / 4;
+        const bool softcap = i % 2 != 0, by_row = i / 2 % 2 != 0;
+        const XentPlan p = plan_rows(rows, cols, dtype, softcap, by_row);
         const bool is_short = p.mode == static_cast<int64_t>(RowMode::short_rows);
-        const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap).total
-                                       : long_buffers(dtype, p.chunk_cols, p.slots, softcap).total;
+        const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap, by_row).total
+                                       : long_buffers(dtype, p.chunk_cols, p.slots, softcap, by_row).total;
         std::ostringstream shape;
-        shape << "[" << rows << ", " << cols << "] dtype " << dtype << (softcap ? " softcap" : "");
+        shape << "[" << rows << ", " << cols << "] dtype " << dtype << (softcap ? " softcap" : "")
+              << (by_row ? " by row" : "");
         test::context = shape.str();
         check_plan(rows, cols, p, bytes);
         check_shares(work_items(p, rows));

@@ -6,8 +6,10 @@
 
 using namespace npu_xent;
 
-static_assert(std::is_same_v<decltype(&plan_rows), XentPlan (*)(int64_t, int64_t, int64_t, bool)>,
-              "the plan depends on the rows, the columns, the dtype and whether there is a softcap, alone");
+static_assert(
+    std::is_same_v<decltype(&plan_rows), XentPlan (*)(int64_t, int64_t, int64_t, bool, bool)>,
+    "the plan depends on the rows, the columns, the dtype and whether there are a softcap and numbers by row, "
+    "alone");
 static_assert(std::is_trivially_copyable_v<XentPlan> && std::is_standard_layout_v<XentPlan>,
               "kernels take it by value");
 static_assert(sizeof(XentPlan) == 7 * sizeof(int64_t), "without padding");
@@ -20,13 +22,13 @@ constexpr RowMode mode(int64_t rows, int64_t cols, int64_t dtype) {
 }
 
 constexpr bool fits(int64_t rows, int64_t cols) {
-  for (int64_t i = 0; i < 2 * kDtypes; ++i) {
-    const int64_t dtype = i / 2;
-    const bool softcap = i % 2 != 0;
-    const XentPlan p = plan_rows(rows, cols, dtype, softcap);
+  for (int64_t i = 0; i < 4 * kDtypes; ++i) {
+    const int64_t dtype = i / 4;
+    const bool softcap = i % 2 != 0, by_row = i / 2 % 2 != 0;
+    const XentPlan p = plan_rows(rows, cols, dtype, softcap, by_row);
     const bool is_short = mode(rows, cols, dtype) == RowMode::short_rows;
-    const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap).total
-                                   : long_buffers(dtype, p.chunk_cols, p.slots, softcap).total;
+    const int64_t bytes = is_short ? short_buffers(dtype, p.rows_per_tile, cols, softcap, by_row).total
+                                   : long_buffers(dtype, p.chunk_cols, p.slots, softcap, by_row).total;
     const bool items = work_items(p, rows) >= 1 && chunk_items(p, rows) >= work_items(p, rows);
     if (bytes > kUbBytes || bytes % kDataBlock != 0 || !items) {
       return false;

@@ -6,6 +6,7 @@ read before it is written, cores that meet. A kernel that breaks a rule raises, 
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -93,7 +94,7 @@ class Case:
         totals = device.reduce_rows(y, w, num_classes=classes)
         scale = {"logit_scale": self.options.get("logit_scale", 1.0), "softcap": self.options.get("softcap")}
         smooth = self.options.get("label_smoothing", 0) != 0
-        lse, low, picked, wsum, log_prob = device.row_stats(x, y, w, need_wsum=smooth, need_log_prob=True, **scale)
+        lse, low, picked, wsum, log_prob, *_ = device.row_stats(x, y, w, need_wsum=smooth, need_log_prob=True, **scale)
         unread = device.row_stats(x, y, w, need_wsum=smooth, **scale)
         loss, z_loss = device.reduce_rows(
             y, w, lse, low, picked, wsum, totals, num_classes=classes, **self.loss_options
@@ -138,7 +139,7 @@ class Case:
         classes, scale, softcap = x.shape[1], self.options.get("logit_scale", 1.0), self.options.get("softcap")
         totals = ops.reduce_rows(y, w, num_classes=classes, loss_dtype=FP32)[2]
         need_wsum = results["wsum"] is not None
-        lse, low, picked, wsum, log_prob = ops.row_stats(
+        lse, low, picked, wsum, log_prob, *_ = ops.row_stats(
             x, y, w, logit_scale=scale, softcap=softcap, need_wsum=need_wsum, need_log_prob=True, read_ignored=True
         )
         loss, z_loss, _ = ops.reduce_rows(
@@ -331,7 +332,7 @@ def test_special_values(mode: str, dtype: torch.dtype) -> None:
     expected = truth(x, y, reduction="none", grad_loss=torch.ones(rows))
     device = Device()
     totals = device.reduce_rows(y, num_classes=cols)
-    lse, low, picked, _, log_prob = device.row_stats(x, y, need_log_prob=True)
+    lse, low, picked, _, log_prob, *_ = device.row_stats(x, y, need_log_prob=True)
     loss = device.reduce_rows(y, None, lse, low, picked, None, totals, reduction="none", num_classes=cols)[0]
     grad = device.row_grad(x, y, None, lse, low, totals, torch.ones(rows), reduction="none")
     size = (expected.lse.abs() + 1).nan_to_num(0, 0, 0)
@@ -500,3 +501,274 @@ def test_the_same_bits_on_one_host_thread() -> None:
     for name, value in first.items():
         if value is not None:
             assert_same_bits(second[name], value, name)
+
+
+# ---- numbers by row: temperatures, entropy, top1 ----
+
+# Each row mode with each of these, in turn over the dtypes.
+OPTIONS_BY_ROW: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperatures": True, "logit_scale": 0.7, "ignore": True},
+    {"temperatures": True, "softcap": 5.0, "logit_scale": 1.5},
+)
+FOUR_CHUNKS = {"chunk_cols": 512, "chunks": 4}
+# Columns and plan for a few rows each of which is a case of its own.
+SPECIAL: dict[str, tuple[int, dict[str, int]]] = {
+    "short": (67, {}),
+    "short, wide": (1000, {}),
+    "streaming": (2000, {"mode": RowMode.streaming, "slots": 6, "parts": 1, "chunks_per_part": 4, **FOUR_CHUNKS}),
+    "split": (2000, {"mode": RowMode.split, "slots": 6, "parts": 4, "chunks_per_part": 1, **FOUR_CHUNKS}),
+}
+
+
+class ByRow:
+    """Log-probabilities and entropies of rows, and their gradients: inputs, and the results expected."""
+
+    def __init__(
+        self, x: Tensor, y: Tensor, t: Tensor | None, *, softcap: float | None = None, logit_scale: float = 1.0
+    ) -> None:
+        self.x, self.y, self.t = x, y, t
+        self.scales = {"softcap": softcap, "logit_scale": logit_scale}
+        rows = len(y)
+        generator = torch.Generator().manual_seed(rows)
+        self.grad_log_prob, self.grad_entropy = torch.randn(2, rows, generator=generator)
+        self.totals = torch.tensor([rows, rows, x.shape[1]], dtype=FP32)
+        # The truth, in float64. A row without a distribution, or whose temperature is none, is NaN.
+        self.kept = y != -100
+        temperature = torch.ones(rows) if t is None else t
+        temperature = temperature.double().masked_fill(~((temperature > 0) & (temperature < INF)), NAN)[:, None]
+        z, slope = x.double() * logit_scale, logit_scale / temperature
+        steepest = slope.abs()  # the slope of a softcap is made by a subtraction from 1
+        if softcap is not None:
+            slope = slope / (z / softcap).cosh().square()
+            z = softcap * (z / softcap).tanh()
+        z = z / temperature
+        top = z.max(1, keepdim=True).values
+        lse = top + (z - top).exp().sum(1, keepdim=True).log()
+        self.log_p = (z - lse).masked_fill(~lse.isfinite(), NAN)
+        p, finite = self.log_p.exp(), self.log_p.clamp_min(-1e3)
+        self.entropy = -(p * finite).sum(1)
+        spread = finite + self.entropy[:, None]
+        hot = torch.zeros_like(p).scatter_(1, y.clamp_min(0)[:, None], 1)
+        self.log_prob = self.log_p.gather(1, y.clamp_min(0)[:, None])[:, 0]
+        self.lse = lse[:, 0]
+        self.top1 = (x.double() * (1 if logit_scale > 0 else -1)).argmax(1) == y
+        self.top1 &= self.kept & self.log_p.isfinite().any(1)
+        of_log_prob, of_entropy = slope * (hot - p), -slope * p * spread
+        self.grads = of_log_prob.nan_to_num(0, 0, 0), of_entropy.nan_to_num(0, 0, 0)
+        self.undefined = self.kept & ~lse[:, 0].isfinite()
+        # What the results are summed up from: logits that are scaled, or capped, are rounded.
+        size = z.abs().nan_to_num(0, 0, 0) * (4 if softcap else t is not None or logit_scale != 1)
+        wide = 1 + finite.abs() + size + (size * p).sum(1, keepdim=True)
+        self.entropy_terms = 1 + self.entropy + (z - top).exp().sum(1).log() + (p * spread.abs() * size).sum(1)
+        self.grad_terms = (
+            (steepest * (p * wide + hot)).nan_to_num(0, 0, 0),
+            (steepest * p * (wide * (finite.abs() + self.entropy[:, None]) + self.entropy_terms[:, None])).nan_to_num(),
+        )
+        self.size = size
+
+    def expected_grad(self, factors: tuple[Tensor | float, Tensor | float]) -> tuple[Tensor, Tensor]:
+        """The gradient for such upstream gradients of log_prob and entropy, and the size of its terms."""
+        by_row = [torch.as_tensor(factor).double().expand(len(self.y))[:, None] for factor in factors]
+        grad = sum(factor * grad for factor, grad in zip(by_row, self.grads, strict=True))
+        terms = sum(factor.abs() * part for factor, part in zip(by_row, self.grad_terms, strict=True))
+        grad = grad.masked_fill(self.undefined[:, None], NAN).masked_fill(~self.kept[:, None], 0)
+        return grad, terms.masked_fill(~self.kept[:, None], 0)
+
+    def run(self, device: Device, *, in_place: bool = False) -> dict[str, Tensor]:
+        """Statistics, and the gradients of log_prob and the entropy, together and of each alone."""
+        stats = device.row_stats(self.x, self.y, None, self.t, need_entropy=True, need_top1=True, **self.scales)
+        lse, low, picked, _, _, entropy, top1 = stats
+        results = {"lse": lse, "lse_low": low, "picked": picked, "entropy": entropy, "top1": top1}
+        zeros = torch.zeros_like(lse)
+        for name, (of_log_prob, of_entropy) in {
+            "grad": (self.grad_log_prob, self.grad_entropy),
+            "grad of log_prob": (self.grad_log_prob, None),
+            "grad of entropy": (zeros, self.grad_entropy),
+        }.items():
+            results[name] = device.row_grad(
+                self.x.clone() if in_place else self.x, self.y, None, lse, low, self.totals, -of_log_prob, None,
+                self.t, entropy, of_entropy, reduction="none", in_place=in_place, **self.scales,
+            )  # fmt: skip
+        return results
+
+    def check(self, results: dict[str, Tensor]) -> None:
+        """Against float64, within what roundings explain."""
+        log_prob = (results["picked"].double() - results["lse"].double() - results["lse_low"].double())[self.kept]
+        size = (self.size.max(1).values + self.log_prob.abs()).nan_to_num(0, 0, 0) + 1
+        log_prob = log_prob.masked_fill(self.undefined[self.kept], NAN)
+        assert_near(log_prob.float(), self.log_prob[self.kept], size[self.kept], name="log_prob")
+        entropy = self.entropy.masked_fill(~self.kept, 0)
+        assert_near(results["entropy"], entropy, self.entropy_terms.nan_to_num(0), name="entropy")
+        assert results["top1"].tolist() == self.top1.float().tolist()
+        for name, factors in {
+            "grad": (self.grad_log_prob, self.grad_entropy),
+            "grad of log_prob": (self.grad_log_prob, 0),
+            "grad of entropy": (0, self.grad_entropy),
+        }.items():
+            grad, terms = self.expected_grad(factors)
+            assert_near(results[name], grad, terms, name=name)
+
+    def check_cpu(self, results: dict[str, Tensor]) -> None:
+        """Against the CPU's primitives, within twice that."""
+        ops = torch.ops.npu_xent
+        *_, picked, _, _, entropy, top1 = ops.row_stats(
+            self.x, self.y, None, None if self.t is None else self.t.masked_fill(~self.kept, 1),
+            need_entropy=True, need_top1=True, **self.scales,
+        )  # fmt: skip
+        assert torch.equal(results["top1"] != 0, top1)
+        assert_near(results["entropy"], entropy.double(), 2 * self.entropy_terms, roundings=2, name="the CPU's entropy")
+        if self.t is None:
+            assert torch.equal(results["picked"], picked)
+
+
+def by_row_case(rows: int, cols: int, dtype: torch.dtype, options: dict[str, Any], confident: float = 0) -> ByRow:
+    """Random logits; the target of every second row has `confident` added to its logit."""
+    options = dict(options)
+    x, y = make_logits(rows, cols, dtype, CPU), make_target(rows, cols, CPU)
+    x[::2].scatter_add_(1, y[::2, None], torch.full((len(y[::2]), 1), confident, dtype=dtype))
+    temperatures = torch.rand(rows, generator=torch.Generator().manual_seed(cols)) * 1.5 + 0.5
+    if options.pop("ignore", False):
+        y[1::3] = -100
+        temperatures[1::3] = NAN
+        x[1::3] = NAN
+    return ByRow(x, y, temperatures if options.pop("temperatures", False) else None, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", range(len(MODES)), ids=list(MODES))
+def test_entropy_and_top1_in_every_row_mode(number: int, dtype: torch.dtype) -> None:
+    options = OPTIONS_BY_ROW[(number + DTYPES.index(dtype)) % len(OPTIONS_BY_ROW)]
+    rows, cols, forced = shape_of(list(MODES)[number], dtype)
+    case = by_row_case(rows, cols, dtype, options, confident=16)
+    assert 0 < case.top1.sum() < rows or rows == 1
+    results = case.run(Device(forced=forced))
+    case.check(results)
+    if not results["entropy"].isnan().any():
+        case.check_cpu(results)
+    again = case.run(Device(1, forced=forced), in_place=True)
+    for name, value in results.items():
+        assert_same_bits(again[name], value, f"{name} in place, on one core")
+
+
+@pytest.mark.parametrize("mode", SPECIAL)
+@pytest.mark.parametrize("offset, spread, confident", [(1e4, 1.0, 0), (-1e4, 1.0, 20), (0, 1e-3, 0), (0, 40.0, 0)])
+def test_entropy_keeps_its_digits(mode: str, offset: float, spread: float, confident: float) -> None:
+    """Rows far from 0, confident, flat and wide: the tolerance does not grow with the logits."""
+    cols, forced = SPECIAL[mode]
+    x = make_logits(9, cols, FP32, CPU, spread=spread) + offset
+    y = make_target(9, cols, CPU)
+    x.scatter_add_(1, y[:, None], torch.full((9, 1), float(confident)))
+    case = ByRow(x, y, None)
+    results = case.run(Device(forced=forced))
+    case.check(results)
+    reference = x.clone().requires_grad_()
+    log_p = reference.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    entropy.backward(case.grad_entropy)
+    floor = torch.finfo(FP32).eps
+    for ours, torchs, exact in (
+        (results["entropy"], entropy.detach(), case.entropy),
+        (results["grad of entropy"], reference.grad, case.expected_grad((0, case.grad_entropy))[0]),
+    ):
+        error, allowed = (ours - exact).abs().max(), (torchs - exact).abs().max()
+        assert error <= 2 * allowed + floor * exact.abs().max()
+
+
+def special_rows(cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows with masks and ties, without a distribution, or without a temperature; and rows that are ignored."""
+    rows: list[tuple[Tensor, int, float]] = []
+    generator = torch.Generator().manual_seed(cols)
+
+    def add(y: int, temperature: float = 1.0, **values: float) -> None:
+        """A row of logits below 4, and `values` at places that their names say."""
+        x = (torch.rand(cols, generator=generator) * 6 - 3).to(dtype)
+        for where, value in values.items():
+            places: dict[str, Any] = {
+                "all": slice(None), "target": y, "half": slice(cols // 2), "first": 0, "last": cols - 1,
+                "before": y - 1, "after": y + 1,
+            }  # fmt: skip
+            x[places[where]] = value
+        rows.append((x, y, temperature))
+
+    last, middle = cols - 1, cols // 2 + 3
+    for target in (1, middle, last - 1):  # ties: the first of equals
+        add(target, target=5.0)
+        add(target, target=5.0, first=5.0)
+        add(target, target=5.0, last=5.0)
+        add(target, target=5.0, before=5.0)
+        add(target, target=5.0, after=5.0)
+    add(0, target=5.0, last=5.0)
+    add(last, target=5.0)
+    add(0, all=2.0)
+    add(last, all=2.0)
+    # Masks: whole chunks, all but the target, the target itself, everything.
+    add(last, half=-INF, target=5.0)
+    add(1, half=-INF)
+    add(middle, all=-INF, target=1.0)
+    add(0, all=-INF, target=1.0)
+    add(0, all=-INF)
+    add(last, all=-INF)
+    for special in (NAN, INF):
+        add(0, first=special)
+        add(middle, target=5.0, after=special)
+    for temperature in (0.0, -1.0, NAN, INF, -INF):
+        add(middle, temperature, target=5.0)
+    add(-100, NAN, all=NAN)
+    add(-100, first=INF)
+    add(middle, 1e-6, target=5.0)
+    add(middle, 1e6, target=5.0)
+    xs, ys, ts = zip(*rows, strict=True)
+    return torch.stack(xs), torch.tensor(ys), torch.tensor(ts)
+
+
+@pytest.mark.parametrize("mode", SPECIAL)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_special_rows(mode: str, softcap: float | None) -> None:
+    cols, forced = SPECIAL[mode]
+    for dtype in DTYPES:
+        case = ByRow(*special_rows(cols, dtype), softcap=softcap)
+        case.check(case.run(Device(forced=forced)))
+
+
+@pytest.mark.parametrize("mode", SPECIAL)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_top1_is_that_of_the_logits(mode: str, dtype: torch.dtype) -> None:
+    """Also where scale and softcap make different logits equal; with a negative scale the least logit is first."""
+    cols, forced = SPECIAL[mode]
+    x, y = make_logits(40, cols, dtype, CPU) * 100 + 500, make_target(40, cols, CPU)
+    y[::2] = x[::2].argmax(1)
+    y[1::4] = x[1::4].argmin(1)
+    for options in ({"logit_scale": 1.0}, {"logit_scale": 2.0, "softcap": 1.0}, {"logit_scale": -0.5, "softcap": 1.0}):
+        top1 = Device(forced=forced).row_stats(x, y, need_top1=True, **options)[6]
+        expected = x.argmax(1) if options["logit_scale"] > 0 else x.argmin(1)
+        assert torch.equal(top1 != 0, expected == y)
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+def test_entropy_does_not_change_the_rest(mode: str) -> None:
+    """The other statistics have the bits that they have alone, and log_prob can be asked for too."""
+    rows, cols, _ = MODES[mode]
+    case = by_row_case(rows, cols, torch.bfloat16, OPTIONS_BY_ROW[1])
+    operands = (case.x, case.y.masked_fill(~case.kept, 0), None, torch.where(case.kept, case.t, 1))
+    more = {"need_wsum": True, "need_log_prob": True, **case.scales}
+    plain = Device().row_stats(*operands, **more)
+    asked = Device().row_stats(*operands, need_entropy=True, need_top1=True, **more)
+    for name, one, other in zip(("lse", "lse_low", "picked", "wsum", "log_prob"), plain, asked, strict=False):
+        if mode == "short" and name == "wsum":  # a tile of fewer rows sums in the same order
+            assert one.shape == other.shape
+        assert_same_bits(other, one, name)
+    assert_near(plain[4][case.kept], case.log_p[case.kept], case.size[case.kept] + case.log_p[case.kept].abs() + 1)
+
+
+@pytest.mark.parametrize("mode", SPECIAL)
+@pytest.mark.parametrize("softcap", [None, 1e5])
+def test_the_target_is_rounded_as_the_other_logits(mode: str, softcap: float | None) -> None:
+    """Equal logits far from 0 have equal probabilities, whatever the scales."""
+    cols, forced = SPECIAL[mode]
+    x, y = torch.full((20, cols), 1e4 + 1 / 3), make_target(20, cols, CPU)
+    temperatures = torch.linspace(0.8, 1.3, 20)
+    device = Device(forced=forced)
+    lse, low, picked, *_ = device.row_stats(x, y, None, temperatures, logit_scale=0.7, softcap=softcap)
+    expected = torch.full((20,), -math.log(cols), dtype=torch.float64)
+    assert_near(picked - lse - low, expected, expected.abs(), name="log_prob")

@@ -92,6 +92,7 @@ class Plan:
     cols: int
     dtype: int
     softcap: bool
+    by_row: bool
     mode: int
     rows_per_tile: int
     chunk_cols: int
@@ -130,8 +131,8 @@ def round_up(a: int, b: int) -> int:
     return div_up(a, b) * b
 
 
-def plan_of(rows: int, cols: int, dtype: int, softcap: bool = False) -> Plan:
-    return Plan(rows, cols, dtype, softcap, **_C.plan_rows(rows, cols, dtype, softcap=softcap))
+def plan_of(rows: int, cols: int, dtype: int, softcap: bool = False, by_row: bool = False) -> Plan:
+    return Plan(rows, cols, dtype, softcap, by_row, **_C.plan_rows(rows, cols, dtype, softcap=softcap, by_row=by_row))
 
 
 def near(units: tuple[int, ...], most: int) -> st.SearchStrategy[int]:
@@ -150,8 +151,8 @@ ROWS = st.one_of(st.integers(1, 2 * MAX_CORES), near((MAX_CORES, MAX_TILE_ROWS),
 COLS = st.one_of(
     st.integers(1, 2 * SHORT_COLS), near((LANES, CHUNK_UNIT, MAX_CHUNK), 200), st.integers(1, 100_000), magnitudes()
 )
-PLANS = st.tuples(ROWS, COLS, st.sampled_from(LogitsType), st.booleans())
-Shape = tuple[int, int, int, bool]
+PLANS = st.tuples(ROWS, COLS, st.sampled_from(LogitsType), st.booleans(), st.booleans())
+Shape = tuple[int, int, int, bool, bool]
 Check = Callable[[Shape], None]
 
 
@@ -160,7 +161,8 @@ def any_shape(check: Check) -> Check:
     for rows, cols in SHAPES:
         for dtype in LogitsType:
             for softcap in (False, True):
-                check = example((rows, cols, dtype, softcap))(check)
+                check = example((rows, cols, dtype, softcap, not softcap))(check)
+                check = example((rows, cols, dtype, softcap, softcap))(check)
     return settings(max_examples=400, deadline=None, derandomize=True, database=None)(given(PLANS)(check))
 
 
@@ -182,13 +184,18 @@ def test_fits_ub(shape: Shape) -> None:
 def test_memory_counts_what_is_moved(shape: Shape) -> None:
     """A sum that forgets the tile or the chunks would fit, too."""
     plan = plan_of(*shape)
-    if plan.mode == SHORT:  # in fp32 twice; two tiles coming in, two going out
+    if plan.mode == SHORT:  # in fp32 twice; two tiles coming in, two going out; by row, three operands and four vectors
         tile = plan.rows_per_tile * round_up(plan.cols, DATA_BLOCK // plan.element_bytes)
-        assert plan.ub_bytes >= tile * ((2 + plan.softcap) * 4 + 4 * plan.element_bytes)
+        by_row = 4 * round_up(plan.rows_per_tile, LANES) * (2 * 3 + 4) * plan.by_row
+        assert plan.ub_bytes >= tile * ((2 + plan.softcap) * 4 + 4 * plan.element_bytes) + by_row
     else:
         beside = plan.long_bytes(0, 0)
         assert beside > 0
-        assert beside == plan_of(1, MOST, FP32, plan.softcap).long_bytes(0, 0), "what is beside the chunks has one size"
+        alone = plan_of(1, MOST, FP32, plan.softcap, plan.by_row)
+        assert beside == alone.long_bytes(0, 0), "what is beside the chunks has one size"
+        # Three facts and two results of 64 rows, and the sums of an entropy.
+        by_row = beside - plan_of(1, MOST, FP32, plan.softcap).long_bytes(0, 0)
+        assert by_row >= 4 * (5 * 64 + 2 * LANES + LANES) if plan.by_row else by_row == 0
 
 
 @any_shape
@@ -214,14 +221,17 @@ def test_mode_of_known_shapes(shape: tuple[int, int], dtype: str) -> None:
 
 @any_shape
 def test_mode_is_chosen_as_documented(shape: Shape) -> None:
-    """Short: at most 1024 columns. Split: fewer rows than cores; of rows that can stay in UB, at most half as many."""
+    """Short: at most 1024 columns. Split: fewer rows than cores; of rows that can stay in UB, at most half as many.
+
+    With numbers by row no sweep has statistics and an output, so rows need not stay.
+    """
     plan = plan_of(*shape)
     if plan.cols <= SHORT_COLS:
         assert plan.mode == SHORT
     elif plan.rows < MAX_CORES and (2 * plan.rows <= MAX_CORES or not plan.resident_chunks()):
         assert plan.mode == SPLIT
     else:
-        assert plan.mode == (RESIDENT if plan.resident_chunks() else STREAMING)
+        assert plan.mode == (RESIDENT if plan.resident_chunks() and not plan.by_row else STREAMING)
 
 
 @any_shape
@@ -338,7 +348,7 @@ def test_tiles_are_no_smaller_than_need_be(shape: Shape) -> None:
             larger = div_up(plan.rows, MAX_CORES * (tiles_each - 1))
             row = round_up(plan.cols, DATA_BLOCK // plan.element_bytes)
             row *= (2 + plan.softcap) * 4 + 4 * plan.element_bytes
-            lanes = LANES * 256 + LANES * plan.cols // 8
+            lanes = LANES * 256 + LANES * plan.cols // 8 + 4 * LANES * (2 * 3 + 4) * plan.by_row
             fewest = plan.ub_bytes + (larger - plan.rows_per_tile) * row
             assert larger > MAX_TILE_ROWS or fewest + 2 * lanes > UB_BYTES
 
@@ -348,7 +358,7 @@ def test_whole_rows_use_all_cores(shape: Shape) -> None:
     """Resident and streaming: a row is a piece of work; there are 48 or more, or over 24 that are read once."""
     plan = plan_of(*shape)
     if plan.mode in (RESIDENT, STREAMING):
-        assert plan.rows >= MAX_CORES or (plan.mode == RESIDENT and 2 * plan.rows > MAX_CORES)
+        assert plan.rows >= MAX_CORES or (plan.resident_chunks() and 2 * plan.rows > MAX_CORES)
         for cores in CORES:
             assert plan.work_items >= min(cores, plan.rows)
 
@@ -374,15 +384,15 @@ def test_split_rows_use_the_cores(shape: Shape) -> None:
 @any_shape
 def test_the_same_plan_every_time(shape: Shape) -> None:
     """Whatever was shared out among how many cores meanwhile."""
-    *sizes, softcap = shape
-    plan = _C.plan_rows(*sizes, softcap=softcap)
+    *sizes, softcap, by_row = shape
+    plan = _C.plan_rows(*sizes, softcap=softcap, by_row=by_row)
     for cores in CORES:
         _C.share_of(plan["work_items"], cores - 1, cores)
-        assert _C.plan_rows(*sizes, softcap=softcap) == plan
+        assert _C.plan_rows(*sizes, softcap=softcap, by_row=by_row) == plan
 
 
 def test_no_number_of_cores_in_a_plan() -> None:
-    """The planner takes three numbers and a bool: nothing tells it. That its C++ function takes no more, see below."""
+    """Nothing tells the planner: it takes three numbers and two bools. Its C++ function takes no more, see below."""
     for cores in CORES:
         with pytest.raises(TypeError):
             _C.plan_rows(4096, 8080, FP32, cores)

@@ -27,6 +27,9 @@ STREAMING_PLAN = {"mode": RowMode.streaming, "slots": 6, **FOUR}
 MANY_CHUNKS = {**STREAMING_PLAN, "chunks": 35, "chunks_per_part": 35}
 TILES = {"rows_per_tile": 16}
 ALL = {"weight": True, "label_smoothing": 0.1, "lse_square_scale": 1e-3}
+ENTROPY = {"need_entropy": True, "need_top1": True}
+SCALED = {"temperatures": True}
+TILTED = {"reduction": "none", "entropy": True}
 
 # name: (primitive, rows, cols, dtype, forced plan, options)
 LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, Any]]] = {
@@ -60,10 +63,33 @@ LAUNCHES: dict[str, tuple[str, int, int, torch.dtype, dict[str, int], dict[str, 
     "short, softcap": ("row_stats_grad", 200, 100, BF16, TILES, {"softcap": 5.0, **ALL}),
     "short fp32, softcap": ("row_grad", 200, 130, FP32, TILES, {"softcap": 5.0, "logit_scale": 0.5}),
     "short log_prob, softcap": ("row_stats", 200, 100, FP32, TILES, {"need_log_prob": True, "softcap": 5.0}),
+    "statistics by row": ("row_stats", 70, 2000, BF16, STREAMING_PLAN, {**ENTROPY, **SCALED}),
+    "statistics by row fp32": ("row_stats", 70, 2000, FP32, STREAMING_PLAN, ENTROPY),
+    "statistics by row, many chunks": ("row_stats", 6, 17_700, FP32, MANY_CHUNKS, ENTROPY),
+    "statistics by row, softcap": (
+        *("row_stats", 70, 2000, BF16, STREAMING_PLAN),
+        {"softcap": 5.0, "weight": True, "need_wsum": True, **ENTROPY, **SCALED},
+    ),
+    "gradient by row": ("row_grad", 140, 2000, BF16, STREAMING_PLAN, {**TILTED, **SCALED}),
+    "gradient by row fp32": ("row_grad", 140, 2000, FP32, STREAMING_PLAN, {"label_smoothing": 0.1, **TILTED}),
+    "gradient by row, softcap": (
+        *("row_grad", 140, 2000, FP32, STREAMING_PLAN),
+        {"softcap": 5.0, **ALL, **TILTED, **SCALED},
+    ),
+    "short by row": ("row_stats", 200, 130, BF16, TILES, {**ENTROPY, **SCALED}),
+    "short by row fp32": ("row_stats", 200, 64, FP32, TILES, {"need_wsum": True, **ENTROPY}),
+    "short entropy": ("row_stats", 200, 130, BF16, TILES, {"need_entropy": True, **SCALED}),
+    "short top1": ("row_stats", 200, 130, BF16, TILES, {"need_top1": True}),
+    "short log_prob by row": ("row_stats", 200, 100, BF16, TILES, {"need_log_prob": True, "need_entropy": True}),
+    "short by row, softcap": ("row_stats", 200, 100, FP32, TILES, {"softcap": 5.0, **ENTROPY, **SCALED}),
+    "short gradient by row": ("row_grad", 200, 130, BF16, TILES, {**ALL, **TILTED, **SCALED}),
+    "short gradient by row fp32": ("row_grad", 200, 64, FP32, TILES, TILTED),
+    "short gradient by row, softcap": ("row_grad", 200, 100, FP32, TILES, {"softcap": 5.0, **TILTED, **SCALED}),
     "totals": ("totals", 3000, 9000, FP32, {}, {"weight": True}),
     "loss": ("loss", 700, 50, FP32, {}, {"weight": True}),
     "losses": ("loss", 700, 50, FP32, {}, {"reduction": "none", "lse_square_scale": 0.1, "label_smoothing": 0.1}),
     "split": ("row_stats", 5, 9000, BF16, {}, {"need_wsum": True, "weight": True}),
+    "split by row": ("row_stats", 5, 9000, BF16, {}, {**ENTROPY, **SCALED}),
     "scale": ("scale_", 16, 5000, BF16, {}, {}),
     "scale fp32": ("scale_", 16, 5000, FP32, {}, {}),
 }
@@ -104,18 +130,20 @@ def launcher(name: str) -> Callable[..., list[cann_sim.Report]]:
     if options.pop("undefined", False):
         x[0, 7] = float("nan")
     w = torch.rand(cols, generator=generator) + 0.5 if options.pop("weight", False) else None
+    t = torch.rand(rows, generator=generator) + 0.5 if options.pop("temperatures", False) else None
     totals = torch.tensor([rows, rows, cols], dtype=FP32)
     lse, picked = torch.full((rows,), 9.0), torch.ones(rows)
     upstream = torch.ones(rows if options.get("reduction") == "none" else ())
+    of_entropy = (t, lse, upstream) if options.pop("entropy", False) else (t,)
 
     def run(config: cann_sim.Config | None = None, number: int | None = None) -> list[cann_sim.Report]:
         device = Device(2, config, forced=forced, config_of=number)
         if primitive == "row_stats":
-            device.row_stats(x, y, w, **options)
+            device.row_stats(x, y, w, t, **options)
         elif primitive == "row_stats_grad":
             device.row_stats_grad(x, y, w, totals, **options)
         elif primitive == "row_grad":
-            device.row_grad(x.clone(), y, w, lse, lse * 1e-8, totals, upstream, upstream, **options)
+            device.row_grad(x.clone(), y, w, lse, lse * 1e-8, totals, upstream, upstream, *of_entropy, **options)
         elif primitive == "scale_":
             device.scale_(x.clone(), torch.tensor(3.0))
         elif primitive == "totals":

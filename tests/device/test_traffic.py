@@ -44,18 +44,23 @@ class Case:
         rows, cols = self.logits.shape
         self.totals = torch.tensor([rows, rows, cols], dtype=torch.float32)
 
+    def launches(self) -> traffic.Launches:
+        return traffic.Launches(self.device.reports, self.logits.numel(), self.logits.element_size())
+
     def _moved(self) -> tuple[float, float]:
-        launches = traffic.Launches(self.device.reports, self.logits.numel(), self.logits.element_size())
+        launches = self.launches()
         return launches.reads, launches.writes
 
-    def row_stats(self, *, need_log_prob: bool = False) -> tuple[float, float]:
-        self.device.row_stats(self.logits, self.target, need_log_prob=need_log_prob)
+    def row_stats(self, *operands: torch.Tensor, **wanted: bool) -> tuple[float, float]:
+        self.device.row_stats(self.logits, self.target, None, *operands, **wanted)
         return self._moved()
 
-    def row_grad(self) -> tuple[float, float]:
+    def row_grad(self, *by_row: torch.Tensor | None) -> tuple[float, float]:
+        """by_row: temperatures, the entropy, its gradient."""
         lse = torch.logsumexp(self.logits.float(), 1)
-        operands = (lse, torch.zeros_like(lse), self.totals, torch.ones(()))
-        self.device.row_grad(self.logits, self.target, None, *operands)
+        upstream = torch.ones_like(lse)
+        operands = (lse, torch.zeros_like(lse), self.totals, upstream, None)
+        self.device.row_grad(self.logits, self.target, None, *operands, *by_row, reduction="none")
         return self._moved()
 
     def row_stats_grad(self) -> tuple[float, float]:
@@ -82,6 +87,34 @@ def test_log_prob_reads_a_second_time_only_rows_that_do_not_stay(mode: int, dtyp
 @dtypes
 def test_gradient_reads_once_and_writes_once(mode: int, dtype: torch.dtype) -> None:
     assert Case(mode, dtype).row_grad() == (ONCE, ONCE)
+
+
+@modes
+@dtypes
+@pytest.mark.parametrize("scaled", [False, True], ids=["", "temperatures"])
+def test_entropy_and_top1_move_nothing_more(
+    scaled: bool, mode: int, dtype: torch.dtype, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One read a row forward, one read and one write backward; and what they cost in simulated time."""
+    rows = ROWS[mode][0]
+    temperatures = (torch.rand(rows) + 0.5,) if scaled else (None,)
+    by_row = (*temperatures, torch.ones(rows), torch.ones(rows))
+    plain, entropy, both = (Case(mode, dtype) for _ in range(3))
+    assert plain.row_stats() == (ONCE, NEVER)
+    assert entropy.row_stats(*temperatures, need_entropy=True) == (ONCE, NEVER)
+    assert both.row_stats(*temperatures, need_entropy=True, need_top1=True) == (ONCE, NEVER)
+    backward, tilted = Case(mode, dtype), Case(mode, dtype)
+    assert backward.row_grad() == (ONCE, ONCE)
+    assert tilted.row_grad(*by_row) == (ONCE, ONCE)
+    cells = []
+    for case in (plain, entropy, both, backward, tilted):
+        launches = case.launches()
+        pipe, share = launches.busiest
+        assert pipe != "S"
+        cells.append(f"{launches.time_ns / 1000:.1f} us {pipe} {share:.0%}")
+    with capsys.disabled():
+        print(f"\n{rows} x {ROWS[mode][1]}: forward {', with entropy '.join(cells[:2])}, and top1 {cells[2]};", end=" ")
+        print(f"backward {cells[3]}, with entropy {cells[4]}", end=" ")
 
 
 @modes

@@ -18,7 +18,22 @@
 namespace npu_xent::cpu::CPU_CAPABILITY {
 namespace {
 
-// LogitMap without a softcap: z = base(x) * factor. z + offset is one fused multiply-add.
+// z = base(x) * factor. z is rounded before an addition (CpuVariants.cmake disables contraction): the maximum of the
+// chunk and the target's logit are rounded in the same way, so these errors cancel in the loss of a confident
+// prediction.
+
+// LogitMap of the logits themselves.
+template <typename acc>
+struct Unscaled {
+  static constexpr bool capped = false;
+  Vec<acc> factor;
+
+  explicit Unscaled(const LogitMap<acc>&) : factor(1) {}
+  Vec<acc> base(const Vec<acc>& x) const { return x; }
+  Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return base + offset; }
+};
+
+// LogitMap without a softcap.
 template <typename acc>
 struct Scaled {
   static constexpr bool capped = false;
@@ -26,12 +41,10 @@ struct Scaled {
 
   explicit Scaled(const LogitMap<acc>& m) : factor(m.scale) {}
   Vec<acc> base(const Vec<acc>& x) const { return x; }
-  Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return at::vec::fmadd(base, factor, offset); }
+  Vec<acc> shifted(const Vec<acc>& base, const Vec<acc>& offset) const { return base * factor + offset; }
 };
 
-// LogitMap with a softcap. Here z is rounded before the addition (CpuVariants.cmake disables contraction): the maximum
-// of the chunk and the target's logit are rounded in the same way, so these errors cancel in the loss of a confident
-// prediction.
+// LogitMap with a softcap.
 template <typename acc>
 struct Capped {
   static constexpr bool capped = true;
@@ -45,7 +58,24 @@ struct Capped {
 // Calls f with the map that m describes.
 template <typename acc, typename F>
 void with_map(const LogitMap<acc>& m, const F& f) {
-  m.softcap == 0 ? f(Scaled<acc>(m)) : f(Capped<acc>(m));
+  if (m.softcap != 0) {
+    f(Capped<acc>(m));
+  } else if (m.scale != 1) {
+    f(Scaled<acc>(m));
+  } else {
+    f(Unscaled<acc>(m));
+  }
+}
+
+// f of compile-time constants with the values of the flags.
+template <typename F>
+void with_bools(const F& f) {
+  f();
+}
+template <typename F, typename... Flags>
+void with_bools(const F& f, bool flag, Flags... flags) {
+  const auto with = [&](auto first) { with_bools([&](auto... rest) { f(first, rest...); }, flags...); };
+  flag ? with(std::true_type()) : with(std::false_type());
 }
 
 // z + offset.
@@ -114,16 +144,21 @@ float scaled_max_of_bits(const scalar_t* x, int64_t n, float scale) {
   return static_cast<float>(*as_vec(&max)) * scale;
 }
 
+template <typename scalar_t>
+acc_t<scalar_t> max(const scalar_t* x, int64_t n, acc_t<scalar_t> scale) {
+  if constexpr (sizeof(scalar_t) == sizeof(int16_t)) {
+    if (scale > 0) {
+      return scaled_max_of_bits(x, n, scale);
+    }
+  }
+  return scaled_max(x, n, scale);
+}
+
 // max of z over the chunk, possibly missing a NaN. A softcap keeps the order of the logits.
 template <typename scalar_t>
 acc_t<scalar_t> chunk_max(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map) {
   using acc = acc_t<scalar_t>;
-  acc scaled;
-  if constexpr (sizeof(scalar_t) == sizeof(int16_t)) {
-    scaled = map.scale > 0 ? scaled_max_of_bits(x, n, map.scale) : scaled_max(x, n, map.scale);
-  } else {
-    scaled = scaled_max(x, n, map.scale);
-  }
+  const acc scaled = max(x, n, map.scale);
   if (map.softcap == 0) {
     return scaled;
   }
@@ -155,12 +190,18 @@ void prefetch_block(const scalar_t* ahead, int64_t i) {
   }
 }
 
-template <bool need_wsum, bool keep_exps, typename scalar_t, typename Map>
+// y, or a number whose exponential is 0 too: y may be -inf, and -inf * 0 would be NaN.
+template <typename acc>
+Vec<acc> finite(const Vec<acc>& y) {
+  return at::vec::clamp_min(y, Vec<acc>(-1000));
+}
+
+template <bool need_wsum, bool need_tilted, bool keep_exps, typename scalar_t, typename Map>
 void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, acc_t<scalar_t>* exps,
           const scalar_t* ahead, ChunkStats<acc_t<scalar_t>>& stats) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> minus_max(-stats.max), zero(0);
-  Pair<acc> sum{zero, zero}, wsum{zero, zero}, weights{zero, zero};
+  Pair<acc> sum{zero, zero}, tilted{zero, zero}, wsum{zero, zero}, weights{zero, zero};
   const auto block = [&](const Pair<acc>& v, Pair<acc> w, int64_t valid) {
     const Pair<acc> y = shifted(z, base_of(z, v), minus_max);
     Pair<acc> e{exp(y.lo), exp(y.hi)};
@@ -170,7 +211,11 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, 
     }
     sum.lo = sum.lo + e.lo;
     sum.hi = sum.hi + e.hi;
-    if constexpr (need_wsum) {  // y may be -inf, so it must be no factor where w is 0
+    if constexpr (need_tilted) {
+      tilted.lo = at::vec::fmadd(finite(y.lo), e.lo, tilted.lo);
+      tilted.hi = at::vec::fmadd(finite(y.hi), e.hi, tilted.hi);
+    }
+    if constexpr (need_wsum) {  // y may be -inf, and -inf * 0 would be NaN
       wsum.lo = at::vec::fmadd(Vec<acc>::blendv(y.lo, zero, w.lo == zero), w.lo, wsum.lo);
       wsum.hi = at::vec::fmadd(Vec<acc>::blendv(y.hi, zero, w.hi == zero), w.hi, wsum.hi);
       weights.lo = weights.lo + w.lo;
@@ -195,25 +240,23 @@ void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, 
     }
   }
   stats.sum = lane_sum(sum.lo + sum.hi);
+  stats.tilted = need_tilted ? lane_sum(tilted.lo + tilted.hi) : acc(0);
   stats.wsum = need_wsum ? lane_sum(wsum.lo + wsum.hi) : acc(0);
   stats.weight = need_wsum ? lane_sum(weights.lo + weights.hi) : acc(0);
 }
 
 template <typename scalar_t>
 ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map,
-                                  bool need_wsum, acc_t<scalar_t>* exps, const scalar_t* next) {
+                                  bool need_wsum, bool need_tilted, acc_t<scalar_t>* exps, const scalar_t* next) {
   using acc = acc_t<scalar_t>;
   constexpr acc infinity = std::numeric_limits<acc>::infinity();
   const acc max = chunk_max(x, n, map);
-  ChunkStats<acc> result{std::isfinite(max) ? max : 0, 0, 0, 0};
+  ChunkStats<acc> result{std::isfinite(max) ? max : 0, 0, 0, 0, 0};
   if (std::isfinite(max) || need_wsum) {
     const scalar_t* ahead = next ? next : x;
     with_map(map, [&](const auto& z) {
-      if (need_wsum) {
-        exps ? sums<true, true>(x, w, n, z, exps, ahead, result) : sums<true, false>(x, w, n, z, exps, ahead, result);
-      } else {
-        exps ? sums<false, true>(x, w, n, z, exps, ahead, result) : sums<false, false>(x, w, n, z, exps, ahead, result);
-      }
+      with_bools([&](auto wsum, auto tilted, auto keep) { sums<wsum, tilted, keep>(x, w, n, z, exps, ahead, result); },
+                 need_wsum, need_tilted, exps != nullptr);
     });
   }
   if (std::isfinite(max) && result.sum < infinity) {
@@ -303,15 +346,24 @@ void grad_from_exps(const scalar_t* x, const acc_t<scalar_t>* exps, const acc_t<
 
 template <typename scalar_t>
 void grad(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> shift,
-          acc_t<scalar_t> scale, acc_t<scalar_t> offset, scalar_t* out, bool past_cache) {
+          acc_t<scalar_t> scale, acc_t<scalar_t> tilt, acc_t<scalar_t> offset, scalar_t* out, bool past_cache) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> minus_shift(-shift);
-  const GradBlock<acc> grad_of(w, scale, offset);
-  with_map(map, [&](const auto& z) {
+  const Vec<acc> minus_shift(-shift), factor(scale), tilt_by(tilt);
+  const auto write = [&](const auto& z, const GradBlock<acc>& grad_of, const auto& factors) {
     write_blocks(n, out, past_cache, [&](int64_t i, auto valid) {
       const Pair<acc> base = base_of(z, load(x + i, valid));
       const Pair<acc> y = shifted(z, base, minus_shift);
-      return grad_of(z, base, Pair<acc>{exp(y.lo), exp(y.hi)}, i, valid);
+      return grad_of(z, base, factors(y, Pair<acc>{exp(y.lo), exp(y.hi)}), i, valid);
+    });
+  };
+  with_map(map, [&](const auto& z) {
+    if (tilt == 0) {
+      write(z, GradBlock<acc>(w, scale, offset), [](const Pair<acc>&, const Pair<acc>& e) { return e; });
+      return;
+    }
+    write(z, GradBlock<acc>(w, 1, offset), [&](const Pair<acc>& y, const Pair<acc>& e) {
+      return Pair<acc>{e.lo * at::vec::fmadd(finite(y.lo), tilt_by, factor),
+                       e.hi * at::vec::fmadd(finite(y.hi), tilt_by, factor)};
     });
   });
 }
@@ -361,8 +413,8 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
 
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,      log_prob<scalar_t>, fill<scalar_t>,
-          scale<scalar_t>, mapped<scalar_t>,         store_one<scalar_t>, finish_streaming};
+  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,  fill<scalar_t>,
+          max<scalar_t>,   scale<scalar_t>,          mapped<scalar_t>, store_one<scalar_t>, finish_streaming};
 }
 
 }  // namespace

@@ -39,6 +39,7 @@ struct ChunkStats {
   acc max;  // of z; NaN if any element is NaN
   acc sum;  // of exp(z - max); 0 when max is not finite
   // 0 unless requested:
+  acc tilted;  // of (z - max) exp(z - max), for the entropy
   acc wsum;    // of w (z - max)
   acc weight;  // of w
 };
@@ -51,19 +52,21 @@ struct ChunkKernels {
 
   // Statistics. `exps`, if not null, receives exp(z - max), all 0 when max is not finite. Prefetches n elements at
   // `next`, which may be null or past the end.
-  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum, acc* exps,
-                           const scalar_t* next);
+  ChunkStats<acc> (*stats)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, bool need_wsum,
+                           bool need_tilted, acc* exps, const scalar_t* next);
   // The functions below write to `out`. With past_cache they bypass the caches; then call `finish` afterwards, and out
   // must not be x. out = slope (scale exps - offset w); out may be x
   void (*grad_from_exps)(const scalar_t* x, const acc* exps, const acc* w, int64_t n, LogitMap<acc> map, acc scale,
                          acc offset, scalar_t* out, bool past_cache);
-  // out = slope (scale exp(z - shift) - offset w); out may be x
-  void (*grad)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, acc shift, acc scale, acc offset,
-               scalar_t* out, bool past_cache);
+  // out = slope ((scale + tilt (z - shift)) exp(z - shift) - offset w); out may be x
+  void (*grad)(const scalar_t* x, const acc* w, int64_t n, LogitMap<acc> map, acc shift, acc scale, acc tilt,
+               acc offset, scalar_t* out, bool past_cache);
   // out = z - lse - lse_low
   void (*log_prob)(const scalar_t* x, int64_t n, LogitMap<acc> map, acc lse, acc lse_low, scalar_t* out,
                    bool past_cache);
   void (*fill)(scalar_t* out, int64_t n, acc value, bool past_cache);
+  // The largest scale x. It may miss a NaN.
+  acc (*max)(const scalar_t* x, int64_t n, acc scale);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
   // z of one logit, bitwise identical to its value in a chunk.
