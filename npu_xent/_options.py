@@ -13,6 +13,7 @@ import torch
 from torch.nn._reduction import legacy_get_string
 
 CROSS_ENTROPY, LINEAR, CONTRACT = "cross_entropy", "linear_cross_entropy", "npu_cross_entropy_loss"
+LOG_PROBS, LINEAR_LOG_PROBS, SELECTED = "token_log_probs", "linear_token_log_probs", "selected_log_probs"
 
 
 class Option(NamedTuple):
@@ -32,8 +33,9 @@ class Option(NamedTuple):
 
 
 _EVERY, _BOTH = (CROSS_ENTROPY, LINEAR, CONTRACT), (CROSS_ENTROPY, LINEAR)
+_TOKEN = (LOG_PROBS, LINEAR_LOG_PROBS)
 OPTIONS = (
-    Option("ignore_index", -100, int, _EVERY),
+    Option("ignore_index", -100, int, _EVERY + _TOKEN),
     Option("reduction", "mean", str, _EVERY),
     Option(
         "label_smoothing",
@@ -58,7 +60,7 @@ OPTIONS = (
         "logit_scale",
         1.0,
         float,
-        _BOTH,
+        (*_BOTH, *_TOKEN, SELECTED),
         low=-sys.float_info.max,
         high=sys.float_info.max,
         message="npu_xent: logit_scale must be finite, but is {}.",
@@ -67,18 +69,29 @@ OPTIONS = (
         "softcap",
         None,
         float,
-        _BOTH,
+        (*_BOTH, *_TOKEN, SELECTED),
         low=1e-6,
         high=1e6,
         message="npu_xent: softcap must lie in [1e-6, 1e6], but is {}; leave it at None for no softcap.",
     ),
+    Option(
+        "temperature",
+        1.0,
+        float,
+        (*_TOKEN, SELECTED),
+        low=1e-6,
+        high=1e6,
+        message="npu_xent: temperature must lie in [1e-6, 1e6], but is {}; leave it at 1 for none.",
+    ),
     Option("loss_dtype", None, torch.dtype, _EVERY),
-    Option("chunk_rows", None, int, (LINEAR,)),
+    Option("chunk_rows", None, int, (LINEAR, LINEAR_LOG_PROBS)),
     Option("return_lse", False, bool, _BOTH),
     Option("return_z_loss", False, bool, _BOTH),
     Option("return_zloss", False, bool, (CONTRACT,)),
     Option("need_log_prob", True, bool, (CONTRACT,)),
-    Option("consume_logits", False, bool, (CROSS_ENTROPY,)),
+    Option("return_entropy", False, bool, _TOKEN),
+    Option("return_top1", False, bool, _TOKEN),
+    Option("consume_logits", False, bool, (CROSS_ENTROPY, LOG_PROBS)),
 )
 LOSS_DTYPE = "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, {}, but is {}."
 
@@ -91,7 +104,7 @@ def options_of(function: str) -> tuple[Option, ...]:
 # The options of each function whose type is checked. Flags are not: any truthy or falsy value is accepted.
 _CHECKED = {
     function: tuple((option.name, option.kind) for option in options_of(function) if option.kind is not bool)
-    for function in (CROSS_ENTROPY, LINEAR, CONTRACT)
+    for function in (*_EVERY, *_TOKEN, SELECTED)
 }
 _OPTIONAL = frozenset(option.name for option in OPTIONS if option.default is None)
 _RANGES = tuple(option for option in OPTIONS if option.message)
@@ -127,7 +140,8 @@ def check_types(function: str, options: dict[str, Any]) -> None:
             way_out = "; leave it out for the default" if value is None else ""
             raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}{way_out}")
         elif kind is float and not hasattr(value, "__float__"):
-            raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}")
+            way_out = "; leave it out for the default" if value is None else ""
+            raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}{way_out}")
 
 
 def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.Tensor) -> None:
@@ -142,10 +156,10 @@ def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.Tensor) -> Non
 
 def check_ranges(options: dict[str, Any]) -> None:
     """Raise ValueError for an option out of its range, as the operators do."""
-    if options["reduction"] not in ("mean", "sum", "none"):
+    if options.get("reduction", "mean") not in ("mean", "sum", "none"):
         raise ValueError(f'npu_xent: reduction must be "mean", "sum" or "none", but is "{options["reduction"]}".')
     for option in _RANGES:
-        value = options[option.name]
+        value = options.get(option.name)
         if value is not None and not option.low <= value <= option.high:
             raise ValueError(option.message.format(value))
 

@@ -57,6 +57,22 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def check_overwritable(function: str, argument: str, logits: Tensor, overwrite: bool) -> None:
+    """Raise ValueError where consume_logits cannot write over the logits; the operator checks their memory."""
+    if not overwrite:
+        return
+    if transformed():
+        raise ValueError(
+            f"npu_xent.{function}: consume_logits needs class indices and no torch.func transform, since only "
+            "the fused operator can write over the logits; leave it off"
+        )
+    if not torch.compiler.is_compiling() and logits.is_neg():
+        raise ValueError(
+            f"npu_xent.{function}: consume_logits cannot write over a view with torch's negative bit (torch.is_neg), "
+            f"such as the imaginary part of a conjugate; pass {argument}.resolve_neg(), or leave it off"
+        )
+
+
 def index_target(target: Tensor) -> Tensor:
     """Convert integer dtypes to int64, which the operators take. The operators reject the other dtypes."""
     if target.dtype in INTEGERS:

@@ -13,7 +13,16 @@ from torch.nn.functional import nll_loss
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
-from ._tensors import INTEGERS, LOGITS, check_tensors, index_target, require_storage, transformed, z_loss_like
+from ._tensors import (
+    INTEGERS,
+    LOGITS,
+    check_overwritable,
+    check_tensors,
+    index_target,
+    require_storage,
+    transformed,
+    z_loss_like,
+)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -174,11 +183,7 @@ def cross_entropy(
         )
     prepare(input)
     shape = target.shape
-    if overwrite and not torch.compiler.is_compiling() and input.is_neg():
-        raise ValueError(
-            "npu_xent.cross_entropy: consume_logits cannot write over a view with torch's negative bit (torch.is_neg), "
-            "such as the imaginary part of a conjugate; pass input.resolve_neg(), or leave it off"
-        )
+    check_overwritable("cross_entropy", "input", input, overwrite)
     input, target = _as_rows(input, target, overwrite)
     op = torch.ops.npu_xent.cross_entropy_ if overwrite else torch.ops.npu_xent.cross_entropy
     loss: Tensor

@@ -58,11 +58,7 @@ def truth(
 
     Targets must be classes or ignore_index. A row whose log sum exp is not finite has no distribution: NaN.
     """
-    x = logits.detach().cpu().double() * logit_scale
-    slope = torch.ones_like(x)
-    if softcap is not None:
-        slope = (x / softcap).cosh().square().reciprocal()  # the derivative of softcap * tanh(x / softcap)
-        x = softcap * (x / softcap).tanh()
+    x, slope = scaled_and_capped(logits, logit_scale, softcap)
     y = target.detach().cpu().long()
     n_classes = x.shape[1]
     w = torch.ones(n_classes, dtype=torch.float64) if weight is None else weight.detach().cpu().double()
@@ -135,6 +131,14 @@ def truth(
     grad_terms = grad_terms.nan_to_num(0, 0, 0).masked_fill(~kept[:, None], 0)
     grad_terms = abs(u) * (grad_terms + g_lse.abs() * (p_terms + one_hot * kept[:, None]))
     return Truth(loss, z_loss, lse, log_prob, grad, loss_terms, grad_terms)
+
+
+def scaled_and_capped(logits: Tensor, logit_scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """softcap * tanh(logit_scale * logits / softcap) in float64, and its derivative but for the factor logit_scale."""
+    x = logits.detach().cpu().double() * logit_scale
+    if softcap is None:
+        return x, torch.ones_like(x)
+    return softcap * (x / softcap).tanh(), (x / softcap).cosh().square().reciprocal()
 
 
 # The tolerance --------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ LITERAL = re.compile(r'"((?:[^"\\]|\\.)*)"')
 CHECK = re.compile(r"\b(?:TORCH_CHECK(?:_VALUE|_TYPE|_INDEX|_NOT_IMPLEMENTED)?|CHECK_SYM_VALUE)\(")
 THROW = re.compile(r"\bthrow std::\w+\(")
 REFUSE = re.compile(r"\bset_refusing_history\(")
+REFUSE_SECOND = re.compile(r"\brefuse_second_derivative\(")
 # Messages with a name: `constexpr char kName[] = ...;` and `const auto message = ...;`.
 NAMED = re.compile(r"\bchar (k\w+)\[\]\s*=\s*([^;]+);|\bauto (message)\s*=\s*([^;]+);")
 
@@ -89,7 +90,12 @@ def messages_of(expression: str, names: dict[str, str]) -> list[str]:
 def from_cxx(path: Path) -> Iterator[str]:
     text = re.sub(r"^\s*#define.*$|//.*$", "", path.read_text(), flags=re.MULTILINE)
     names = {match[1] or match[3]: match[2] or match[4] for match in NAMED.finditer(text)}
-    for pattern, words in ((CHECK, slice(1, None)), (THROW, slice(None)), (REFUSE, slice(1, 2))):
+    for pattern, words in (
+        (CHECK, slice(1, None)),
+        (THROW, slice(None)),
+        (REFUSE, slice(1, 2)),
+        (REFUSE_SECOND, slice(3, 4)),
+    ):
         for call in pattern.finditer(text):
             said = [""]
             for argument in arguments(text, call.end())[words]:
@@ -228,7 +234,10 @@ def test_code_does_not_scroll_sideways(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", *(f"docs/{name}.md" for name in ("acceptance", "atlas", "install", "limits", "migration", "vendor"))],
+    [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("acceptance", "atlas", "install", "limits", "migration", "rl", "vendor")),
+    ],
 )
 def test_programs_parse(page: str) -> None:
     assert programs(ROOT / page)

@@ -6,6 +6,7 @@ import ast
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,26 @@ from reference import make_logits, make_target
 from torch.nn import functional as F
 
 import npu_xent
-from npu_xent._options import CONTRACT, CROSS_ENTROPY, LINEAR, OPTIONS, Option, options_of
+from npu_xent._options import (
+    CONTRACT,
+    CROSS_ENTROPY,
+    LINEAR,
+    LINEAR_LOG_PROBS,
+    LOG_PROBS,
+    OPTIONS,
+    SELECTED,
+    Option,
+    options_of,
+)
 
 PACKAGE = Path(npu_xent.__file__).parent
-FUNCTIONS = {name: getattr(npu_xent, name) for name in (CROSS_ENTROPY, LINEAR, CONTRACT)}
+NAMES = (CROSS_ENTROPY, LINEAR, CONTRACT, LOG_PROBS, LINEAR_LOG_PROBS, SELECTED)
+FUNCTIONS = {name: getattr(npu_xent, name) for name in NAMES}
 # Parameters that are no options: tensors, what torch has deprecated, and what makes the contract strict.
-OTHERS = {"input", "target", "weight", "linear_weight", "linear_bias", "size_average", "reduce", "strict"}
+OTHERS = {
+    *("input", "logits", "target", "index", "weight", "linear_weight", "linear_bias"),
+    *("size_average", "reduce", "strict"),
+}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +70,12 @@ def test_torchs_arguments_come_first_in_torchs_order(
 
 
 @pytest.mark.parametrize(
-    "operator, function", [(CROSS_ENTROPY, CROSS_ENTROPY), ("cross_entropy_", CROSS_ENTROPY), (LINEAR, LINEAR)]
+    "operator, function",
+    [
+        *((name, name) for name in NAMES if name != CONTRACT),
+        ("cross_entropy_", CROSS_ENTROPY),
+        ("token_log_probs_", LOG_PROBS),
+    ],
 )
 def test_operators_have_the_same_defaults(operator: str, function: str) -> None:
     schema = getattr(torch.ops.npu_xent, operator).default._schema
@@ -68,13 +88,21 @@ def test_operators_have_the_same_defaults(operator: str, function: str) -> None:
             assert kind == {"dtype": "ScalarType"}.get(option.kind.__name__, option.kind.__name__), option.name
 
 
-@pytest.mark.parametrize("file, name", [("functional.py", CROSS_ENTROPY), ("_linear.py", LINEAR)])
-def test_overloads_differ_in_the_flags_alone(file: str, name: str) -> None:
+@pytest.mark.parametrize(
+    "file, name, flags",
+    [
+        ("functional.py", CROSS_ENTROPY, ("return_lse", "return_z_loss")),
+        ("_linear.py", LINEAR, ("return_lse", "return_z_loss")),
+        ("_log_probs.py", LOG_PROBS, ("return_entropy", "return_top1")),
+        ("_log_probs.py", LINEAR_LOG_PROBS, ("return_entropy", "return_top1")),
+    ],
+)
+def test_overloads_differ_in_the_flags_alone(file: str, name: str, flags: tuple[str, str]) -> None:
     """What a type checker sees is what is called, except for the two flags."""
 
     def parameters(node: ast.FunctionDef) -> list[tuple[str, str, str]]:
         """Kind, name and annotation of each, in order; a flag without its annotation."""
-        arguments, flags = node.args, ("return_lse", "return_z_loss")
+        arguments = node.args
         kinds = (("positional", arguments.args), ("keyword", arguments.kwonlyargs))
         assert [*arguments.posonlyargs, arguments.vararg, arguments.kwarg] == [None, None]
         return [
@@ -100,15 +128,21 @@ def outside(option: Option) -> list[float]:
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS if option.message], ids=lambda option: option.name)
 def test_ranges_are_those_of_the_operators(option: Option, device: torch.device) -> None:
-    """The torch operations that serve class probabilities check them by the table, in the operators' words."""
+    """The torch operations that serve class probabilities and torch.func check them by the table, in the same words."""
     logits, classes = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
     before, after = option.message.split("{}")
-    for target in (classes, F.one_hot(classes, 5).float()):
+    calls: list[Callable[..., Any]] = []
+    if CROSS_ENTROPY in option.functions:
+        calls += [partial(npu_xent.cross_entropy, logits, y) for y in (classes, F.one_hot(classes, 5).float())]
+    if LOG_PROBS in option.functions:
+        plain = partial(npu_xent.token_log_probs, logits, classes)
+        calls += [plain, lambda **given: torch.func.vmap(lambda _: plain(**given))(torch.zeros(1))]
+    for call in calls:
         for value in (option.low, option.high):
-            npu_xent.cross_entropy(logits, target, **{option.name: value})
+            call(**{option.name: value})
         for value in outside(option):
             with pytest.raises(ValueError) as caught:
-                npu_xent.cross_entropy(logits, target, **{option.name: value})
+                call(**{option.name: value})
             assert str(caught.value).startswith(before)
             assert str(caught.value).endswith(after)
 

@@ -26,5 +26,5 @@ def test_a_users_program_has_the_errors_that_it_says() -> None:
     lines = enumerate(PROGRAM.read_text().splitlines(), start=1)
     expected = [(number, said[1]) for number, line in lines if (said := re.search(r"# error: (\S+)$", line))]
     found = {(int(number), code) for number, code in re.findall(r":(\d+): error: .*\[(\S+)\]$", run.stdout, re.M)}
-    assert len(expected) == 7
+    assert len(expected) == 10
     assert sorted(found) == expected, run.stdout + run.stderr

@@ -8,7 +8,16 @@ from torch import Tensor
 from typing_extensions import assert_type
 
 import npu_xent
-from npu_xent import CrossEntropyLoss, CrossEntropyOutput, cross_entropy, linear_cross_entropy
+from npu_xent import (
+    CrossEntropyLoss,
+    CrossEntropyOutput,
+    TokenLogProbs,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_token_log_probs,
+    selected_log_probs,
+    token_log_probs,
+)
 
 x, w = torch.zeros(3, 5, requires_grad=True), torch.ones(5)
 y = torch.zeros(3, dtype=torch.int64)
@@ -35,6 +44,19 @@ assert_type(linear_cross_entropy(x, x, y, return_lse=True), CrossEntropyOutput)
 assert_type(linear_cross_entropy(x, x, y, return_z_loss=True), CrossEntropyOutput)
 assert_type(linear_cross_entropy(x, x, y, return_z_loss=flag), Tensor | CrossEntropyOutput)
 linear_cross_entropy(x, x, y, consume_logits=True)  # error: call-overload
+
+assert_type(token_log_probs(x, y), Tensor)
+assert_type(token_log_probs(x, y, temperature=torch.ones(3), return_entropy=False), Tensor)
+assert_type(token_log_probs(x, y, return_entropy=True), TokenLogProbs)
+assert_type(token_log_probs(x, y, return_entropy=flag, return_top1=True), TokenLogProbs)
+assert_type(token_log_probs(x, y, return_entropy=flag), Tensor | TokenLogProbs)
+assert_type(token_log_probs(x, y, return_top1=True).entropy, Tensor | None)
+token_log_probs(x, y, 0.7)  # error: call-overload
+assert_type(linear_token_log_probs(x, x, y, temperature=0.7), Tensor)
+assert_type(linear_token_log_probs(x, x, y, return_entropy=True, chunk_rows=2), TokenLogProbs)
+linear_token_log_probs(x, x, y, consume_logits=True)  # error: call-overload
+assert_type(selected_log_probs(x, y[:, None], temperature=torch.ones(3)), Tensor)
+selected_log_probs(x, y[:, None], ignore_index=-1)  # error: call-arg
 
 criterion = CrossEntropyLoss(w, reduction="sum")
 torchs: torch.nn.CrossEntropyLoss = criterion

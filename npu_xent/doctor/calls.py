@@ -7,11 +7,12 @@ from torch import Tensor
 
 import npu_xent
 
-from .cases import Case, Problem
+from .cases import Case, Problem, temperatures
 
 
 def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
-    """Return the outputs by name, on the CPU: loss, and those of z_loss, lse, log_prob and gradient that the case has.
+    """Return the outputs by name, on the CPU: loss, and those of z_loss, lse, log_prob and gradient that the case has;
+    or log_probs, entropy, top1 and gradient.
 
     Only the operators under test run on the device; everything else runs on the CPU.
     """
@@ -21,10 +22,11 @@ def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     target = problem.target
     if case.layout == "classes second":
         target = target.view(leaf.shape[0], leaf.shape[2])
-    found = (_contract if case.contract else _ours)(case, leaf, target.to(device), weight)
-    loss = found["loss"]
+    call = _log_probs if case.log_probs else _contract if case.contract else _ours
+    found = call(case, leaf, target.to(device), weight)
     if case.grad:
-        loss.backward(problem.upstream.view(loss.shape).to(device))
+        ends = [found[name] for name in ("log_probs", "entropy") if name in found] or [found["loss"]]
+        torch.autograd.backward(ends, [problem.upstream.view(end.shape).to(end) for end in ends])
         assert leaf.grad is not None
         found["gradient"] = leaf.grad
     found = {name: value.detach().cpu() for name, value in found.items()}
@@ -53,6 +55,18 @@ def _ours(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> di
         return {"loss": result}
     found = {"loss": result.loss, "lse": result.lse, "z_loss": result.z_loss}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _log_probs(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
+    logits = leaf.clone() if case.options.get("consume_logits") else leaf
+    temperature = temperatures(len(target)).to(leaf.device) if case.temperature_by_row else 1.0
+    result = npu_xent.token_log_probs(
+        logits, target, temperature=temperature, return_entropy=True, return_top1=True, **case.options
+    )
+    assert not isinstance(result, Tensor)
+    assert result.entropy is not None
+    assert result.top1 is not None
+    return {"log_probs": result.log_probs, "entropy": result.entropy, "top1": result.top1.to(result.log_probs.dtype)}
 
 
 def _contract(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:

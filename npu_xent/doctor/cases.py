@@ -28,11 +28,20 @@ class Case:
     grad: bool = True  # False: only the loss, which other kernels compute
     layout: str = "rows"  # "classes second": [B, C, T]; "strided": columns of a wider tensor, full of NaN
     contract: bool = False  # npu_cross_entropy_loss instead of cross_entropy
+    log_probs: bool = False  # token_log_probs instead: log-probabilities, entropy and top1
+    temperature_by_row: bool = False
     everywhere: bool = False  # also run on long rows, where other cases take too much time
     transform: Callable[[Tensor], Tensor] = lambda logits: logits  # an option's change to each logit
 
 
 CAP = 10.0
+
+
+def temperatures(rows: int) -> Tensor:
+    """Return the temperatures of the cases with one for each row."""
+    return torch.linspace(0.5, 2.0, rows)
+
+
 SMOOTHING = {"label_smoothing": 0.1}
 Z_LOSS = {"lse_square_scale": 0.05, "return_z_loss": True}
 ALL = {"reduction": "sum", **SMOOTHING, **Z_LOSS, "return_lse": True}
@@ -62,6 +71,16 @@ CASES = (
     Case("strided rows", ALL, weight=True, ignored=True, layout="strided"),
     Case("npu_cross_entropy_loss", contract=True),
     Case("npu_cross_entropy_loss, all", CONTRACT_ALL, weight=True, ignored=True, contract=True),
+    Case("token_log_probs", log_probs=True, everywhere=True),
+    Case(
+        "token_log_probs, all",
+        {"softcap": CAP, "consume_logits": True},
+        ignored=True,
+        log_probs=True,
+        temperature_by_row=True,
+        everywhere=True,
+        transform=lambda x: CAP * (x / CAP).tanh() / temperatures(len(x)).double()[:, None].to(x.dtype),
+    ),
 )
 
 
@@ -125,6 +144,6 @@ def make_problem(case: Case, rows: int, classes: int, dtype: torch.dtype) -> Pro
         target[1::3] = IGNORE
     weight = 0.1 + 0.9 * torch.rand(classes, generator=generator) if case.weight else None
     upstream = torch.tensor(case.upstream * (1024.0 if dtype == torch.float16 else 1.0))
-    if case.options.get("reduction") == "none":
+    if case.log_probs or case.options.get("reduction") == "none":
         upstream = upstream * (1 + row % 3)  # differs by row, so that mixed-up rows are detected
     return Problem(case, logits.to(dtype), target, weight, upstream.to(dtype))

@@ -59,6 +59,8 @@ def one_thread() -> Iterator[None]:
 
 def truth(problem: Problem) -> dict[str, Expected]:
     """Return the expected loss, z_loss, lse, log_prob and gradient by name. Shares no code with the operators."""
+    if problem.case.log_probs:
+        return _log_probs(problem)
     options = problem.case.options
     reduction, e, scale = options.get("reduction", "mean"), options.get("label_smoothing", 0.0), z_scale(problem)
     rows, classes = problem.logits.shape
@@ -108,8 +110,46 @@ def truth(problem: Problem) -> dict[str, Expected]:
     }
 
 
+def _log_probs(problem: Problem) -> dict[str, Expected]:
+    """Return the expected log-probabilities, entropy, top1, and gradient of both."""
+    kept = (problem.target != IGNORE)[:, None]
+    target = torch.where(kept, problem.target[:, None], 0)
+    leaf = problem.logits.double().requires_grad_()
+    x = problem.case.transform(leaf)
+    (slope,) = torch.autograd.grad(x.sum(), leaf)
+    x = x.detach()
+    lse = x.logsumexp(dim=1, keepdim=True)
+    log_prob = x - lse
+    p, one_hot = log_prob.exp(), torch.zeros_like(x).scatter_(1, target, 1.0)
+    entropy = -(p * log_prob).sum(dim=1, keepdim=True)
+    upstream = problem.upstream.double()[:, None]
+    gradient = slope * upstream * (one_hot - p - p * (log_prob + entropy))
+
+    # exp(x - lse) has the rounding errors of x and of lse.
+    sizes = 1 + x.abs() + lse.abs()
+    entropy_terms = (sizes * p * (1 + log_prob.abs())).sum(dim=1, keepdim=True)
+    terms = sizes * p * (2 + log_prob.abs() + entropy) + one_hot + p * entropy_terms
+    first = problem.logits.double().argmax(dim=1, keepdim=True) == target
+    zeros = torch.zeros_like(lse)
+    expected = {
+        "log_probs": Expected(log_prob.gather(1, target), sizes.gather(1, target)),
+        "entropy": Expected(entropy, entropy_terms),
+        "top1": Expected(first.double(), zeros),
+    }
+    by_row = {
+        name: Expected(torch.where(kept, value, 0.0)[:, 0], torch.where(kept, size, 0.0)[:, 0])
+        for name, (value, size) in expected.items()
+    }
+    gradient_terms = slope.abs() * upstream.abs() * terms
+    return by_row | {
+        "gradient": Expected(torch.where(kept, gradient, 0.0), torch.where(kept, gradient_terms, 0.0)),
+    }
+
+
 def composed(problem: Problem) -> dict[str, Tensor]:
     """Compute the same with torch's operations in the dtype of the logits, on the CPU, to get torch's own errors."""
+    if problem.case.log_probs:
+        return _composed_log_probs(problem)
     options, dtype = problem.case.options, problem.logits.dtype
     reduction = options.get("reduction", "mean")
     leaf = problem.logits.detach().requires_grad_()
@@ -130,6 +170,19 @@ def composed(problem: Problem) -> dict[str, Tensor]:
     loss = loss + z_loss
     (gradient,) = torch.autograd.grad(loss, leaf, problem.upstream)
     found = {"loss": loss, "z_loss": z_loss, "lse": lse, "log_prob": logits.log_softmax(dim=1), "gradient": gradient}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def _composed_log_probs(problem: Problem) -> dict[str, Tensor]:
+    leaf = problem.logits.detach().requires_grad_()
+    kept = problem.target != IGNORE
+    log_prob = problem.case.transform(leaf).log_softmax(dim=1)
+    target = torch.where(kept, problem.target, 0)[:, None]
+    log_probs = torch.where(kept, log_prob.gather(1, target)[:, 0], 0.0)
+    entropy = torch.where(kept, -(log_prob.exp() * log_prob).sum(dim=1), 0.0)
+    (gradient,) = torch.autograd.grad([log_probs, entropy], leaf, [problem.upstream, problem.upstream])
+    top1 = torch.where(kept, (problem.logits.argmax(dim=1) == target[:, 0]).to(log_probs.dtype), 0.0)
+    found = {"log_probs": log_probs, "entropy": entropy, "top1": top1, "gradient": gradient}
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
