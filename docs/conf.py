@@ -25,7 +25,15 @@ root_doc = "README"
 PAGES = (
     (
         "Guides",
-        ("docs/install", "docs/compatibility", "docs/migration", "docs/padded_labels", "docs/atlas", "docs/acceptance"),
+        (
+            "docs/install",
+            "docs/compatibility",
+            "docs/migration",
+            "docs/rl",
+            "docs/padded_labels",
+            "docs/atlas",
+            "docs/acceptance",
+        ),
     ),
     ("When something fails", ("docs/errors", "docs/limits", "docs/environment")),
     (

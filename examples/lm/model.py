@@ -47,10 +47,14 @@ class GPT(nn.Module):
                 additions = 2 * layers if name.endswith("_out.weight") else 1
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(additions))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the output layer multiplies with the weight of the embedding: tokens [B, T] -> [B, T, width]."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.token(tokens) + self.position(positions)
-        return F.linear(self.norm(self.blocks(x)), self.token.weight)
+        return self.norm(self.blocks(x))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.token.weight)
 
     def size(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
