@@ -10,7 +10,7 @@
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
-#                 benchmarks/results.csv and draws docs/bench_*.png: 20 minutes or more; QUICK=1: two or three
+#                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds the release files into dist: an sdist, a wheel for CPUs, a wheel with the part for NPUs, and

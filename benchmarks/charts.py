@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Page
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from cpu.log_probs import ENTROPY, PLAIN, TOKENS, TRL, VERL
 from cpu.methods import (
     COMPILE,
     CONSUME,
@@ -40,8 +41,12 @@ from cpu.records import RESULTS, ROOT, Figure, Run, newest, read
 from cpu.targets import (
     CROSS_ENTROPY,
     LARGE_LINEAR_MEMORY,
+    LINEAR_LOG_PROBS,
+    LINEAR_LOG_PROBS_MEMORY,
     LINEAR_MEMORY,
     LINEAR_SPEED,
+    LOG_PROBS,
+    LOG_PROBS_MEMORY,
     MEMORY,
     PEAK,
     PREDICTED,
@@ -184,32 +189,60 @@ SPEED_METHODS = (
 )
 
 
+LOG_PROBS_METHODS = (
+    ("log_softmax", PLAIN, ENTROPY, GREY),
+    ("torch.compile", COMPILE, ENTROPY, GREY),
+    ("TRL", TRL, ENTROPY, GREY),
+    ("verl", VERL, ENTROPY, GREY),
+    ("npu_xent", OURS, ENTROPY, BLUE),
+    ("… consume_logits", OURS, CONSUME, LIGHT_BLUE),
+    ("… log-probs alone", OURS, TOKENS, LIGHT_BLUE),
+    ("… reduction none", OURS, NONE, LIGHT_BLUE),
+)
+
+
 def speed(results: Results, path: Path) -> Path:
     """The time of a training step, per shape and dtype."""
-    cases = results.cases(CROSS_ENTROPY)
+    return times(results, path, CROSS_ENTROPY, SPEED_METHODS, "Time of a training step: forward and backward, mean")
+
+
+def log_probs(results: Results, path: Path) -> Path:
+    """The time and memory of log-probabilities and entropy, per shape and dtype."""
+    title = "Log-probabilities and entropy: time and peak memory of a training step"
+    return times(results, path, LOG_PROBS, LOG_PROBS_METHODS, title)
+
+
+def times(
+    results: Results, path: Path, benchmark: str, methods: tuple[tuple[str, str, str, str], ...], title: str
+) -> Path:
+    """Times per shape and dtype, compared with the first method's."""
+    cases = results.cases(benchmark)
     shapes = list(dict.fromkeys(shape for shape, _, _ in cases))
     dtypes = list(dict.fromkeys(dtype for _, dtype, _ in cases))
-    height = 1.15 + 2.1 * len(shapes)
+    height = 1.15 + 2.1 * len(shapes) * len(methods) / 6
     page, grid = pyplot.subplots(len(shapes), len(dtypes), figsize=(WIDTH, height), squeeze=False)
     for case in cases:
         axes = grid[shapes.index(case[0]), dtypes.index(case[1])]
-        times = {
-            key: results.value(CROSS_ENTROPY, case, *key) for _, *pair, _ in SPEED_METHODS for key in [tuple(pair)]
-        }
-        eager = times[EAGER, TRAINING]
-        rows = [
-            Bar(label, times[method, figure], speed_text(times[method, figure], eager), color)
-            for label, method, figure, color in SPEED_METHODS
-        ]
-        bars(axes, rows, f"{case[0]}  {case[1]}", 1.25 * max_of(rows))
-        copied = results.value(CROSS_ENTROPY, case, COPY, COPIED)
-        dashed(axes, copied, "copy_ of the logits", (0, -9), 0, "center")
+        eager = results.value(benchmark, case, *methods[0][1:3])
+        rows = []
+        for label, method, figure, color in methods:
+            time = results.value(benchmark, case, method, figure)
+            peak = bytes_text(results.value(LOG_PROBS_MEMORY, case, method, f"{figure}: {PEAK}"))
+            text = f"{milliseconds(time)}, {peak}" if benchmark == LOG_PROBS else speed_text(time, eager)
+            rows.append(Bar(label, time, text, color))
+        bars(
+            axes, rows, f"{case[0]}  {case[1]}", 1.35 * max_of(rows) if benchmark == LOG_PROBS else 1.25 * max_of(rows)
+        )
+        copied = results.value(benchmark, case, COPY, COPIED)
+        if not math.isnan(copied):
+            dashed(axes, copied, "copy_ of the logits", (0, -9), 0, "center")
     titled(
         page,
-        "Time of a training step: forward and backward, mean",
-        results.conditions(f"{cases[0][2]} threads", f"medians of {rounds(results, CROSS_ENTROPY)} interleaved rounds"),
+        title,
+        results.conditions(f"{cases[0][2]} threads", f"medians of {rounds(results, benchmark)} interleaved rounds"),
     )
-    page.subplots_adjust(left=0.145, right=0.985, top=1 - 1.12 / height, bottom=0.24 / height, wspace=0.4, hspace=0.5)
+    margins = {"left": 0.145, "right": 0.985, "top": 1 - 1.12 / height, "bottom": 0.24 / height}
+    page.subplots_adjust(**margins, wspace=0.4, hspace=3 / len(methods))
     return save(page, path)
 
 
@@ -218,7 +251,12 @@ def speed_text(time: float, eager: float) -> str:
     if math.isnan(time):
         return ""
     faster = "" if time == eager else f"  ({eager / time:.1f}x faster)"
-    return f"{1000 * time:.3g} ms{faster}"
+    return f"{milliseconds(time)}{faster}"
+
+
+def milliseconds(time: float) -> str:
+    """Three digits, or more from a second on."""
+    return f"{1000 * time:.0f} ms" if time >= 0.1 else f"{1000 * time:.3g} ms"
 
 
 def max_of(rows: list[Bar]) -> float:
@@ -400,8 +438,12 @@ def label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> 
 
 # --------------------------------------------------------------------------------------------------------------------
 
-CHARTS = {"bench_speed.png": speed, "bench_memory.png": memory, "bench_scaling.png": scaling}
-NEEDED = {"bench_speed.png": CROSS_ENTROPY, "bench_memory.png": MEMORY, "bench_scaling.png": SCALING_C}
+CHARTS = {
+    "bench_speed.png": (speed, CROSS_ENTROPY),
+    "bench_memory.png": (memory, MEMORY),
+    "bench_scaling.png": (scaling, SCALING_C),
+    "bench_log_probs.png": (log_probs, LOG_PROBS),
+}
 
 
 def draw_all(path: Path = RESULTS, out: Path = ROOT / "docs", date: str | None = None) -> list[Path]:
@@ -409,7 +451,7 @@ def draw_all(path: Path = RESULTS, out: Path = ROOT / "docs", date: str | None =
     results = load(path, date)
     matplotlib.use("Agg")
     with matplotlib.rc_context(STYLE):
-        return [draw(results, out / name) for name, draw in CHARTS.items() if results.of(NEEDED[name])]
+        return [draw(results, out / name) for name, (draw, needed) in CHARTS.items() if results.of(needed)]
 
 
 def table(results: Results) -> str:
@@ -428,14 +470,19 @@ def table(results: Results) -> str:
             cells.append("-" if math.isnan(time) else f"{1000 * time:.1f} ms ({time / copied:.2f})")
         lines.append(f"| {case[0]} | {case[1]} | " + " | ".join(cells) + " |")
     lines += ["", "Medians; in brackets, in units of `out.copy_(logits)`.", ""]
-    lines += ["| with a linear layer | shape | dtype | time | of npu_xent's |", "|---|---|---|---|---|"]
-    for case in results.cases(LINEAR_SPEED):
-        ours = results.value(LINEAR_SPEED, case, OURS, TRAINING)
-        for figure in (f for f in results.of(LINEAR_SPEED) if (f.shape, f.dtype, f.threads) == case):
+    for benchmark, unit in ((LINEAR_SPEED, TRAINING), (LOG_PROBS, ENTROPY), (LINEAR_LOG_PROBS, ENTROPY)):
+        lines += [f"| {benchmark} | shape | dtype | time | of npu_xent's {unit} |", "|---|---|---|---|---|"]
+        for figure in results.of(benchmark):
+            ours = results.value(benchmark, (figure.shape, figure.dtype, figure.threads), OURS, unit)
             time = "-" if math.isnan(figure.value) else f"{1000 * figure.value:.1f} ms"
-            lines.append(f"| {figure.method} | {case[0]} | {case[1]} | {time} | {figure.value / ours:.2f} |")
-    lines += ["", "| peak memory beyond the inputs | shape | dtype | measured | predicted |", "|---|---|---|---|---|"]
-    for benchmark in (MEMORY, LINEAR_MEMORY, LARGE_LINEAR_MEMORY):
+            cells = (f"{figure.method}, {figure.figure}", figure.shape, figure.dtype, time)
+            lines.append("| " + " | ".join(cells) + f" | {figure.value / ours:.2f} |")
+        lines.append("")
+    for benchmark in MEMORIES:
+        lines += [
+            f"| {benchmark}: peak beyond the inputs | shape | dtype | measured | predicted |",
+            "|---|---|---|---|---|",
+        ]
         for figure in results.of(benchmark):
             what, _, kind = figure.figure.partition(": ")
             if kind == PEAK:
@@ -443,7 +490,8 @@ def table(results: Results) -> str:
                 predicted = bytes_text(results.value(benchmark, case, figure.method, f"{what}: {PREDICTED}")) or "-"
                 cells = (f"{figure.method}, {what}", *case[:2], bytes_text(figure.value), predicted)
                 lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| target | shape | dtype | figure | should be | |", "|---|---|---|---|---|---|"]
+        lines.append("")
+    lines += ["| target | shape | dtype | figure | should be | |", "|---|---|---|---|---|---|"]
     for line in outcomes(results.figures):
         value = "-" if line.value is None else f"{line.value:.3g}"
         cells = (line.target.name, line.shape, line.dtype, value, line.target.says(line.dtype), line.verdict)
@@ -451,6 +499,7 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+MEMORIES = (MEMORY, LINEAR_MEMORY, LARGE_LINEAR_MEMORY, LOG_PROBS_MEMORY, LINEAR_LOG_PROBS_MEMORY)
 TIMES = (
     ("F.cross_entropy", EAGER, TRAINING),
     ("torch.compile", COMPILE, TRAINING),

@@ -24,8 +24,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 sys.path.insert(0, str(BENCHMARKS))
 
-from cpu import memory, methods, parts, targets  # noqa: E402
-from cpu.cases import PLANS, thread_counts  # noqa: E402
+from cpu import log_probs, memory, methods, parts, targets  # noqa: E402
+from cpu.cases import DTYPES, PLANS, thread_counts  # noqa: E402
 from cpu.measure import in_turns  # noqa: E402
 from cpu.records import COLUMNS, RESULTS, Figure, Run, newest, read  # noqa: E402
 
@@ -54,6 +54,9 @@ def test_every_figure_is_in_the_csv(ran: tuple[Path, str]) -> None:
     found = {figure.benchmark for figure in figures}
     assert found >= {target.benchmark for target in targets.TARGETS} - {targets.LARGE_LINEAR_MEMORY}
     assert found >= {targets.SCALING_C, targets.SCALING_N, targets.SCALING_THREADS, targets.LINEAR_MEMORY}
+    assert found >= {targets.LOG_PROBS_MEMORY, targets.LINEAR_LOG_PROBS_MEMORY}
+    both = {figure.method for figure in figures if figure.figure == log_probs.ENTROPY and figure.unit == "s"}
+    assert both == {methods.OURS, log_probs.TRL, log_probs.VERL, log_probs.PLAIN, log_probs.LINEAR_PLAIN}
     timed = [figure for figure in figures if figure.unit == "s"]
     assert all(figure.value > 0 and figure.n_runs == PLANS["tiny"].rounds for figure in timed)
     assert {f.threads for f in figures if f.benchmark == targets.SCALING_THREADS} == set(thread_counts())
@@ -81,7 +84,8 @@ def test_the_charts_are_drawn(ran: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = ran
     run("charts.py", "--csv", path, "--out", tmp_path)
     drawn = sorted(tmp_path.iterdir())
-    assert [picture.name for picture in drawn] == ["bench_memory.png", "bench_scaling.png", "bench_speed.png"]
+    names = ("log_probs", "memory", "scaling", "speed")
+    assert [picture.name for picture in drawn] == [f"bench_{name}.png" for name in names]
     assert all(picture.read_bytes().startswith(PNG) for picture in drawn)
     table = run("charts.py", "--csv", path, "--table")
     assert all(target.name in table for target in targets.TARGETS if target.benchmark != targets.LARGE_LINEAR_MEMORY)
@@ -170,6 +174,9 @@ def test_no_target_is_looser_than_it_was() -> None:
         "small input, x F.cross_entropy": (1, 1),
         "linear_cross_entropy, x F.linear + F.cross_entropy": (1, 1),
         "linear_cross_entropy, x PyTorch's, chunked": (1, 1),
+        "log-probs and entropy, x reduction none": (1.3, 1.3),
+        "log-probs and entropy, x faster than log_softmax": (10, 10),
+        "linear_token_log_probs, x F.linear + log_softmax": (1, 1),
         "consume_logits, memory / logits": (0.1, 0.1),
         "linear_cross_entropy, (memory - weight gradient) / logits": (0.05, 0.05),
     }
@@ -220,11 +227,43 @@ def test_peak_memory_is_what_a_call_has_beyond_what_was_there() -> None:
         assert peak == pytest.approx(32 * mib, abs=2 * mib)
 
 
-def test_consuming_again_and_again_copies_no_logits() -> None:
+@pytest.mark.parametrize("of", ["cross_entropy", "token_log_probs"])
+def test_consuming_again_and_again_copies_no_logits(of: str) -> None:
     logits, target = methods.make_logits(64, 4096, torch.float32)
-    step = methods.consuming(logits, target)
+    if of == "cross_entropy":
+        step = methods.consuming(logits, target)
+    else:
+        step = log_probs.token_steps(64, 4096, torch.float32, False)[methods.OURS, methods.CONSUME]
     step()
     assert memory.peak_allocated(step) < logits.nbytes / 10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_formulas_of_log_probs_agree(dtype: str) -> None:
+    """Values and gradients, with float64's."""
+    logits, target = methods.make_logits(256, 300, DTYPES[dtype])
+    logits.mul_(3).requires_grad_()
+    exact = logits.detach().double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    expected = (log_p[range(256), target], torch.distributions.Categorical(logits=exact).entropy())
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == "float32" else {"rtol": 0.05, "atol": 0.1}
+    for function in (log_probs.ours, log_probs.trl, log_probs.verl, log_probs.plain):
+        for count in (1, 2):
+            found = function(logits, target, count == 2)
+            assert len(found) == count
+            for value, of_float64 in zip(found, expected[:count], strict=True):
+                torch.testing.assert_close(value.double(), of_float64, **tolerance)
+            upstream = torch.linspace(-1, 1, 256, dtype=torch.float64)
+            (gradient,) = torch.autograd.grad(found, logits, [upstream.to(value.dtype) for value in found])
+            (wanted,) = torch.autograd.grad(expected[:count], exact, [upstream] * count, retain_graph=True)
+            torch.testing.assert_close(gradient.double(), wanted, **tolerance)
+
+
+def test_the_formulas_of_log_probs_agree_after_a_linear_layer() -> None:
+    steps = log_probs.linear_token_steps(64, 16, 300, torch.float32, False)
+    ours, plain = (steps[method, log_probs.ENTROPY]() for method in (methods.OURS, log_probs.LINEAR_PLAIN))
+    for found, wanted in zip(ours, plain, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_the_order_is_turned_around() -> None:

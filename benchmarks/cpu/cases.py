@@ -22,6 +22,8 @@ class Plan:
     shapes: tuple[Shape, ...]
     small: Shape
     linear: tuple[Shape, ...]
+    tokens: tuple[Shape, ...]  # of log-probabilities and entropy: times and memory
+    linear_tokens: tuple[Shape, ...]
     memory: tuple[Shape, ...]
     linear_memory: tuple[Shape, ...]
     large_linear_memory: tuple[Shape, ...]  # float32 only; a call takes about a minute
@@ -44,6 +46,8 @@ FULL = Plan(
     shapes=((4096, 8080), (1024, 32000), (512, 128256)),
     small=(64, 1000),
     linear=((1024, 512, 32000), (2048, 1024, 8080)),
+    tokens=((1024, 32000), (1024, 128256)),
+    linear_tokens=((1024, 512, 32000),),
     memory=((4096, 8080), (1024, 32000), (512, 128256)),
     linear_memory=((1024, 512, 32000),),
     large_linear_memory=((4096, 1024, 128256),),
@@ -60,6 +64,8 @@ QUICK = replace(
     seconds=0.02,
     shapes=((1024, 32000),),
     linear=((512, 256, 8080),),
+    tokens=((512, 32000),),
+    linear_tokens=((512, 256, 8080),),
     memory=((512, 32000),),
     linear_memory=((512, 256, 8080),),
     large_linear_memory=(),
@@ -75,6 +81,8 @@ TINY = replace(
     shapes=((16, 1000),),
     small=(4, 100),
     linear=((16, 8, 1000),),
+    tokens=((16, 1000),),
+    linear_tokens=((16, 8, 1000),),
     memory=((256, 4000),),
     linear_memory=((64, 8, 4000),),
     classes=(100, 200),

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 
 from .cases import DTYPES
+from .log_probs import linear_token_steps, token_steps
 from .measure import in_turns
 from .memory import peak_allocated, peak_resident, resident
 from .methods import COPIED, HALF, TRAINING, Steps, cross_entropy_steps, huge_page_steps, linear_steps
+from .targets import LINEAR_LOG_PROBS_MEMORY, LINEAR_MEMORY, LOG_PROBS_MEMORY
 
 ENTRY = Path(__file__).resolve().parents[1] / "run.py"
 FEW_ROWS = 320  # of a warm-up: enough for full chunks, so that GEMM workspaces are allocated
@@ -55,14 +57,18 @@ def peaks(steps: Steps) -> list[Any]:
 
 
 def memory(cases: list[Any], compiled: bool) -> list[Any]:
-    """The peaks of each [shape, dtype]; a shape with features gets a linear layer."""
+    """The peaks of each [benchmark, shape, dtype]."""
     found = []
-    for shape, dtype in cases:
-        if len(shape) == 2:
+    for benchmark, shape, dtype in cases:
+        if benchmark == LOG_PROBS_MEMORY:
+            steps = token_steps(*shape, DTYPES[dtype], compiled)
+        elif benchmark == LINEAR_LOG_PROBS_MEMORY:
+            steps = linear_token_steps(*shape, DTYPES[dtype], compiled)
+        elif benchmark == LINEAR_MEMORY:
+            steps, _ = linear_steps(*shape, DTYPES[dtype], compiled, False)
+        else:
             steps = cross_entropy_steps(*shape, DTYPES[dtype], compiled, False)
             steps = {key: step for key, step in steps.items() if key[1] not in (COPIED, HALF)}
-        else:
-            steps, _ = linear_steps(*shape, DTYPES[dtype], compiled, False)
         found.append(peaks(steps))
     return found
 

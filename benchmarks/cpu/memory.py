@@ -19,6 +19,7 @@ import torch
 
 from npu_xent.doctor.timing import peak_memory
 
+from .log_probs import ENTROPY, TOKENS
 from .methods import CONSUME, FORWARD, LOG_PROB, NONE, TRAINING, Step
 
 # Bytes beyond the inputs, for N rows, C classes, H features and b bytes per element. 40 bytes per row cover its
@@ -28,6 +29,8 @@ PREDICTED: dict[str, Callable[[int, int, int, int], float]] = {
     TRAINING: lambda N, C, H, b: N * C * b,  # the gradient
     CONSUME: lambda N, C, H, b: 40 * N,
     NONE: lambda N, C, H, b: N * C * b,
+    TOKENS: lambda N, C, H, b: N * C * b,
+    ENTROPY: lambda N, C, H, b: N * C * b,
     LOG_PROB: lambda N, C, H, b: 2 * N * C * b,  # the gradient and log_prob
 }
 
@@ -39,7 +42,10 @@ def predicted_linear(N: int, C: int, H: int, b: int) -> float:
     return C * H * b + N * H * b + min(rows, N) * C * b + (4 * C * H if b == 2 and rows < N else 0)
 
 
-PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {TRAINING: predicted_linear}
+PREDICTED_LINEAR: dict[str, Callable[[int, int, int, int], float]] = {
+    TRAINING: predicted_linear,
+    ENTROPY: predicted_linear,
+}
 
 # Cached memory of an earlier call would be resident before the next one. With these variables, which are read at
 # startup, glibc returns blocks of 256 KiB and more to the system at once, and npu_xent its large outputs.

@@ -73,15 +73,22 @@ def training_of_each_row(loss: Callable[..., Tensor], logits: Tensor, target: Te
     return lambda: torch.autograd.grad(loss(logits, target, reduction="none"), logits, upstream)
 
 
-def consuming(logits: Tensor, target: Tensor) -> Step:
+def gradients(outputs: tuple[Tensor, ...], inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of the sum of the outputs' means."""
+    return torch.autograd.grad(outputs, inputs, [torch.full_like(out, 1 / out.numel()) for out in outputs])
+
+
+def consumed_loss(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    """The mean loss with consume_logits."""
+    return (npu_xent.cross_entropy(logits, target, consume_logits=True),)
+
+
+def consuming(
+    logits: Tensor, target: Tensor, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = consumed_loss
+) -> Step:
     """Each run overwrites the logits with gradients; the next run reads these, which takes as long."""
     anchor, buffer = torch.zeros((), requires_grad=True), logits.detach().clone()
-
-    def step() -> Any:
-        loss = npu_xent.cross_entropy(OutputOf.apply(anchor, buffer), target, consume_logits=True)
-        return torch.autograd.grad(loss, anchor)
-
-    return step
+    return lambda: gradients(function(OutputOf.apply(anchor, buffer), target), anchor)
 
 
 def with_log_prob(logits: Tensor, target: Tensor) -> Step:
@@ -94,11 +101,11 @@ def with_log_prob(logits: Tensor, target: Tensor) -> Step:
     return step
 
 
-def compiled() -> Callable[..., Tensor]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled again for the static shape of each case, which gives the fastest code."""
     torch._dynamo.reset()
     torch._inductor.config.compile_threads = 1  # no worker processes during the measurement
-    return torch.compile(F.cross_entropy, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def copying(logits: Tensor) -> Step:
@@ -125,7 +132,7 @@ def cross_entropy_steps(
         **eager_steps(EAGER, logits, target),
     }
     if compile_training:
-        loss = compiled()
+        loss = compiled(F.cross_entropy)
         steps[COMPILE, TRAINING] = training(loss, logits, target)
         if compile_forward:
             steps[COMPILE, FORWARD] = lambda: loss(values, target)
@@ -163,7 +170,7 @@ def training_steps(rows: int, classes: int, dtype: torch.dtype, with_compile: bo
         (OURS, CONSUME): consuming(values, target),
     }
     if with_compile:
-        steps[COMPILE, TRAINING] = training(compiled(), logits, target)
+        steps[COMPILE, TRAINING] = training(compiled(F.cross_entropy), logits, target)
     return steps
 
 
@@ -186,9 +193,7 @@ def eager_linear() -> LinearLoss:
 
 def compiled_linear() -> LinearLoss:
     """The same, compiled."""
-    torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 1
-    return torch.compile(eager_linear(), dynamic=False)
+    return compiled(eager_linear())
 
 
 def torch_linear(chunked: bool) -> LinearLoss:
@@ -220,15 +225,20 @@ LINEAR_LOSSES: dict[str, Callable[[], LinearLoss]] = {
 }
 
 
-def linear_steps(
-    rows: int, features: int, classes: int, dtype: torch.dtype, compile_cut: bool, compile_torch: bool
-) -> tuple[Steps, dict[str, str]]:
-    """Training steps of all methods with a linear layer, and the reasons why methods are missing."""
+def linear_inputs(rows: int, features: int, classes: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and targets."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, features, generator=generator).to(dtype).requires_grad_()
     # Logits of about 1, as in a model. Much larger logits give denormal gradients, which make a GEMM 50 times slower.
     weight = torch.randn(classes, features, generator=generator).mul_(features**-0.5).to(dtype).requires_grad_()
-    target = torch.randint(classes, (rows,), generator=generator)
+    return x, weight, torch.randint(classes, (rows,), generator=generator)
+
+
+def linear_steps(
+    rows: int, features: int, classes: int, dtype: torch.dtype, compile_cut: bool, compile_torch: bool
+) -> tuple[Steps, dict[str, str]]:
+    """Training steps of all methods with a linear layer, and the reasons why methods are missing."""
+    x, weight, target = linear_inputs(rows, features, classes, dtype)
     steps: Steps = {}
     missing: dict[str, str] = {}
     for name, make in LINEAR_LOSSES.items():

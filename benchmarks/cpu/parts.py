@@ -8,6 +8,7 @@ from typing import Any
 
 from . import child, memory
 from .cases import DTYPES, Plan, Shape, shape_name, thread_counts
+from .log_probs import linear_token_steps, token_steps
 from .measure import Times, in_turns
 from .methods import (
     CUT,
@@ -26,8 +27,12 @@ from .targets import (
     CROSS_ENTROPY,
     KEPT,
     LARGE_LINEAR_MEMORY,
+    LINEAR_LOG_PROBS,
+    LINEAR_LOG_PROBS_MEMORY,
     LINEAR_MEMORY,
     LINEAR_SPEED,
+    LOG_PROBS,
+    LOG_PROBS_MEMORY,
     MEMORY,
     OF_LOGITS,
     PEAK,
@@ -104,14 +109,30 @@ def not_available(benchmark: str, missing: dict[str, str], shape: Shape, dtype: 
         yield Figure(benchmark, method, shape_name(shape), dtype, threads, f"not measured: {reason}", math.nan, "")
 
 
+def log_probs(plan: Plan, threads: int) -> Figures:
+    """Log-probabilities and entropy, of logits and of a linear layer: times, and peak memory."""
+    for name in plan.dtypes:
+        for shape in plan.tokens:
+            steps = token_steps(*shape, DTYPES[name], plan.compiled)
+            yield from timed(LOG_PROBS, steps, shape, name, plan, threads)
+        for shape in plan.linear_tokens:
+            steps = linear_token_steps(*shape, DTYPES[name], plan.compiled)
+            yield from timed(LINEAR_LOG_PROBS, steps, shape, name, plan, threads)
+    yield from peaks({LOG_PROBS_MEMORY: plan.tokens, LINEAR_LOG_PROBS_MEMORY: plan.linear_tokens}, plan, threads)
+
+
+def peaks(shapes: dict[str, tuple[Shape, ...]], plan: Plan, threads: int) -> Figures:
+    """The peak memory of each benchmark's shapes in each dtype, from a subprocess."""
+    cases = [(of, shape, name) for name in plan.dtypes for of in shapes for shape in shapes[of]]
+    say("memory: " + ", ".join(f"{shape_name(shape)} {name}" for _, shape, name in cases))
+    found = child.ask("memory", memory.ENVIRONMENT, threads=threads, cases=cases, compiled=plan.compiled)
+    for (benchmark, shape, name), measured in zip(cases, found, strict=True):
+        yield from memory_figures(benchmark, measured, shape, name, threads)
+
+
 def peak_memory(plan: Plan, threads: int) -> Figures:
     """Peak memory, measured and predicted."""
-    cases = [(shape, name) for name in plan.dtypes for shape in (*plan.memory, *plan.linear_memory)]
-    say("memory: " + ", ".join(f"{shape_name(shape)} {name}" for shape, name in cases))
-    found = child.ask("memory", memory.ENVIRONMENT, threads=threads, cases=cases, compiled=plan.compiled)
-    for (shape, name), peaks in zip(cases, found, strict=True):
-        benchmark = LINEAR_MEMORY if shape in plan.linear_memory else MEMORY
-        yield from memory_figures(benchmark, peaks, shape, name, threads)
+    yield from peaks({MEMORY: plan.memory, LINEAR_MEMORY: plan.linear_memory}, plan, threads)
     name = "float32"
     for shape in plan.large_linear_memory:
         methods = (OURS, LINEAR, TORCH_CHUNKED, CUT)
@@ -176,6 +197,7 @@ PARTS = {
     "speed": cross_entropy,
     "small": small,
     "linear": linear,
+    "log_probs": log_probs,
     "memory": peak_memory,
     "scaling": scaling,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .log_probs import ENTROPY, LINEAR_PLAIN, PLAIN
 from .methods import (
     COMPILE,
     CONSUME,
@@ -26,7 +27,9 @@ from .methods import (
 from .records import Figure
 
 CROSS_ENTROPY, SMALL, LINEAR_SPEED, MEMORY = "cross_entropy", "small input", "linear_cross_entropy", "memory"
+LOG_PROBS, LINEAR_LOG_PROBS = "token_log_probs", "linear_token_log_probs"
 SCALING_C, SCALING_N, SCALING_THREADS = "scaling in C", "scaling in N", "scaling in threads"
+LOG_PROBS_MEMORY, LINEAR_LOG_PROBS_MEMORY = "memory, token_log_probs", "memory, linear_token_log_probs"
 LINEAR_MEMORY, LARGE_LINEAR_MEMORY = "memory, linear_cross_entropy", "memory, large linear_cross_entropy"
 RESIDENT, ALLOCATED, PREDICTED = "peak resident", "peak allocated", "predicted"
 PEAK = "peak"  # the larger of the two
@@ -91,6 +94,16 @@ TARGETS = (
     at_most(SMALL, "small input, x F.cross_entropy", _STEP, (EAGER, TRAINING), 1.0, 1.0),
     at_most(LINEAR_SPEED, "linear_cross_entropy, x F.linear + F.cross_entropy", _STEP, (LINEAR, TRAINING), 1.0, 1.0),
     at_most(LINEAR_SPEED, "linear_cross_entropy, x PyTorch's, chunked", _STEP, (TORCH_CHUNKED, TRAINING), 1.0, 1.0),
+    at_most(LOG_PROBS, "log-probs and entropy, x reduction none", (OURS, ENTROPY), (OURS, NONE), 1.3, 1.3),
+    faster(LOG_PROBS, "log-probs and entropy, x faster than log_softmax", (OURS, ENTROPY), (PLAIN, ENTROPY), 10.0),
+    at_most(
+        LINEAR_LOG_PROBS,
+        "linear_token_log_probs, x F.linear + log_softmax",
+        (OURS, ENTROPY),
+        (LINEAR_PLAIN, ENTROPY),
+        1.0,
+        1.0,
+    ),
     # An N x C allocation would be 0.5 or more.
     at_most(MEMORY, "consume_logits, memory / logits", (OURS, f"{CONSUME}: {OF_LOGITS}"), None, 0.1, 0.1),
     at_most(
