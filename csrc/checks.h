@@ -219,19 +219,17 @@ inline void check_temperatures(const Tensor& given, const Tensor& target, int64_
 inline void check_for_gradient(const Options& o, const ForGrad& x, const c10::SymInt& n, at::ScalarType logits,
                                c10::Device device) {
   check_stats(x.lse, "lse", n, stats_dtype(logits), device);
-  const auto check_optional = [&](const OptionalTensor& stats, const char* name) {
-    if (stats) {
-      check_stats(*stats, name, n, x.lse.scalar_type(), device);
-    }
-  };
-  check_optional(x.lse_low, "lse_low");
-  check_optional(x.entropy, "entropy");
+  if (x.lse_low) {
+    check_stats(*x.lse_low, "lse_low", n, x.lse.scalar_type(), device);
+  }
   TORCH_CHECK_VALUE(
       x.totals || (o.reduction == Reduction::none && o.label_smoothing == 0),
       "npu_xent: totals may be left out only for reduction \"none\" without label_smoothing; pass those of "
       "reduce_rows.");
-  TORCH_CHECK_VALUE(x.entropy || !x.grad_entropy,
-                    "npu_xent: grad_entropy needs entropy; pass that of row_stats with need_entropy.");
+  if (x.grad_entropy) {  // otherwise entropy is not read, and may be an output that was not requested
+    TORCH_CHECK_VALUE(x.entropy, "npu_xent: grad_entropy needs entropy; pass that of row_stats with need_entropy.");
+    check_stats(*x.entropy, "entropy", n, x.lse.scalar_type(), device);
+  }
   if (x.totals) {
     check_totals(*x.totals, device);
   }

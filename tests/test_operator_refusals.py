@@ -195,10 +195,16 @@ REFUSALS = {
         "temperature must have one value for each of the 3 rows, but has 2",
     ),
     "entropy in float16": Refusal(
-        "row_grad", lambda p: {"entropy": p["lse"].half()}, TypeError, "entropy must be Float, but is Half"
+        "row_grad",
+        lambda p: {"entropy": p["lse"].half(), "grad_entropy": p["lse"]},
+        TypeError,
+        "entropy must be Float, but is Half",
     ),
     "entropy of another length": Refusal(
-        "row_grad", lambda p: {"entropy": p["lse"][:2]}, ValueError, "entropy must have 3 values, but has 2"
+        "row_grad",
+        lambda p: {"entropy": p["lse"][:2], "grad_entropy": p["lse"]},
+        ValueError,
+        "entropy must have 3 values, but has 2",
     ),
     "a gradient of entropy without it": Refusal(
         "row_grad",
