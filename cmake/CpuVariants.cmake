@@ -34,8 +34,9 @@ function(npu_xent_add_cpu_variants name)
     target_link_libraries(${target} PRIVATE npu_xent_options)
     target_compile_features(${target} PRIVATE cxx_std_17)
     target_compile_definitions(${target} PRIVATE CPU_CAPABILITY=${variant} CPU_CAPABILITY_${variant})
-    # Only explicit fmadd calls may be fused.
-    target_compile_options(${target} PRIVATE -ffp-contract=off ${NPU_XENT_FLAGS_${variant}})
+    # Only explicit fmadd calls may be fused. Loops over doubles with conditions are vectorised only if comparisons
+    # need not raise floating-point exceptions, which nobody looks at.
+    target_compile_options(${target} PRIVATE -ffp-contract=off -fno-trapping-math -fno-math-errno ${NPU_XENT_FLAGS_${variant}})
     target_link_libraries(${name} INTERFACE ${target} $<TARGET_OBJECTS:${target}>)
   endforeach()
   add_library(${name}_table OBJECT ${kernels}/chunk_kernels_table.cpp)

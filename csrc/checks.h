@@ -123,14 +123,20 @@ inline void check_target_range(const RowOptions& o, const Tensor& target) {
   }
 }
 
+// The rows of logits [N, C] or [B, R, C].
+inline c10::SymInt n_rows(const Tensor& logits) {
+  return logits.dim() == 2 ? logits.sym_size(0) : logits.sym_size(0) * logits.sym_size(1);
+}
+
 inline void check_logits(const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "npu_xent: logits must have shape [N, C], but have ", logits.dim(),
-                    " dimensions: ", logits.sym_sizes(), ".");
+  TORCH_CHECK_VALUE(logits.dim() == 2 || (logits.dim() == 3 && (logits.is_cpu() || logits.is_meta())),
+                    "npu_xent: logits must have shape [N, C], or [B, R, C] on the CPU, but have ", logits.dim(),
+                    " dimensions and are on ", logits.device(), ": ", logits.sym_sizes(), ".");
   const auto dtype = logits.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", dtype, ".");
   check_npu_dtype(logits, "logits");
-  CHECK_SYM_VALUE(logits.sym_size(1).sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
+  CHECK_SYM_VALUE(logits.sym_size(-1).sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
 }
 
@@ -138,11 +144,10 @@ inline void check_logits(const Tensor& logits) {
 inline void check_rows(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight) {
   check_options(o);
   check_logits(logits);
-  check_target_and_weight(target, weight, check_shard(o, logits.sym_size(1)), logits.device());
+  check_target_and_weight(target, weight, check_shard(o, logits.sym_size(-1)), logits.device());
   check_weight_dtype(weight, logits.scalar_type());
-  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(logits.sym_size(0)),
-                  "npu_xent: target must have one value for each of the ", logits.sym_size(0),
-                  " rows of the logits, but has ", target.sym_size(0), ".");
+  CHECK_SYM_VALUE(target.sym_size(0).sym_eq(n_rows(logits)), "npu_xent: target must have one value for each of the ",
+                  n_rows(logits), " rows of the logits, but has ", target.sym_size(0), ".");
 }
 
 // One value per row, in the statistics dtype; `name` is for the message.
@@ -243,19 +248,19 @@ inline void check_for_gradient(const Options& o, const ForGrad& x, const c10::Sy
 inline void check_row_stats(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                             const OptionalTensor& row_temperature) {
   check_rows(o, logits, target, weight);
-  check_row_temperature(row_temperature, logits.sym_size(0), logits.scalar_type(), logits.device());
+  check_row_temperature(row_temperature, n_rows(logits), logits.scalar_type(), logits.device());
 }
 
 inline void check_row_grad(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                            const ForGrad& operands) {
   check_rows(o, logits, target, weight);
-  check_for_gradient(o, operands, logits.sym_size(0), logits.scalar_type(), logits.device());
+  check_for_gradient(o, operands, n_rows(logits), logits.scalar_type(), logits.device());
 }
 
 inline void check_row_stats_grad(const Options& o, const Tensor& logits, const Tensor& target,
                                  const OptionalTensor& weight, const Tensor& totals) {
   check_rows(o, logits, target, weight);
-  check_whole_rows(o, logits.sym_size(1), "row_stats_grad");
+  check_whole_rows(o, logits.sym_size(-1), "row_stats_grad");
   check_totals(totals, logits.device());
   TORCH_CHECK_VALUE(o.reduction != Reduction::none,
                     "npu_xent: row_stats_grad needs the upstream gradient beforehand, so reduction must be \"mean\" or "
@@ -334,7 +339,9 @@ inline void check_scale(const Tensor& self, const Tensor& factor) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
                    "npu_xent: scale_ takes float32, bfloat16, float16 or float64, but self is ", dtype, ".");
   check_npu_dtype(self, "self");
-  check_dense(self);
+  TORCH_CHECK_VALUE(self.is_non_overlapping_and_dense(),
+                    "npu_xent: scale_ needs memory without gaps, but self has shape ", self.sym_sizes(),
+                    " and strides ", self.sym_strides(), ".");
   CHECK_SYM_VALUE(factor.sym_numel().sym_eq(1), "npu_xent: factor must have one value, but has ", factor.sym_numel(),
                   ".");
 }

@@ -30,7 +30,7 @@ inline void check_loss_options(const OptionalTensor& weight, const Wanted& wante
 inline void check_loss(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                        const Wanted& wanted) {
   check_rows(o, logits, target, weight);
-  check_whole_rows(o, logits.sym_size(1), "cross_entropy");
+  check_whole_rows(o, logits.sym_size(-1), "cross_entropy");
   check_loss_options(weight, wanted, logits);
 }
 inline void check_loss(const Options& o, const LinearRows& rows, const Wanted& wanted) {
@@ -62,7 +62,7 @@ struct LossAndStats {
 // Two launches of size N and one reading sweep.
 inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits, const Tensor& target,
                                     const OptionalTensor& weight, const Wanted& wanted) {
-  const auto o = of_classes(options, logits.sym_size(1));
+  const auto o = of_classes(options, logits.sym_size(-1));
   auto totals = totals_of(o, target, weight, logits.scalar_type());
   StatsWanted stats;
   stats.wsum = o.need_wsum();

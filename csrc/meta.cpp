@@ -10,13 +10,17 @@ namespace {
 
 // [N] in the statistics dtype, or [0] when not wanted.
 Tensor empty_rows(const Tensor& logits, bool wanted = true) {
-  return at::empty_symint({wanted ? logits.sym_size(0) : c10::SymInt(0)},
+  return at::empty_symint({wanted ? n_rows(logits) : c10::SymInt(0)},
                           logits.options().dtype(stats_dtype(logits.scalar_type())));
 }
 
-// [N, C], contiguous.
+// [N, C], contiguous; or [B, R, C] with adjacent rows.
 Tensor empty_logits(const Tensor& logits) {
-  return at::empty_symint({logits.sym_size(0), logits.sym_size(1)}, logits.options());
+  if (logits.dim() == 2) {
+    return at::empty_symint(logits.sym_sizes(), logits.options());
+  }
+  return at::empty_symint({logits.sym_size(0), logits.sym_size(2), logits.sym_size(1)}, logits.options())
+      .transpose(1, 2);
 }
 
 // The gradients of input, linear_weight and linear_bias, contiguous; [0] where not wanted.
@@ -31,7 +35,7 @@ LinearGrad empty_linear_grads(const LinearRows& rows, std::array<bool, 3> wanted
 
 // [N] bool, or [0].
 Tensor empty_top1(const Tensor& logits, bool wanted) {
-  return at::empty_symint({wanted ? logits.sym_size(0) : c10::SymInt(0)}, logits.options().dtype(at::kBool));
+  return at::empty_symint({wanted ? n_rows(logits) : c10::SymInt(0)}, logits.options().dtype(at::kBool));
 }
 
 RowStats row_stats_meta(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,

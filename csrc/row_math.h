@@ -44,7 +44,10 @@ struct RowOptions {
   double softcap = 0;     // 0: none
   double grad_scale = 1;  // u of the formulas
 
-  bool is_bad(int64_t target) const { return (target < 0 || target >= num_classes) && target != ignore_index; }
+  bool is_bad(int64_t target) const {
+    const bool is_class = static_cast<uint64_t>(target) < static_cast<uint64_t>(num_classes);
+    return !is_class & (target != ignore_index);
+  }
 };
 
 // l and z, kept separate because a mean divides them by different numbers.
@@ -93,9 +96,17 @@ inline RowCoefficients row_coefficients(const RowOptions& o, double weight, doub
 
 // The first row whose target is neither a class nor ignore_index, or -1.
 inline int64_t first_bad_target(const RowOptions& o, const int64_t* target, int64_t n_rows) {
-  for (int64_t n = 0; n < n_rows; ++n) {
-    if (o.is_bad(target[n])) {
-      return n;
+  constexpr int64_t kBlock = 1024;  // looked at without branches
+  for (int64_t begin = 0; begin < n_rows; begin += kBlock) {
+    const int64_t end = begin + kBlock < n_rows ? begin + kBlock : n_rows;
+    bool any = false;
+    for (int64_t n = begin; n < end; ++n) {
+      any |= o.is_bad(target[n]);
+    }
+    for (int64_t n = begin; any && n < end; ++n) {
+      if (o.is_bad(target[n])) {
+        return n;
+      }
     }
   }
   return -1;

@@ -97,8 +97,8 @@ def cross_entropy(
 
     Args:
         input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
-            strided. The logits are copied once if the classes are not adjacent in memory (usual for [N, C, d1, ...]),
-            or if the other dimensions together have no single stride.
+            strided. On the CPU, [N, C, d1, ...] is read as it lies. Elsewhere the logits are copied once if the classes
+            are not adjacent in memory, or if the other dimensions together have no single stride.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
             differentiable; torch operations compute their loss, without fusion.
@@ -295,8 +295,14 @@ def npu_cross_entropy_loss(
     return loss, log_prob, z_loss, lse.detach().to(loss.dtype)
 
 
+_FEW_ROWS = 16  # fewer rows beside each other than a vector has lanes are faster copied
+
+
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
-    """Reshape [C] or [N, C, d1, ...] to rows [M, C], and target to [M]; views where the strides allow it."""
+    """Reshape [C] or [N, C, d1, ...] to rows [M, C], and target to [M]; views where the strides allow it.
+
+    On the CPU, whose kernels read classes that are not adjacent, rows of [N, C, d1, ...] become [N, d1 * ..., C].
+    """
     if input.dim() == 2:
         return input, target
     if input.dim() == 1:
@@ -310,7 +316,12 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
             f"shape {list(input.shape)} and strides {list(input.stride())}; leave it off, or pass logits whose "
             "movedim(1, -1) is contiguous"
         )
-    return classes_last.reshape(-1, input.shape[1]), target.reshape(-1)
+    target = target.reshape(-1)
+    if input.device.type == "cpu" and classes_last.stride(-1) != 1 and math.prod(input.shape[2:]) >= _FEW_ROWS:
+        images = classes_last.flatten(1, -2)
+        if images.stride(-1) != 1:
+            return images, target
+    return classes_last.reshape(-1, input.shape[1]), target
 
 
 def _check_shapes(input: Tensor, target: Tensor) -> None:

@@ -6,10 +6,12 @@ the transforms of torch.func, go through torch operations; their truth is writte
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
+from operator_cases import ops
 from option_values import factors, keywords
 from reference import (
     REDUCTIONS,
@@ -29,7 +31,7 @@ from torch.nn import functional as F
 
 import npu_xent
 
-SHAPES = [(3, 5, 4), (2, 5, 3, 2), (3, 5, 0), (0, 5, 2), (2, 1, 3)]
+SHAPES = [(3, 5, 4), (2, 5, 3, 2), (3, 5, 0), (0, 5, 2), (2, 1, 3), (2, 5, 33), (1, 70, 5, 8), (0, 5, 20)]
 
 
 def k_dimensional(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -92,6 +94,102 @@ def test_one_sample(y: int, reduction: str, device: torch.device) -> None:
     torch.testing.assert_close(grad.cpu(), their_grad)
     out = npu_xent.cross_entropy(logits, target, reduction=reduction, return_lse=True)
     assert out.lse.shape == ()
+
+
+# [N, C, d1]: more classes than a tile holds at once, few pixels, and fewer pixels than are read as they lie.
+MANY_CLASSES = [(2, 300, 20), (1, 9000, 17), (2, 1000, 131), (3, 300, 2)]
+MEMORY = {
+    "as it stands": lambda x: x,
+    "part of a larger tensor": lambda x: F.pad(x, (3, 2, 1, 1), value=math.nan)[:, 1:-1, 3:-2],
+    "images last": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "every second": lambda x: x.repeat_interleave(2, 2)[:, :, ::2],
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.isa
+@pytest.mark.parametrize("order", MEMORY)
+@pytest.mark.parametrize("shape", MANY_CLASSES, ids=str)
+def test_any_order_of_memory_gives_the_same_loss(shape: tuple[int, ...], order: str, device: torch.device) -> None:
+    logits, target = k_dimensional(shape, torch.float32, device)
+    weight = make_weight(shape[1], torch.float32, device)
+    weight[1] = 0
+    logits[0, 1, 0] = -math.inf
+    logits[0, :, 1] -= 1e4
+    logits[-1, :, -1], target[-1, -1] = math.nan, -100  # an ignored row
+    options = {"label_smoothing": 0.1, "lse_square_scale": 1e-6, "logit_scale": 0.7}
+    upstream = torch.tensor(0.5)
+    leaf = MEMORY[order](logits).detach().requires_grad_()
+    loss = npu_xent.cross_entropy(leaf, target, weight, **options)
+    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    exact = as_rows(logits).double().requires_grad_()
+    expected = npu_xent.cross_entropy(exact, target.flatten(), weight.double(), **options)
+    (expected_grad,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(loss.double(), expected, rtol=3e-7, atol=0)
+    torch.testing.assert_close(as_rows(grad).double(), expected_grad, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.cpu
+def test_classes_that_are_not_adjacent_cost_no_copy(device: torch.device, allocations: Any) -> None:
+    """Neither in the forward nor, beyond the gradient, in the backward."""
+    logits, target = k_dimensional((2, 50, 40, 40), torch.bfloat16, device)
+    assert max(allocations(lambda: npu_xent.cross_entropy(logits, target))) < logits.nbytes / 4
+    leaf = logits.requires_grad_()
+    for reduction in REDUCTIONS:
+        sizes = allocations(lambda how=reduction: npu_xent.cross_entropy(leaf, target, reduction=how).sum().backward())
+        *others, largest = sorted(sizes)
+        assert largest == logits.nbytes
+        assert max(others) < logits.nbytes / 4
+        leaf.grad = None
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("classes", [3, 300])
+def test_images_are_the_same_for_any_number_of_threads(classes: int, device: torch.device, threads: Any) -> None:
+    logits, target = k_dimensional((3, classes, 50, 51), torch.float32, device)
+    results = []
+    for number in (1, 2, 3):
+        threads(number)
+        results.append(loss_and_grad(npu_xent.cross_entropy, logits, target, label_smoothing=0.1))
+    for loss, grad in results[1:]:
+        assert_same_bits(loss, results[0][0])
+        assert_same_bits(grad, results[0][1])
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("classes, pixels", [(5, 33), (300, 20)])
+def test_images_compile(classes: int, pixels: int, device: torch.device) -> None:
+    """Without a break of the graph, with dynamic shapes, and with the strides that eager execution has."""
+    compiled = torch.compile(npu_xent.cross_entropy, backend="aot_eager", fullgraph=True, dynamic=True)
+    for images in (2, 3):
+        logits, target = k_dimensional((images, classes, pixels), torch.float32, device)
+        loss, grad = loss_and_grad(compiled, logits, target)
+        expected, expected_grad = loss_and_grad(npu_xent.cross_entropy, logits, target)
+        assert_same_bits(loss, expected)
+        assert_same_bits(grad, expected_grad)
+        assert grad.stride() == expected_grad.stride() == logits.stride()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", ["row_stats", "row_grad", "row_stats_grad", "cross_entropy"])
+def test_opcheck_of_images(name: str, device: torch.device) -> None:
+    """The operators with logits [B, R, C]."""
+    logits, target = k_dimensional((2, 5, 17), torch.float32, device)
+    images, target = logits.transpose(1, 2), target.flatten()
+    totals = ops.reduce_rows(target, None, num_classes=5, loss_dtype=torch.float32)[2]
+    lse, lse_low, *_ = ops.row_stats(images, target)
+    operands = {
+        "row_stats": (images, target),
+        "row_grad": (images, target, None, lse, lse_low, totals, torch.tensor(2.0)),
+        "row_stats_grad": (images, target, None, totals),
+        "cross_entropy": (images.detach().requires_grad_(), target),
+    }[name]
+    options = {"need_log_prob": True} if name == "row_stats" else {}
+    torch.library.opcheck(getattr(ops, name).default, operands, options)
+    if name == "row_stats":
+        log_prob = ops.row_stats(images, target, need_log_prob=True)[4]
+        torch.testing.assert_close(log_prob, logits.log_softmax(1).transpose(1, 2))
 
 
 @pytest.mark.cpu

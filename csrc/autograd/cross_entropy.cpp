@@ -32,7 +32,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
     auto& saved = ctx->saved_data;
-    const auto o = of_classes(options, logits.sym_size(1));
+    const auto o = of_classes(options, logits.sym_size(-1));
     const bool in_one_sweep = one_sweep(logits.scalar_type(), o, wanted) && !(inplace && wanted.lse);
     saved["one_sweep"] = in_one_sweep;
 

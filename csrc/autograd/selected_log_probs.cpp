@@ -32,7 +32,7 @@ Tensor ignored_targets(const Tensor& index) {
 }
 
 Tensor is_bad(const Tensor& index, const Tensor& logits) {
-  return index.lt(0).logical_or(index.ge(c10::Scalar(logits.sym_size(1))));
+  return index.lt(0).logical_or(index.ge(c10::Scalar(logits.sym_size(-1))));
 }
 
 // Not t.to(dtype), which may return t itself: an operator below autograd must not return its input.
@@ -162,8 +162,8 @@ void check_index(const Tensor& index, const Tensor& logits) {
                     ", but has ", index.dim(), " dimensions and is on ", index.device(), ".");
   TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "npu_xent: index must be int64, but is ", index.scalar_type(),
                    "; convert it with index.long().");
-  CHECK_SYM_VALUE(index.sym_size(0).sym_eq(logits.sym_size(0)), "npu_xent: index must have a row for each of the ",
-                  logits.sym_size(0), " rows of the logits, but has ", index.sym_size(0), ".");
+  CHECK_SYM_VALUE(index.sym_size(0).sym_eq(n_rows(logits)), "npu_xent: index must have a row for each of the ",
+                  n_rows(logits), " rows of the logits, but has ", index.sym_size(0), ".");
 }
 
 // On the CPU, where values can be read.
@@ -186,11 +186,11 @@ Tensor selected_log_probs_autograd(const Options& options, const Tensor& logits,
   check_logits(logits);
   check_index(index, logits);
   check_storages({{"index", index}});
-  auto o = by_row(options, logits.sym_size(1), "selected_log_probs");
+  auto o = by_row(options, logits.sym_size(-1), "selected_log_probs");
   o.ignore_index = kIgnored;
   check_options(o);
-  check_row_temperature(row_temperature, logits.sym_size(0), logits.scalar_type(), logits.device());
-  check_whole_rows(options, logits.sym_size(1), "selected_log_probs");
+  check_row_temperature(row_temperature, n_rows(logits), logits.scalar_type(), logits.device());
+  check_whole_rows(options, logits.sym_size(-1), "selected_log_probs");
   check_no_forward_mode(logits, "selected_log_probs");
   check_no_forward_mode(row_temperature, "selected_log_probs");
   check_index_range(index, logits);

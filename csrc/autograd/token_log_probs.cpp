@@ -170,10 +170,10 @@ template <bool inplace>
 TokenLogProbs token_log_probs_autograd(const Options& options, const Tensor& logits, const Tensor& target,
                                        const OptionalTensor& row_temperature, bool need_entropy, bool need_top1) {
   check_row_stats(options, logits, target, std::nullopt, row_temperature);
-  check_whole_rows(options, logits.sym_size(1), "token_log_probs");
+  check_whole_rows(options, logits.sym_size(-1), "token_log_probs");
   check_no_forward_mode(logits, "token_log_probs");
   check_no_forward_mode(row_temperature, "token_log_probs");
-  const auto o = by_row(options, logits.sym_size(1), "token_log_probs");
+  const auto o = by_row(options, logits.sym_size(-1), "token_log_probs");
   if (inplace) {
     check_consumable(logits);
   }

@@ -70,6 +70,23 @@ void note_written(const Tensor& tensor) {
   tensor.unsafeGetTensorImpl()->bump_version();
 }
 
+// Of [N, C], or of the images [B, R, C] of R rows each, with a stride of 1 for the rows or for the classes.
+Layout layout_of(const Tensor& t) {
+  const int64_t column = t.size(-1) == 1 ? 1 : t.stride(-1);
+  return t.dim() == 2 ? Layout{std::max<int64_t>(t.size(0), 1), 0, t.stride(0), column}
+                      : Layout{std::max<int64_t>(t.size(1), 1), t.stride(0), t.stride(1), column};
+}
+
+// The logits, or a copy of them if layout_of cannot describe them, or if vectors of so few rows are not worth it.
+Tensor readable(const Tensor& logits) {
+  constexpr int64_t kFewRows = 8;
+  const auto layout = layout_of(logits);
+  if (layout.column == 1 || (layout.row == 1 && (logits.dim() == 3 || layout.inner >= kFewRows))) {
+    return logits;
+  }
+  return logits.dim() == 2 ? logits.contiguous() : logits.transpose(1, 2).contiguous().transpose(1, 2);
+}
+
 // The arguments of a sweep, checked and converted for rows.h. Logits with a unit column stride are not copied.
 struct Inputs {
   Tensor logits, target;
@@ -78,9 +95,9 @@ struct Inputs {
 
   Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
          const OptionalTensor& temperature_ = std::nullopt)
-      : options(row_options(o, logits_.size(1))) {
+      : options(row_options(o, logits_.size(-1))) {
     check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}, {"temperature", temperature_}});
-    logits = logits_.size(1) == 1 || logits_.stride(1) == 1 ? logits_ : logits_.contiguous();
+    logits = readable(logits_);
     target = target_.contiguous();
     if (weight_) {
       weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
@@ -93,21 +110,33 @@ struct Inputs {
   }
 
   at::TensorOptions stats_options() const { return logits.options().dtype(stats_dtype(logits.scalar_type())); }
-  // A contiguous [N, C] tensor in the logits' dtype.
-  Tensor new_output() const { return empty_output(logits.size(0), logits.size(1), logits.options()); }
+  // In the dtype and shape of the logits: contiguous, but for [B, R, C] with adjacent rows.
+  Tensor new_output() const {
+    if (logits.dim() == 2) {
+      return empty_output(logits.size(0), logits.size(1), logits.options());
+    }
+    const int64_t images = logits.size(0), rows = logits.size(1), classes = logits.size(2);
+    return empty_output(images * classes, rows, logits.options()).view({images, classes, rows}).transpose(1, 2);
+  }
 
   template <typename scalar_t>
   Rows<scalar_t> rows() const {
     return {options,
             const_data<scalar_t>(logits),
-            logits.stride(0),
-            logits.size(0),
-            logits.size(1),
+            layout_of(logits),
+            target.numel(),
+            logits.size(-1),
             const_data<int64_t>(target),
             weight ? const_data<acc_t<scalar_t>>(*weight) : nullptr,
             temperature ? const_data<acc_t<scalar_t>>(*temperature) : nullptr};
   }
 };
+
+// Where to write a tensor like the logits; nowhere if it is not wanted.
+template <typename scalar_t>
+Output<scalar_t> output(const Tensor& t, bool wanted = true) {
+  return {wanted ? data<scalar_t>(t) : nullptr, wanted ? layout_of(t) : Layout{}};
+}
 
 // The totals in double, whatever the tensor's dtype.
 std::array<double, kTotals> read_totals(const OptionalTensor& totals) {
@@ -125,12 +154,12 @@ struct StatsTensors {
   Tensor lse, lse_low, picked, wsum, entropy, top1;
 
   StatsTensors(const Inputs& in, const StatsWanted& wanted)
-      : lse(at::empty({in.logits.size(0)}, in.stats_options())),
+      : lse(at::empty({in.target.numel()}, in.stats_options())),
         lse_low(at::empty_like(lse)),
         picked(at::empty_like(lse)),
         wsum(wanted.wsum ? at::empty_like(lse) : not_wanted(lse.options())),
         entropy(wanted.entropy ? at::empty_like(lse) : not_wanted(lse.options())),
-        top1(at::empty({wanted.top1 ? in.logits.size(0) : 0}, lse.options().dtype(at::kBool))),
+        top1(at::empty({wanted.top1 ? in.target.numel() : 0}, lse.options().dtype(at::kBool))),
         wanted_(wanted) {}
 
   template <typename scalar_t>
@@ -175,7 +204,7 @@ RowStats row_stats_cpu(const Options& o, const Tensor& logits, const Tensor& tar
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     row_stats(kernels().of<scalar_t>(), in.rows<scalar_t>(), wanted.read_ignored || need_log_prob,
-              stats.pointers<scalar_t>(), need_log_prob ? data<scalar_t>(log_prob) : nullptr,
+              stats.pointers<scalar_t>(), output<scalar_t>(log_prob, need_log_prob),
               parallel_for_elements(logits.numel()));
   });
   return {stats.lse, stats.lse_low, stats.picked, stats.wsum, log_prob, stats.entropy, stats.top1};
@@ -206,7 +235,7 @@ GradOf<over_logits> row_grad_cpu(const Options& o, const Tensor& logits, const T
     row_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), denominators.data(),
              {from_loss.pointer<acc>(), from_z.pointer<acc>(), from_lse.pointer<acc>(), from_entropy.pointer<acc>(),
               from_loss.stride, from_z.stride, from_lse.stride, from_entropy.stride},
-             pointer(lse), pointer(lse_low), pointer(entropy), data<scalar_t>(grad), grad.stride(0),
+             pointer(lse), pointer(lse_low), pointer(entropy), output<scalar_t>(grad),
              parallel_for_elements(grad.numel()));
   });
   if constexpr (over_logits) {
@@ -232,8 +261,7 @@ StatsGradOf<over_logits> row_stats_grad_cpu(const Options& o, const Tensor& logi
   with_storage_type(grad.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     row_stats_grad(kernels().of<scalar_t>(), in.rows<scalar_t>(), read_ignored, denominators.data(),
-                   stats.pointers<scalar_t>(), data<scalar_t>(grad), grad.stride(0),
-                   parallel_for_elements(grad.numel()));
+                   stats.pointers<scalar_t>(), output<scalar_t>(grad), parallel_for_elements(grad.numel()));
   });
   if constexpr (over_logits) {
     note_written(logits);

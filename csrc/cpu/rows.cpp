@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "output_memory.h"
@@ -17,6 +18,11 @@ constexpr int64_t kChunk = 4096;
 constexpr int64_t kMaxExpBytes = int64_t{1} << 20;
 // Elements per task: enough to hide the scheduling cost, and to prefetch from row to row.
 constexpr int64_t kTask = 65536;
+// Rows with more classes are long enough for vectors along the classes.
+constexpr int64_t kMaxTileClasses = 256;
+// Rows that a tile takes at once, if it has few classes.
+constexpr int64_t kTileLanes = 128;
+static_assert(kTileLanes <= kMaxLanes);
 // Elements per task when scaling.
 constexpr int64_t kScaleTask = 16384;
 // Rows whose losses one task sums, independent of the number of threads.
@@ -92,6 +98,50 @@ struct EntropyGrad {
   double grad = 0, entropy = 0;
 };
 
+// Whether [n_rows, n_cols] outputs bypass the caches: large ones would be evicted before they are read. Gradients over
+// logits do not bypass them, since the logits are cached already.
+template <typename scalar_t>
+bool is_large(const Rows<scalar_t>& rows) {
+  return rows.n_rows * rows.n_cols * static_cast<int64_t>(sizeof(scalar_t)) >= kLargeOutput;
+}
+template <typename scalar_t>
+bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
+  return out != rows.logits && is_large(rows);
+}
+
+// Whether rows go in tiles: always where their classes are not adjacent, else if they have few classes and fill the
+// lanes of vectors.
+template <typename scalar_t>
+bool in_tiles(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows) {
+  return rows.layout.column != 1 || rows.layout.inner < rows.n_rows ||
+         (rows.n_cols <= kMaxTileClasses && 4 * rows.n_rows >= kernels.tile.block);
+}
+
+// Calls f(tile, memory) for each tile.
+template <typename scalar_t, typename F>
+void for_each_tile(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const Parallel& parallel,
+                   const F& f) {
+  const int64_t block = kernels.tile.block, inner = rows.layout.inner;
+  if (rows.n_rows == 0) {
+    return;
+  }
+  // Many lanes, so that where classes are not adjacent long runs are read; but at least two blocks of them.
+  const int64_t fitting = kMaxTile / rows.n_cols / block * block;
+  const int64_t lanes = std::min(div_up(inner, block) * block, std::clamp(fitting, 2 * block, kTileLanes));
+  const int64_t classes = std::min(rows.n_cols, kMaxTile / lanes);
+  const int64_t tiles_per_image = div_up(inner, lanes), tiles = rows.n_rows / inner * tiles_per_image;
+  const int64_t per_task =
+      std::clamp<int64_t>(tiles / (4 * parallel.threads), 1, std::max<int64_t>(1, kTask / (lanes * rows.n_cols)));
+  parallel.run(div_up(tiles, per_task), [&](int64_t task) {
+    static thread_local const auto memory = std::make_unique<TileMemory<acc_t<scalar_t>>>();
+    for (int64_t t = task * per_task, end = std::min(tiles, t + per_task); t < end; ++t) {
+      const int64_t begin = t % tiles_per_image * lanes;
+      f(Tile{t / tiles_per_image * inner + begin, std::min(lanes, inner - begin), lanes, classes}, *memory);
+    }
+    kernels.finish();
+  });
+}
+
 // One operation over the rows of one tensor: partition into tasks, and code common to the three sweeps.
 template <typename scalar_t>
 class Sweep {
@@ -137,7 +187,7 @@ class Sweep {
 
   int64_t n_chunks() const { return n_chunks_; }
   int64_t size(int64_t c) const { return std::min(kChunk, r_.n_cols - c * kChunk); }
-  const scalar_t* logits(int64_t n, int64_t c) const { return r_.logits + n * r_.row_stride + c * kChunk; }
+  const scalar_t* logits(int64_t n, int64_t c) const { return r_.logits + n * r_.layout.row + c * kChunk; }
   const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.options.class_start + c * kChunk : nullptr; }
   bool ignored(int64_t n) const { return r_.target[n] == r_.options.ignore_index; }
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
@@ -159,10 +209,8 @@ class Sweep {
     return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(n), out.wsum != nullptr, out.entropy != nullptr,
                     exps, chunk_after(n, c));
   }
-  // Whether [n_rows, n_cols] outputs bypass the caches: large ones would be evicted before they are read. Gradients
-  // over logits do not bypass them, since the logits are cached already.
-  bool past_cache() const { return r_.n_rows * r_.n_cols * sizeof(scalar_t) >= kLargeOutput; }
-  bool past_cache(const scalar_t* out) const { return out != r_.logits && past_cache(); }
+  bool past_cache() const { return is_large(r_); }
+  bool past_cache(const scalar_t* out) const { return goes_past_cache(r_, out); }
 
   // Merges the statistics of the chunks of row n, and stores them.
   Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
@@ -325,14 +373,21 @@ double chunk_factor(double max, Lse lse) {
 
 template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-               const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel) {
+               const Stats<scalar_t>& out, const Output<scalar_t>& log_prob, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
+  if (in_tiles(kernels, rows)) {
+    const Output<scalar_t> to{log_prob.data, log_prob.layout, goes_past_cache(rows, log_prob.data)};
+    for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
+      kernels.tile.stats(rows, tile, read_ignored, out, to, memory);
+    });
+    return;
+  }
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
-  const bool past_cache = sweep.past_cache(log_prob);
+  const bool past_cache = sweep.past_cache(log_prob.data);
   const auto skipped = [&](int64_t n) { return sweep.ignored(n) && !read_ignored; };
   const auto write_log_prob = [&](int64_t n, int64_t c) {
-    scalar_t* chunk = log_prob + n * rows.n_cols + c * kChunk;
+    scalar_t* chunk = log_prob.data + n * log_prob.layout.row + c * kChunk;
     if (std::isfinite(out.lse[n])) {
       kernels.log_prob(sweep.logits(n, c), sweep.size(c), rows.logit_map(n), out.lse[n], out.lse_low[n], chunk,
                        past_cache);
@@ -352,14 +407,14 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
         chunks[c] = sweep.chunk_stats(n, c, out, nullptr);
       }
       sweep.join(n, out, chunks.data());
-      for (int64_t c = 0; log_prob && c < n_chunks; ++c) {
+      for (int64_t c = 0; log_prob.data && c < n_chunks; ++c) {
         write_log_prob(n, c);
       }
     });
     return;
   }
   sweep.stats_by_chunks(read_ignored, out);
-  if (log_prob) {
+  if (log_prob.data) {
     sweep.for_each_chunk(write_log_prob);
   }
 }
@@ -367,12 +422,19 @@ void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
-              const acc_t<scalar_t>* entropy, scalar_t* grad, int64_t grad_stride, const Parallel& parallel) {
+              const acc_t<scalar_t>* entropy, const Output<scalar_t>& grad, const Parallel& parallel) {
+  if (in_tiles(kernels, rows)) {
+    const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
+    for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
+      kernels.tile.grad(rows, tile, totals, upstream, lse, lse_low, entropy, to, memory);
+    });
+    return;
+  }
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const double class_weight = totals[kClassWeight];
-  const bool past_cache = sweep.past_cache(grad);
+  const bool past_cache = sweep.past_cache(grad.data);
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
-    scalar_t* out = grad + n * grad_stride + c * kChunk;
+    scalar_t* out = grad.data + n * grad.layout.row + c * kChunk;
     const double from_lse = upstream.grad_lse ? upstream.grad_lse[n * upstream.lse_stride] : 0;
     const bool ignored = sweep.ignored(n);
     if (ignored && from_lse == 0) {
@@ -403,22 +465,29 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
 
 template <typename scalar_t>
 void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-                    const double* totals, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const double* totals, const Stats<scalar_t>& out, const Output<scalar_t>& grad,
                     const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
+  if (in_tiles(kernels, rows)) {
+    const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
+    for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
+      kernels.tile.stats_grad(rows, tile, read_ignored, totals, out, to, memory);
+    });
+    return;
+  }
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const int64_t n_chunks = sweep.n_chunks();
-  const bool past_cache = sweep.past_cache(grad);
+  const bool past_cache = sweep.past_cache(grad.data);
   const double grad_loss = 1 / loss_divisor(rows.options, totals), grad_z = 1 / z_divisor(rows.options, totals);
   const auto coefficients = [&](int64_t n, Lse lse) {
     return row_coefficients(rows.options, sweep.target_weight(n), totals[kClassWeight], lse.high, grad_loss, grad_z);
   };
   const auto grad_chunk = [&](int64_t n, int64_t c, const RowCoefficients& k, Lse lse, double max, const acc* exps) {
     sweep.chunk_grad(n, c, k, EntropyGrad(), lse, out.picked[n], chunk_shift(max), chunk_factor(max, lse), exps,
-                     grad + n * grad_stride + c * kChunk, past_cache);
+                     grad.data + n * grad.layout.row + c * kChunk, past_cache);
   };
   const auto zero_chunk = [&](int64_t n, int64_t c) {
-    kernels.fill(grad + n * grad_stride + c * kChunk, sweep.size(c), 0, sweep.past_cache());
+    kernels.fill(grad.data + n * grad.layout.row + c * kChunk, sweep.size(c), 0, sweep.past_cache());
   };
   if (!sweep.by_chunks()) {
     const bool keep_exps = rows.n_cols * static_cast<int64_t>(sizeof(acc)) <= kMaxExpBytes;
@@ -467,26 +536,24 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
   });
 }
 
-// Calls row(n, sum) for each row and adds up the sums of blocks of rows, in a fixed order. Returns the first row whose
+// Calls sum(begin, end, total) for blocks of rows and adds up the totals, in a fixed order. Returns the first row whose
 // target is out of range, or -1.
 template <typename Sum, typename F>
 int64_t sum_over_rows(const RowOptions& o, const int64_t* target, int64_t n_rows, const Parallel& parallel, Sum& total,
-                      const F& row) {
+                      const F& sum) {
   struct Block {
     Sum sum{};
     int64_t bad = -1;
   };
   std::vector<Block> blocks(div_up(n_rows, kSumBlock));
   parallel.run(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-    Block block;
-    for (int64_t n = b * kSumBlock, end = std::min(n_rows, n + kSumBlock); n < end; ++n) {
-      if (!o.is_bad(target[n])) {
-        row(n, block.sum);
-      } else if (block.bad < 0) {
-        block.bad = n;
-      }
+    const int64_t begin = b * kSumBlock, end = std::min(n_rows, begin + kSumBlock);
+    const int64_t bad = first_bad_target(o, target + begin, end - begin);
+    if (bad >= 0) {
+      blocks[b].bad = begin + bad;
+    } else {
+      sum(begin, end, blocks[b].sum);
     }
-    blocks[b] = block;
   });
   for (const Block& block : blocks) {
     if (block.bad >= 0) {
@@ -495,6 +562,26 @@ int64_t sum_over_rows(const RowOptions& o, const int64_t* target, int64_t n_rows
     total += block.sum;
   }
   return -1;
+}
+
+// The sum of value(n), as several sums side by side, so that the additions need not wait for each other.
+template <typename Value, typename F>
+Value sum_of(int64_t begin, int64_t end, const F& value) {
+  constexpr int64_t kSums = 8;
+  Value sums[kSums]{};
+  int64_t n = begin;
+  for (; n + kSums <= end; n += kSums) {
+    for (int64_t k = 0; k < kSums; ++k) {
+      sums[k] += value(n + k);
+    }
+  }
+  for (; n < end; ++n) {
+    sums[0] += value(n);
+  }
+  for (int64_t k = 1; k < kSums; ++k) {
+    sums[0] += sums[k];
+  }
+  return sums[0];
 }
 
 template <typename acc>
@@ -507,11 +594,16 @@ int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t 
       rows += other.rows;
     }
   } kept;
-  const int64_t bad = sum_over_rows(options, target, n_rows, parallel, kept, [&](int64_t n, Kept& sum) {
-    if (target[n] != options.ignore_index) {
-      sum += Kept{weight ? static_cast<double>(weight[target[n]]) : 1, 1};
-    }
-  });
+  const int64_t ignored = options.ignore_index;
+  const int64_t bad =
+      sum_over_rows(options, target, n_rows, parallel, kept, [&](int64_t begin, int64_t end, Kept& sum) {
+        const auto is_kept = [&](int64_t n) { return target[n] == ignored ? 0.0 : 1.0; };
+        const auto kept_weight = [&](int64_t n) {
+          return target[n] == ignored ? 0.0 : static_cast<double>(weight[target[n]]);
+        };
+        sum.rows = sum_of<double>(begin, end, is_kept);
+        sum.weight = weight ? sum_of<double>(begin, end, kept_weight) : sum.rows;
+      });
   totals[kKeptWeight] = kept.weight;
   totals[kKeptRows] = kept.rows;
   totals[kClassWeight] = weight ? 0 : static_cast<double>(options.num_classes);
@@ -528,7 +620,7 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
   const bool none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean;
   RowLoss total;
-  const int64_t bad = sum_over_rows(options, target, n_rows, parallel, total, [&](int64_t n, RowLoss& sum) {
+  const auto of_row = [&](int64_t n) {
     RowLoss row;
     if (target[n] != options.ignore_index) {
       row = row_loss(options, weight ? weight[target[n]] : acc(1), lse[n], lse_low ? lse_low[n] : 0, picked[n],
@@ -538,8 +630,23 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
       loss[n] = row.loss + row.z_loss;
       z_loss[n] = row.z_loss;
     }
-    sum += row;
-  });
+    return row;
+  };
+  const bool plain = !none && !weight && options.label_smoothing == 0 && options.lse_square_scale == 0 && lse_low;
+  const int64_t ignored = options.ignore_index;
+  // row_loss without branches; lse - lse is NaN where lse is not finite.
+  const auto plain_loss = [&](int64_t n) {
+    const double high = lse[n], row = (high - picked[n] + lse_low[n]) + (high - high);
+    return target[n] == ignored ? 0.0 : row;
+  };
+  const int64_t bad =
+      sum_over_rows(options, target, n_rows, parallel, total, [&](int64_t begin, int64_t end, auto& sum) {
+        if (plain) {
+          sum.loss = sum_of<double>(begin, end, plain_loss);
+        } else {
+          sum = sum_of<RowLoss>(begin, end, of_row);
+        }
+      });
   if (none) {
     return bad;
   }
@@ -557,12 +664,12 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
 
 #define INSTANTIATE(scalar_t)                                                                                 \
   template void row_stats(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const Stats<scalar_t>&, \
-                          scalar_t*, const Parallel&);                                                        \
+                          const Output<scalar_t>&, const Parallel&);                                          \
   template void row_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const double*,                 \
                          const Upstream<scalar_t>&, const acc_t<scalar_t>*, const acc_t<scalar_t>*,           \
-                         const acc_t<scalar_t>*, scalar_t*, int64_t, const Parallel&);                        \
+                         const acc_t<scalar_t>*, const Output<scalar_t>&, const Parallel&);                   \
   template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*,     \
-                               const Stats<scalar_t>&, scalar_t*, int64_t, const Parallel&);                  \
+                               const Stats<scalar_t>&, const Output<scalar_t>&, const Parallel&);             \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

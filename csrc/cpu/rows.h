@@ -2,15 +2,15 @@
 // (operators.cpp). Torch-free: threads come in as a `Parallel`.
 //
 // A row is cut into chunks of a fixed width, and chunk results are merged in ascending order. Threads take whole rows,
-// or single chunks when there are few rows. Either way results are bitwise independent of the number of threads.
+// or single chunks when there are few rows. Rows with few classes, or whose classes are not adjacent, go in tiles
+// instead: side by side, one in each lane of a vector. In any case results are bitwise independent of the number of
+// threads.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <functional>
 
-#include "cpu/kernels/chunk_kernels.h"
-#include "row_math.h"
+#include "cpu/row_types.h"
 
 namespace npu_xent::cpu {
 
@@ -20,58 +20,22 @@ struct Parallel {
   std::function<void(int64_t n_tasks, const std::function<void(int64_t)>& task)> run;
 };
 
-// The logits of n_rows rows, or of one class shard of them, with targets and class weights.
-template <typename scalar_t>
-struct Rows {
-  RowOptions options;
-  const scalar_t* logits;
-  int64_t row_stride, n_rows, n_cols;
-  const int64_t* target;               // [n_rows], each in [0, number of classes) or ignore_index
-  const acc_t<scalar_t>* weight;       // of all classes, or null for all ones
-  const acc_t<scalar_t>* temperature;  // of each row, or null for all ones
-
-  // A temperature divides the scale, the softcap, and the outermost factor of the gradient.
-  double divided(double option, int64_t n) const { return temperature ? option / temperature[n] : option; }
-  LogitMap<acc_t<scalar_t>> logit_map(int64_t n) const {
-    return {static_cast<acc_t<scalar_t>>(divided(options.logit_scale, n)),
-            static_cast<acc_t<scalar_t>>(divided(options.softcap, n))};
-  }
-};
-
-// One value per row.
-template <typename scalar_t>
-struct Stats {
-  acc_t<scalar_t>*lse, *lse_low, *picked;
-  // Null: not wanted.
-  acc_t<scalar_t>*wsum, *entropy;
-  bool* top1;
-};
-
-// The upstream gradients of each row, before the division of a mean. Null means zeros; stride 0 means one value for all
-// rows.
-template <typename scalar_t>
-struct Upstream {
-  const acc_t<scalar_t>*grad_loss, *grad_z_loss, *grad_lse, *grad_entropy;
-  int64_t loss_stride, z_loss_stride, lse_stride, entropy_stride;
-};
-
-// Statistics of every row, and log_prob [n_rows, n_cols] unless null. Ignored rows count as zeros and are not read
-// unless `read_ignored`.
+// Statistics of every row, and log_prob unless its data is null. Ignored rows count as zeros unless `read_ignored`.
 template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-               const Stats<scalar_t>& out, scalar_t* log_prob, const Parallel& parallel);
+               const Stats<scalar_t>& out, const Output<scalar_t>& log_prob, const Parallel& parallel);
 
-// The gradient from statistics, [n_rows, n_cols] with row stride `grad_stride`; `grad` may be the logits. `totals` has
-// kTotals values; a null lse_low means zeros; `entropy` is read only for a gradient of it.
+// The gradient from statistics; `grad` may be the logits. `totals` has kTotals values; a null lse_low means zeros;
+// `entropy` is read only for a gradient of it.
 template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
-              const acc_t<scalar_t>* entropy, scalar_t* grad, int64_t grad_stride, const Parallel& parallel);
+              const acc_t<scalar_t>* entropy, const Output<scalar_t>& grad, const Parallel& parallel);
 
 // Both in one sweep, with an upstream gradient of 1.
 template <typename scalar_t>
 void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
-                    const double* totals, const Stats<scalar_t>& out, scalar_t* grad, int64_t grad_stride,
+                    const double* totals, const Stats<scalar_t>& out, const Output<scalar_t>& grad,
                     const Parallel& parallel);
 
 // x[0:n] *= factor

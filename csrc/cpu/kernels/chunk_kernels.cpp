@@ -12,6 +12,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "cpu/kernels/tile_kernels.h"
 #include "cpu/kernels/vec_blocks.h"
 #include "cpu/kernels/vec_math.h"
 
@@ -65,17 +66,6 @@ void with_map(const LogitMap<acc>& m, const F& f) {
   } else {
     f(Unscaled<acc>(m));
   }
-}
-
-// f of compile-time constants with the values of the flags.
-template <typename F>
-void with_bools(const F& f) {
-  f();
-}
-template <typename F, typename... Flags>
-void with_bools(const F& f, bool flag, Flags... flags) {
-  const auto with = [&](auto first) { with_bools([&](auto... rest) { f(first, rest...); }, flags...); };
-  flag ? with(std::true_type()) : with(std::false_type());
 }
 
 // z + offset.
@@ -190,12 +180,6 @@ void prefetch_block(const scalar_t* ahead, int64_t i) {
   }
 }
 
-// y, or a number whose exponential is 0 too: y may be -inf, and -inf * 0 would be NaN.
-template <typename acc>
-Vec<acc> finite(const Vec<acc>& y) {
-  return at::vec::clamp_min(y, Vec<acc>(-1000));
-}
-
 template <bool need_wsum, bool need_tilted, bool keep_exps, typename scalar_t, typename Map>
 void sums(const scalar_t* x, const acc_t<scalar_t>* w, int64_t n, const Map& z, acc_t<scalar_t>* exps,
           const scalar_t* ahead, ChunkStats<acc_t<scalar_t>>& stats) {
@@ -270,33 +254,6 @@ ChunkStats<acc_t<scalar_t>> stats(const scalar_t* x, const acc_t<scalar_t>* w, i
     std::fill_n(exps, n, acc(0));
   }
   return result;
-}
-
-// out[i, i + valid) = f(i, valid), block by block: whole blocks, for which valid is a compile-time constant, and a
-// partial one at the end. Streaming stores also begin with a partial block, up to an aligned address.
-template <typename scalar_t, typename F>
-void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
-  using acc = acc_t<scalar_t>;
-  constexpr std::integral_constant<int64_t, kBlock<acc>> whole{};
-  constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
-  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
-  int64_t i = 0;
-  if (past_cache && unaligned % sizeof(scalar_t) == 0) {  // otherwise no element is vector-aligned
-    if (unaligned != 0) {
-      i = std::min(n, static_cast<int64_t>((vector_bytes - unaligned) / sizeof(scalar_t)));
-      store(out, f(0, i), i);
-    }
-    for (; i + whole <= n; i += whole) {
-      stream_block(out + i, f(i, whole));
-    }
-  } else {
-    for (; i + whole <= n; i += whole) {
-      store(out + i, f(i, whole), whole);
-    }
-  }
-  if (i < n) {
-    store(out + i, f(i, n - i), n - i);
-  }
 }
 
 // The gradient from exponentials: slope (scale e - offset w). Without label smoothing the offset is 0, and the weights
@@ -413,8 +370,9 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
 
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {stats<scalar_t>, grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,  fill<scalar_t>,
-          max<scalar_t>,   scale<scalar_t>,          mapped<scalar_t>, store_one<scalar_t>, finish_streaming};
+  return {stats<scalar_t>,         grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,  fill<scalar_t>,
+          max<scalar_t>,           scale<scalar_t>,          mapped<scalar_t>, store_one<scalar_t>, finish_streaming,
+          tile_kernels<scalar_t>()};
 }
 
 }  // namespace

@@ -44,6 +44,35 @@ struct ChunkStats {
   acc weight;  // of w
 };
 
+// row_types.h has these.
+template <typename scalar_t>
+struct Rows;
+template <typename scalar_t>
+struct Stats;
+template <typename scalar_t>
+struct Upstream;
+template <typename scalar_t>
+struct Output;
+template <typename acc>
+struct TileMemory;
+struct Tile;
+
+// Whole sweeps over the rows of a tile, which lie side by side, one in each lane: for rows with few classes, and for
+// classes that are not adjacent in memory. Arguments as in rows.h; outputs past the caches need ChunkKernels::finish.
+template <typename scalar_t>
+struct TileKernels {
+  using acc = acc_t<scalar_t>;
+
+  int64_t block;  // the number of lanes of a tile is a multiple of this
+  void (*stats)(const Rows<scalar_t>& rows, const Tile& tile, bool read_ignored, const Stats<scalar_t>& out,
+                const Output<scalar_t>& log_prob, TileMemory<acc>& memory);
+  void (*grad)(const Rows<scalar_t>& rows, const Tile& tile, const double* totals, const Upstream<scalar_t>& upstream,
+               const acc* lse, const acc* lse_low, const acc* entropy, const Output<scalar_t>& grad,
+               TileMemory<acc>& memory);
+  void (*stats_grad)(const Rows<scalar_t>& rows, const Tile& tile, bool read_ignored, const double* totals,
+                     const Stats<scalar_t>& out, const Output<scalar_t>& grad, TileMemory<acc>& memory);
+};
+
 // x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; z: see LogitMap; slope: 1 or, with
 // a softcap, 1 - (z / softcap)^2.
 template <typename scalar_t>
@@ -74,6 +103,7 @@ struct ChunkKernels {
   void (*store)(scalar_t* out, acc value);
   // Makes this thread's cache-bypassing stores visible to other threads.
   void (*finish)();
+  TileKernels<scalar_t> tile;
 };
 
 struct KernelTable {

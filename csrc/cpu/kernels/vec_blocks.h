@@ -15,6 +15,17 @@
 namespace npu_xent::cpu::CPU_CAPABILITY {
 namespace {
 
+// f of compile-time constants with the values of the flags.
+template <typename F>
+void with_bools(const F& f) {
+  f();
+}
+template <typename F, typename... Flags>
+void with_bools(const F& f, bool flag, Flags... flags) {
+  const auto with = [&](auto first) { with_bools([&](auto... rest) { f(first, rest...); }, flags...); };
+  flag ? with(std::true_type()) : with(std::false_type());
+}
+
 template <typename T>
 using Vec = at::vec::Vectorized<T>;
 
@@ -121,6 +132,33 @@ void stream_block(scalar_t* p, const Pair<acc_t<scalar_t>>& v) {
     stream(p + Vec<acc>::size(), v.hi);
   } else {
     stream(as_vec(p), at::vec::convert_from_float<vec_t<scalar_t>>(v.lo, v.hi));
+  }
+}
+
+// out[i, i + valid) = f(i, valid), block by block: whole blocks, for which valid is a compile-time constant, and a
+// partial one at the end. Streaming stores also begin with a partial block, up to an aligned address.
+template <typename scalar_t, typename F>
+void write_blocks(int64_t n, scalar_t* out, bool past_cache, const F& f) {
+  using acc = acc_t<scalar_t>;
+  constexpr std::integral_constant<int64_t, kBlock<acc>> whole{};
+  constexpr uintptr_t vector_bytes = sizeof(Vec<acc>);
+  const uintptr_t unaligned = reinterpret_cast<uintptr_t>(out) % vector_bytes;
+  int64_t i = 0;
+  if (past_cache && unaligned % sizeof(scalar_t) == 0) {  // otherwise no element is vector-aligned
+    if (unaligned != 0) {
+      i = std::min(n, static_cast<int64_t>((vector_bytes - unaligned) / sizeof(scalar_t)));
+      store(out, f(0, i), i);
+    }
+    for (; i + whole <= n; i += whole) {
+      stream_block(out + i, f(i, whole));
+    }
+  } else {
+    for (; i + whole <= n; i += whole) {
+      store(out + i, f(i, whole), whole);
+    }
+  }
+  if (i < n) {
+    store(out + i, f(i, n - i), n - i);
   }
 }
 

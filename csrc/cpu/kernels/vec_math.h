@@ -41,6 +41,12 @@ inline Vec<double> exp(const Vec<double>& x) {
   return x.exp();
 }
 
+// y, or a number whose exponential is 0 too: y may be -inf, and -inf * 0 would be NaN.
+template <typename acc>
+Vec<acc> finite(const Vec<acc>& y) {
+  return at::vec::clamp_min(y, Vec<acc>(-1000));
+}
+
 #ifdef CPU_CAPABILITY_SVE256
 // at::vec's tanh for SVE, (exp(2 y) - 1) / (exp(2 y) + 1), cancels near 0. There use y + y^3 P(y^2), with the
 // coefficients of Cephes' tanhf (S. L. Moshier).
