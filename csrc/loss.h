@@ -56,7 +56,7 @@ inline std::pair<Tensor, Tensor> loss_of(const Options& o, const Tensor& target,
 }
 
 struct LossAndStats {
-  Tensor loss, z_loss, lse, lse_low, log_prob, totals;
+  Tensor loss, z_loss, lse, lse_low, log_prob, totals, grad;
 };
 
 // Two launches of size N and one reading sweep.
@@ -70,7 +70,7 @@ inline LossAndStats loss_by_reading(const Options& options, const Tensor& logits
   auto [lse, lse_low, picked, wsum, log_prob, entropy, top1] =
       row_stats(o, logits, target, weight, std::nullopt, wanted.log_prob, stats);
   auto [loss, z_loss] = loss_of(o, target, weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
-  return {loss, z_loss, lse, lse_low, log_prob, totals};
+  return {loss, z_loss, lse, lse_low, log_prob, totals, {}};
 }
 
 // The same without materializing the logits.
@@ -84,7 +84,7 @@ inline LossAndStats loss_by_reading(const Options& options, const LinearRows& ro
       linear_row_stats(o, rows.input, rows.linear_weight, rows.linear_bias, rows.target, rows.weight, std::nullopt,
                        rows.chunk_rows, stats);
   auto [loss, z_loss] = loss_of(o, rows.target, rows.weight, lse, lse_low, picked, wsum, totals, wanted.loss_dtype);
-  return {loss, z_loss, lse, lse_low, {}, totals};
+  return {loss, z_loss, lse, lse_low, {}, totals, {}};
 }
 
 }  // namespace npu_xent

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "cpu/kernels/chunk_kernels.h"
+#include "python_entry.h"
 #include "tiling/row_args.h"
 #include "tiling/row_plan.h"
 
@@ -115,6 +116,7 @@ pybind11::dict kernel_interface() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The operators of npu_xent, under torch.ops.npu_xent once this is imported.";
   m.attr("compiler") = __VERSION__;
+  m.attr("cross_entropy") = pybind11::reinterpret_steal<pybind11::object>(npu_xent::new_python_entry());
   m.def("compiled_cpu_capabilities", &npu_xent::cpu::compiled_capabilities,
         "The instruction sets this library has kernels for, separated by spaces.");
   m.attr("UB_BYTES") = npu_xent::kUbBytes;

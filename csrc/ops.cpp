@@ -1,10 +1,11 @@
 // The schemas of all operators. options.h has the options that all but scale_ take.
 //
-// Shapes: logits [N, C] (copied if not dense along C); on the CPU also [B, R, C], for N = B R rows, with adjacent rows
-// instead of classes, and then so are gradient and log_prob; target [N] int64; weight [num_classes], fp32 or the
-// logits' dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics dtype: fp32, or fp64 for fp64 logits.
-// lse_low is the rounding error of lse. An output that was not requested has shape [0]. loss_dtype is the dtype of loss
-// and z_loss; default: the logits' dtype; under autocast fp32, or fp64 for fp64 logits.
+// Shapes: logits [N, C] (copied where neither classes nor, on the CPU, rows are adjacent); on the CPU also [B, R, C],
+// for N = B R rows, with adjacent rows instead of classes, and then so are gradient and log_prob; target [N] int64;
+// weight [num_classes], fp32 or the logits' dtype; lse, lse_low, picked, wsum [N] and totals [3] in the statistics
+// dtype: fp32, or fp64 for fp64 logits. lse_low is the rounding error of lse. An output that was not requested has
+// shape [0]. loss_dtype is the dtype of loss and z_loss; default: the logits' dtype; under autocast fp32, or fp64 for
+// fp64 logits.
 //
 // linear_*: the logits are input [N, H] times linear_weight [C, H], plus linear_bias [C], all of one dtype. They are
 // computed in chunks of `chunk_rows` rows, all in the same buffer. Gradients of a 16-bit linear_weight and linear_bias

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from . import _C
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
@@ -97,8 +98,8 @@ def cross_entropy(
 
     Args:
         input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
-            strided. On the CPU, [N, C, d1, ...] is read as it lies. Elsewhere the logits are copied once if the classes
-            are not adjacent in memory, or if the other dimensions together have no single stride.
+            strided. The CPU reads [N, C, d1, ...] as it lies, if d1, ... together have a single stride. Otherwise, and
+            on other devices if the classes are not adjacent in memory, the logits are copied once.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
             differentiable; torch operations compute their loss, without fusion.
@@ -158,6 +159,21 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+    if not (return_lse or return_z_loss or consume_logits or torch.compiler.is_compiling()):
+        usual: Tensor | None = _C.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            lse_square_scale,
+            logit_scale,
+            softcap,
+            loss_dtype,
+        )
+        if usual is not None:
+            return usual
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -295,9 +311,6 @@ def npu_cross_entropy_loss(
     return loss, log_prob, z_loss, lse.detach().to(loss.dtype)
 
 
-_FEW_ROWS = 16  # fewer rows beside each other than a vector has lanes are faster copied
-
-
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
     """Reshape [C] or [N, C, d1, ...] to rows [M, C], and target to [M]; views where the strides allow it.
 
@@ -317,10 +330,9 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
             "movedim(1, -1) is contiguous"
         )
     target = target.reshape(-1)
-    if input.device.type == "cpu" and classes_last.stride(-1) != 1 and math.prod(input.shape[2:]) >= _FEW_ROWS:
-        images = classes_last.flatten(1, -2)
-        if images.stride(-1) != 1:
-            return images, target
+    if input.device.type == "cpu" and input.shape[1] != 1 and classes_last.stride(-1) != 1:
+        images = classes_last.flatten(1, -2)  # a copy has adjacent classes
+        return images.flatten(0, 1) if images.stride(-1) == 1 else images, target
     return classes_last.reshape(-1, input.shape[1]), target
 
 

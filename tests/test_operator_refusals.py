@@ -29,11 +29,11 @@ class Refusal(NamedTuple):
 
 REFUSALS = {
     # every sweep
-    "logits of three dimensions": Refusal(
+    "logits of four dimensions": Refusal(
         "row_stats",
-        lambda p: {"logits": p["logits"][None]},
+        lambda p: {"logits": p["logits"][None, None]},
         ValueError,
-        "logits must have shape [N, C], but have 3 dimensions",
+        "logits must have shape [N, C], or [B, R, C] on the CPU, but have 4 dimensions",
     ),
     "logits of integers": Refusal(
         "row_stats",
@@ -259,7 +259,10 @@ REFUSALS = {
         "scale_", lambda p: {"self": p["logits"].int()}, TypeError, "scale_ takes float32, bfloat16, float16 or float64"
     ),
     "scaling with gaps": Refusal(
-        "scale_", lambda p: {"self": p["logits"][:, :4]}, ValueError, "must be contiguous, but have shape [3, 4]"
+        "scale_",
+        lambda p: {"self": p["logits"][:, :4]},
+        ValueError,
+        "needs memory without gaps, but self has shape [3, 4]",
     ),
     "two factors": Refusal(
         "scale_",

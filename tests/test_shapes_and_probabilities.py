@@ -96,8 +96,8 @@ def test_one_sample(y: int, reduction: str, device: torch.device) -> None:
     assert out.lse.shape == ()
 
 
-# [N, C, d1]: more classes than a tile holds at once, few pixels, and fewer pixels than are read as they lie.
-MANY_CLASSES = [(2, 300, 20), (1, 9000, 17), (2, 1000, 131), (3, 300, 2)]
+# [N, C, d1]: more classes than a tile holds at once, and images of few pixels, which share tiles.
+MANY_CLASSES = [(2, 300, 20), (1, 9000, 17), (2, 1000, 131), (40, 300, 2), (19, 5, 7)]
 MEMORY = {
     "as it stands": lambda x: x,
     "part of a larger tensor": lambda x: F.pad(x, (3, 2, 1, 1), value=math.nan)[:, 1:-1, 3:-2],

@@ -14,6 +14,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/whole_loss.h"
 #include "loss.h"
 
 namespace npu_xent::autograd {
@@ -55,7 +56,11 @@ inline Options by_row(Options o, c10::SymInt num_classes, const char* name) {
 inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   at::AutoDispatchBelowADInplaceOrView below;
   const auto result = copy ? grad.clone() : grad;
-  scale_(result, upstream.detach());
+  if (cpu::unobserved(result, upstream)) {
+    cpu::scale(result, upstream);
+  } else {
+    scale_(result, upstream.detach());
+  }
   return result;
 }
 

@@ -10,6 +10,7 @@
 #include <torch/library.h>
 
 #include "autograd/common.h"
+#include "cpu/whole_loss.h"
 #include "loss.h"
 
 namespace npu_xent::autograd {
@@ -37,25 +38,31 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     saved["one_sweep"] = in_one_sweep;
 
     LossAndStats out;
-    if (in_one_sweep) {
+    const bool directly = in_one_sweep && !wanted.lse && cpu::unobserved(logits, target, weight);
+    if (directly) {
+      const auto gradient = inplace ? cpu::Gradient::over_logits : cpu::Gradient::fresh;
+      out = cpu::whole_loss(o, inplace ? over_logits : logits, target, weight, wanted, gradient);
+    } else if (in_one_sweep) {
       out.totals = totals_of(o, target, weight, logits.scalar_type());
-      Tensor picked, wsum, grad;
+      Tensor picked, wsum;
       if constexpr (inplace) {
         std::tie(out.lse, out.lse_low, picked, wsum) =
             row_stats_grad<true>(o, logits, target, weight, out.totals, /*read_ignored=*/wanted.lse);
-        grad = over_logits;
+        out.grad = over_logits;
       } else {
-        std::tie(out.lse, out.lse_low, picked, wsum, grad) =
+        std::tie(out.lse, out.lse_low, picked, wsum, out.grad) =
             row_stats_grad<false>(o, logits, target, weight, out.totals, /*read_ignored=*/wanted.lse);
       }
       std::tie(out.loss, out.z_loss) =
           loss_of(o, target, weight, out.lse, out.lse_low, picked, wsum, out.totals, wanted.loss_dtype);
       out.log_prob = not_wanted(logits.options());
-      // Not save_for_backward: the backward returns this tensor, and must hold the only reference to it.
-      saved["grad"] = grad;
-      saved["version"] = static_cast<int64_t>(inplace ? grad._version() : 0);
     } else {
       out = loss_by_reading(o, logits, target, weight, wanted);
+    }
+    if (in_one_sweep) {
+      // Not save_for_backward: the backward returns this tensor, and must hold the only reference to it.
+      saved["version"] = static_cast<int64_t>(inplace ? out.grad._version() : 0);
+      saved["grad"] = std::move(out.grad);
     }
     if (!in_one_sweep || wanted.lse) {
       save(o, saved);
@@ -63,7 +70,7 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     }
     variable_list constants{out.log_prob};
     if (!wanted.lse) {
-      out.lse = not_wanted(out.lse.options());
+      out.lse = directly ? out.lse : not_wanted(out.lse.options());
       constants.push_back(out.lse);
     }
     if (!wanted.differentiable_z_loss || o.lse_square_scale == 0) {
@@ -148,6 +155,12 @@ template <bool inplace>
 Loss cross_entropy_autograd(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
                             std::optional<at::ScalarType> loss_dtype, bool need_lse, bool need_log_prob,
                             bool differentiable_z_loss) {
+  if (!inplace && logits.dim() == 3 && !logits.is_cpu() && !logits.is_meta()) {  // from a program exported on the CPU
+    auto out = cross_entropy_autograd<inplace>(o, logits.flatten(0, 1), target, weight, loss_dtype, need_lse,
+                                               need_log_prob, differentiable_z_loss);
+    std::get<3>(out) = need_log_prob ? std::get<3>(out).view_symint(logits.sym_sizes()) : std::get<3>(out);
+    return out;
+  }
   const Wanted wanted{loss_dtype.value_or(logits.scalar_type()), need_lse, need_log_prob, differentiable_z_loss};
   check_loss(o, logits, target, weight, wanted);
   TORCH_CHECK(!torch::autograd::isFwGradDefined(logits),
@@ -161,6 +174,12 @@ Loss cross_entropy_autograd(const Options& o, const Tensor& logits, const Tensor
     return {out[0], out[1], out[2], out[3]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
+  const bool one_number = o.reduction != Reduction::none && !need_log_prob;
+  if (one_number && cpu::unobserved(logits, target, weight)) {
+    const auto out =
+        cpu::whole_loss(of_classes(o, logits.sym_size(-1)), logits, target, weight, wanted, cpu::Gradient::none);
+    return {out.loss, out.z_loss, out.lse, out.log_prob};
+  }
   const auto out = loss_by_reading(o, logits, target, weight, wanted);
   return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options()), out.log_prob};
 }

@@ -1,17 +1,22 @@
 // The primitives on the CPU: translates tensors to the torch-free rows of rows.h, and picks threads and instruction
 // set.
+#include <ATen/EmptyTensor.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <memory>
 
 #include "checks.h"
 #include "cpu/rows.h"
+#include "cpu/whole_loss.h"
 #include "ops.h"
 #include "output_allocator.h"
 
@@ -87,14 +92,14 @@ Tensor readable(const Tensor& logits) {
   return logits.dim() == 2 ? logits.contiguous() : logits.transpose(1, 2).contiguous().transpose(1, 2);
 }
 
-// The arguments of a sweep, checked and converted for rows.h. Logits with a unit column stride are not copied.
+// The arguments of a sweep, checked and converted for rows.h. Logits are copied only where `readable` says so.
 struct Inputs {
   Tensor logits, target;
   OptionalTensor weight, temperature;
   RowOptions options;
 
   Inputs(const Options& o, const Tensor& logits_, const Tensor& target_, const OptionalTensor& weight_,
-         const OptionalTensor& temperature_ = std::nullopt)
+         const OptionalTensor& temperature_ = std::nullopt, bool check_targets = true)
       : options(row_options(o, logits_.size(-1))) {
     check_storages({{"logits", logits_}, {"target", target_}, {"weight", weight_}, {"temperature", temperature_}});
     logits = readable(logits_);
@@ -102,7 +107,9 @@ struct Inputs {
     if (weight_) {
       weight = weight_->to(stats_dtype(logits.scalar_type())).contiguous();
     }
-    check_target_range(options, target);
+    if (check_targets) {
+      check_target_range(options, target);
+    }
     if (temperature_) {
       temperature = temperature_->to(stats_dtype(logits.scalar_type())).contiguous();
       check_temperatures(*temperature, target, options.ignore_index);
@@ -323,10 +330,22 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
           not_wanted(target.options().dtype(stats))};
 }
 
+// The value of a tensor of one.
+double value_of(const Tensor& factor) {
+  switch (factor.scalar_type()) {
+    case at::kFloat:
+      return *const_data<float>(factor);
+    case at::kDouble:
+      return *const_data<double>(factor);
+    default:
+      return factor.to(at::kDouble).item<double>();
+  }
+}
+
 void scale_cpu(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
   check_storages({{"the gradient", self}, {"the upstream gradient", factor}});
-  const double value = factor.to(at::kDouble).item<double>();
+  const double value = factor.is_cpu() ? value_of(factor) : factor.to(at::kDouble).item<double>();
   if (value == 1) {
     return;
   }
@@ -337,7 +356,93 @@ void scale_cpu(const Tensor& self, const Tensor& factor) {
   note_written(self);
 }
 
+// A scalar or an empty tensor, allocated without the dispatcher.
+Tensor unseen(at::IntArrayRef sizes, at::ScalarType dtype) {
+  return at::detail::empty_cpu(sizes, dtype, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
+}
+Tensor rounded(double value, at::ScalarType dtype) {
+  auto result = unseen({}, dtype);
+  if (dtype == at::kDouble) {
+    *data<double>(result) = value;
+  } else if (dtype == at::kFloat) {
+    *data<float>(result) = static_cast<float>(value);
+  } else if (dtype == at::kBFloat16) {
+    *result.data_ptr<at::BFloat16>() = static_cast<at::BFloat16>(static_cast<float>(value));
+  } else {
+    *result.data_ptr<at::Half>() = static_cast<at::Half>(static_cast<float>(value));
+  }
+  return result;
+}
+
 }  // namespace
+
+bool unobserved(const Tensor& a, const Tensor& b, const OptionalTensor& c) {
+  const auto tls = c10::impl::tls_local_dispatch_key_set();
+  auto keys = a.key_set() | b.key_set() | (c ? c->key_set() : c10::DispatchKeySet());
+  keys = (keys | tls.included_) - tls.excluded_ - c10::autograd_dispatch_keyset - c10::autocast_dispatch_keyset -
+         c10::DispatchKeySet({c10::DispatchKey::ADInplaceOrView, c10::DispatchKey::BackendSelect});
+  return keys.highestPriorityTypeId() == c10::DispatchKey::CPU && !at::hasCallbacks();
+}
+
+LossAndStats whole_loss(const Options& o, const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                        const Wanted& wanted, Gradient gradient) {
+  if (gradient == Gradient::over_logits) {
+    check_dense(logits);
+  }
+  const Inputs in(o, logits, target, weight, std::nullopt, /*check_targets=*/false);  // the totals check them
+  const int64_t n = in.target.numel();
+  const auto dtype = stats_dtype(logits.scalar_type());
+  LossAndStats out;
+  out.log_prob = unseen({0}, logits.scalar_type());
+  out.lse = unseen({wanted.lse ? n : 0}, dtype);
+  if (gradient != Gradient::none) {
+    out.grad = gradient == Gradient::fresh ? in.new_output() : logits;
+  }
+  with_storage_type(logits.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using acc = acc_t<scalar_t>;
+    // Four numbers a row, in memory that is kept for the next call unless there are many.
+    constexpr size_t kKept = 1 << 16;
+    static thread_local const std::unique_ptr<acc[]> kept(new acc[kKept]);
+    const size_t numbers = 4 * static_cast<size_t>(n);
+    const std::unique_ptr<acc[]> large(numbers > kKept ? new acc[numbers] : nullptr);
+    acc* memory = large ? large.get() : kept.get();
+    const auto rows = in.rows<scalar_t>();
+    const bool need_wsum = o.need_wsum();
+    const Stats<scalar_t> stats{wanted.lse ? data<acc>(out.lse) : memory, memory + n, memory + 2 * n,
+                                need_wsum ? memory + 3 * n : nullptr,     nullptr,    nullptr};
+    std::array<double, kTotals> totals;
+    double loss, z_loss;
+    const auto by_row = parallel_for_elements(n), by_element = parallel_for_elements(logits.numel());
+    const int64_t bad = reduce_totals(in.options, rows.target, n, rows.weight, totals.data(), by_row);
+    if (bad >= 0) {
+      raise_bad_target(in.options, rows.target, bad);
+    }
+    for (double& total : totals) {
+      // As reduce_rows returns them. Volatile, since GCC 12 drops the rounding where it vectorises this loop.
+      const volatile acc as_returned = static_cast<acc>(total);
+      total = as_returned;
+    }
+    if (gradient == Gradient::none) {
+      row_stats(kernels().of<scalar_t>(), rows, wanted.lse, stats, Output<scalar_t>{}, by_element);
+    } else {
+      row_stats_grad(kernels().of<scalar_t>(), rows, wanted.lse, totals.data(), stats, output<scalar_t>(out.grad),
+                     by_element);
+    }
+    reduce_loss(in.options, rows.target, n, rows.weight, stats.lse, stats.lse_low, stats.picked, stats.wsum,
+                totals.data(), &loss, &z_loss, by_row);
+    out.loss = rounded(loss, wanted.loss_dtype);
+    out.z_loss = o.lse_square_scale == 0 ? unseen({0}, wanted.loss_dtype) : rounded(z_loss, wanted.loss_dtype);
+  });
+  if (gradient == Gradient::over_logits) {
+    note_written(logits);
+  }
+  return out;
+}
+
+void scale(const Tensor& self, const Tensor& factor) {
+  scale_cpu(self, factor);
+}
 
 TORCH_LIBRARY_IMPL(npu_xent, CPU, m) {
   m.impl("row_stats", flat<row_stats_cpu>);

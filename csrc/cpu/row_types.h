@@ -18,8 +18,8 @@ struct Layout {
   int64_t row_start(int64_t n) const { return n / inner * outer + n % inner * row; }
 };
 
-// The logits of n_rows rows, or of one class shard of them, with targets and class weights. At least one of the strides
-// of rows and classes is 1.
+// The logits of n_rows rows, or of one class shard of them, with targets and class weights. The stride of the classes
+// is 1, or else that of the rows.
 template <typename scalar_t>
 struct Rows {
   RowOptions options;
@@ -79,7 +79,7 @@ struct TileMemory {
   alignas(64) acc rows[kMaxTile + 64];
   alignas(64) acc scale[kMaxLanes], softcap[kMaxLanes], kept[kMaxLanes], keep[kMaxLanes];
   alignas(64) acc max[kMaxLanes], sum[kMaxLanes], rounding[kMaxLanes], tilted[kMaxLanes], wsum[kMaxLanes];
-  alignas(64) acc picked[kMaxLanes], rival[kMaxLanes], at_target[kMaxLanes];
+  alignas(64) acc place[kMaxLanes], picked[kMaxLanes], rival[kMaxLanes], at_target[kMaxLanes];
   alignas(64) acc shift[kMaxLanes], factor[kMaxLanes], tilt[kMaxLanes], offset[kMaxLanes];
   alignas(64) double all_max[kMaxLanes], all_sum[kMaxLanes], all_tilted[kMaxLanes], all_wsum[kMaxLanes];
   alignas(64) double special[kMaxLanes], reference[kMaxLanes], log_sum[kMaxLanes], high[kMaxLanes], low[kMaxLanes];

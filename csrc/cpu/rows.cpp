@@ -109,19 +109,27 @@ bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
   return out != rows.logits && is_large(rows);
 }
 
-// Whether rows go in tiles: always where their classes are not adjacent, else if they have few classes and fill the
-// lanes of vectors.
+// Whether rows go in tiles: where their classes are not adjacent or they have no single stride; and where they have few
+// classes and fill a quarter of the lanes of a block.
 template <typename scalar_t>
 bool in_tiles(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows) {
   return rows.layout.column != 1 || rows.layout.inner < rows.n_rows ||
          (rows.n_cols <= kMaxTileClasses && 4 * rows.n_rows >= kernels.tile.block);
 }
 
+template <typename acc>
+TileMemory<acc>& tile_memory() {
+  static thread_local const auto memory = std::make_unique<TileMemory<acc>>();
+  return *memory;
+}
+
 // Calls f(tile, memory) for each tile.
 template <typename scalar_t, typename F>
 void for_each_tile(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const Parallel& parallel,
                    const F& f) {
-  const int64_t block = kernels.tile.block, inner = rows.layout.inner;
+  const int64_t block = kernels.tile.block;
+  // Images of few rows share tiles, whose lanes would be empty otherwise.
+  const int64_t inner = rows.layout.inner < block ? rows.n_rows : rows.layout.inner;
   if (rows.n_rows == 0) {
     return;
   }
@@ -133,10 +141,10 @@ void for_each_tile(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& 
   const int64_t per_task =
       std::clamp<int64_t>(tiles / (4 * parallel.threads), 1, std::max<int64_t>(1, kTask / (lanes * rows.n_cols)));
   parallel.run(div_up(tiles, per_task), [&](int64_t task) {
-    static thread_local const auto memory = std::make_unique<TileMemory<acc_t<scalar_t>>>();
+    auto& memory = tile_memory<acc_t<scalar_t>>();
     for (int64_t t = task * per_task, end = std::min(tiles, t + per_task); t < end; ++t) {
       const int64_t begin = t % tiles_per_image * lanes;
-      f(Tile{t / tiles_per_image * inner + begin, std::min(lanes, inner - begin), lanes, classes}, *memory);
+      f(Tile{t / tiles_per_image * inner + begin, std::min(lanes, inner - begin), lanes, classes}, memory);
     }
     kernels.finish();
   });

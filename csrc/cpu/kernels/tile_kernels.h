@@ -1,6 +1,6 @@
 // Sweeps over a tile: rows side by side, one in each lane of a vector. Included only by chunk_kernels.cpp, and like it
-// compiled once per instruction set. What is computed once per row is vectorised too, in double, since rows may have
-// only two classes.
+// compiled once per instruction set. Per-row arithmetic is vectorised too, in double, since rows may have only two
+// classes.
 //
 // Rows become planes (TileMemory) by transposition. Where the classes are not adjacent in memory, but the rows are,
 // memory has the order of planes already.
@@ -89,14 +89,25 @@ void transpose(std::array<Vec<acc>, Vec<acc>::size()>& v) {
   }
 }
 
-// sum += x, and what the rounding took away is added to `rounding` (Knuth's two-sum).
+// A sum with its rounding errors (Knuth's two-sum).
 template <typename acc>
-void add_exactly(const Vec<acc>& x, Vec<acc>& sum, Vec<acc>& rounding) {
-  const Vec<acc> before = sum;
-  sum = before + x;
-  const Vec<acc> added = sum - before;
-  rounding = rounding + ((before - (sum - added)) + (x - added));
-}
+struct ExactSum {
+  Pair<acc> high = broadcast(acc(0)), low = high;
+
+  void add(const Pair<acc>& x) {
+    add(x.lo, high.lo, low.lo);
+    add(x.hi, high.hi, low.hi);
+  }
+  Pair<acc> value() const { return {high.lo + low.lo, high.hi + low.hi}; }
+
+ private:
+  static void add(const Vec<acc>& x, Vec<acc>& sum, Vec<acc>& rounding) {
+    const Vec<acc> before = sum;
+    sum = before + x;
+    const Vec<acc> added = sum - before;
+    rounding = rounding + ((before - (sum - added)) + (x - added));
+  }
+};
 
 constexpr double kQuietNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
@@ -132,6 +143,7 @@ class TileSweep {
         o_(rows.options),
         t_(tile),
         lanes_(tile.lanes),
+        one_image_(tile.first % rows.layout.inner + tile.rows <= rows.layout.inner),
         scaled_(o_.logit_scale != 1 || o_.softcap != 0 || rows.temperature),
         m_(memory) {
     auto& m = m_;
@@ -187,7 +199,7 @@ class TileSweep {
     read(lse, 1, m.high);
     read(lse_low, 1, m.low);
     read(upstream.grad_lse, upstream.lse_stride, m.work);
-    // Ignored rows get what comes through lse, and are read only for that.
+    // Ignored rows get only the gradient of lse; their logits are read only if it is not 0.
     for_lanes(lanes_, [&](int64_t i) { m.keep[i] = m.kept[i] != 0 || m.work[i] != 0 ? acc(1) : acc(0); });
     any_skipped_ = any_ignored_;
     read(upstream.grad_loss, upstream.loss_stride, m.a);
@@ -223,7 +235,7 @@ class TileSweep {
     std::fill_n(m_.a, lanes_, mean ? 1 / totals[kKeptWeight] : 1);
     std::fill_n(m_.b, lanes_, mean ? 1 / totals[kKeptRows] : 1);
     coefficients(totals[kClassWeight]);
-    skip_ignored(true);  // what was read for the statistics of ignored rows counts no more
+    skip_ignored(true);  // the gradient of ignored rows is 0, even if their statistics were read
     if (t_.classes >= r_.n_cols && o_.softcap == 0) {
       scale_exps(grad);
     } else {
@@ -233,13 +245,59 @@ class TileSweep {
 
  private:
   int64_t classes(int64_t c) const { return std::min(t_.classes, r_.n_cols - c); }
-  // Calls f(i, value) with the place in the planes of each target's column that is among the n classes from c on.
-  template <typename F>
-  void for_targets(int64_t c, int64_t n, const F& f) {
-    for (int64_t i = 0; i < t_.rows; ++i) {
-      const int64_t column = m_.column[i] - c;
-      if (column >= 0 && column < n) {
-        f(i, m_.planes[column * lanes_ + i]);
+  // With few classes, vectors find the targets' columns faster than indices do.
+  static constexpr int64_t kFewClasses = 32;
+  void find_targets(int64_t c, int64_t n) {
+    auto& m = m_;
+    for_lanes(lanes_, [&](int64_t i) {
+      const int64_t column = m.column[i] - c;
+      m.place[i] = static_cast<acc>(column >= 0 && column < n ? column : -1);
+    });
+  }
+  // to[i] = the target's element of row i in the planes, if it is among the n classes from c on.
+  void pick(int64_t c, int64_t n, acc* to) {
+    if (n > kFewClasses) {
+      for (int64_t i = 0; i < t_.rows; ++i) {
+        const int64_t column = m_.column[i] - c;
+        if (column >= 0 && column < n) {
+          to[i] = m_.planes[column * lanes_ + i];
+        }
+      }
+      return;
+    }
+    find_targets(c, n);
+    for (int64_t i = 0; i < lanes_; i += kBlock<acc>) {
+      const Pair<acc> place = load_block(m_.place + i);
+      Pair<acc> picked = load_block(to + i);
+      for (int64_t k = 0; k < n; ++k) {
+        const Pair<acc> x = load_block(m_.planes + k * lanes_ + i);
+        const Vec<acc> here(static_cast<acc>(k));
+        picked = {Vec<acc>::blendv(picked.lo, x.lo, place.lo == here),
+                  Vec<acc>::blendv(picked.hi, x.hi, place.hi == here)};
+      }
+      store_block(to + i, picked);
+    }
+  }
+  // The target's element of row i = from[i].
+  void put(int64_t c, int64_t n, const acc* from) {
+    if (n > kFewClasses) {
+      for (int64_t i = 0; i < t_.rows; ++i) {
+        const int64_t column = m_.column[i] - c;
+        if (column >= 0 && column < n) {
+          m_.planes[column * lanes_ + i] = from[i];
+        }
+      }
+      return;
+    }
+    find_targets(c, n);
+    for (int64_t i = 0; i < lanes_; i += kBlock<acc>) {
+      const Pair<acc> place = load_block(m_.place + i), value = load_block(from + i);
+      for (int64_t k = 0; k < n; ++k) {
+        acc* p = m_.planes + k * lanes_ + i;
+        const Pair<acc> x = load_block(p);
+        const Vec<acc> here(static_cast<acc>(k));
+        store_block(p, Pair<acc>{Vec<acc>::blendv(x.lo, value.lo, place.lo == here),
+                                 Vec<acc>::blendv(x.hi, value.hi, place.hi == here)});
       }
     }
   }
@@ -270,13 +328,21 @@ class TileSweep {
 
   // The planes of the classes from c on; zeros in the lanes that are skipped or beyond the rows.
   void load_classes(int64_t c) {
-    const scalar_t* x = r_.logits + r_.layout.row_start(t_.first) + c * r_.layout.column;
+    const scalar_t* x = r_.logits + c * r_.layout.column;
     const int64_t n = classes(c);
     if (r_.layout.column == 1) {
       load_rows(x, n);
-    } else {
+    } else if (one_image_) {
       for (int64_t j = 0; j < n; ++j) {
-        load_plane(x + j * r_.layout.column, m_.planes + j * lanes_);
+        load_plane(x + r_.layout.row_start(t_.first) + j * r_.layout.column, m_.planes + j * lanes_);
+      }
+    } else {
+      std::fill_n(m_.planes, n * lanes_, acc(0));
+      for (int64_t i = 0; i < t_.rows; ++i) {
+        const scalar_t* row = x + r_.layout.row_start(t_.first + i);
+        for (int64_t j = 0; j < n; ++j) {
+          m_.planes[j * lanes_ + i] = static_cast<acc>(*as_vec(row + j * r_.layout.column));
+        }
       }
     }
     clear_skipped(n);
@@ -293,19 +359,20 @@ class TileSweep {
   void load_rows(const scalar_t* x, int64_t n) {
     if constexpr (std::is_same_v<scalar_t, acc>) {
       // Vectors past a row's end reach into the next rows, which must exist.
-      if (t_.rows == lanes_ && (r_.n_rows - t_.first - t_.rows) * r_.layout.row >= Vec<acc>::size()) {
-        transpose_rows(x, r_.layout.row, n);
+      const int64_t rows_behind = r_.layout.inner - t_.first % r_.layout.inner - t_.rows;
+      if (one_image_ && t_.rows == lanes_ && rows_behind * r_.layout.row >= Vec<acc>::size()) {
+        transpose_rows(x + r_.layout.row_start(t_.first), r_.layout.row, n);
         return;
       }
     }
     const auto copy = [](const scalar_t* from, acc* to, int64_t count) {
       write_blocks(count, to, /*past_cache=*/false, [&](int64_t i, auto valid) { return load(from + i, valid); });
     };
-    if (r_.layout.row == n) {
-      copy(x, m_.rows, t_.rows * n);
+    if (one_image_ && r_.layout.row == n) {
+      copy(x + r_.layout.row_start(t_.first), m_.rows, t_.rows * n);
     } else {
       for (int64_t i = 0; i < t_.rows; ++i) {
-        copy(x + i * r_.layout.row, m_.rows + i * n, n);
+        copy(x + r_.layout.row_start(t_.first + i), m_.rows + i * n, n);
       }
     }
     std::fill(m_.rows + t_.rows * n, m_.rows + lanes_ * n, acc(0));
@@ -317,7 +384,7 @@ class TileSweep {
       for (int64_t c = 0; c < n; c += size) {
         std::array<Vec<acc>, size> v;
         for (int64_t k = 0; k < size; ++k) {
-          v[k] = Vec<acc>::loadu(x + (i + k) * row_stride + c);  // what is past the row's end is not used
+          v[k] = Vec<acc>::loadu(x + (i + k) * row_stride + c);  // elements past the row's end are unused
         }
         transpose<acc>(v);
         acc* to = m_.planes + c * lanes_ + i;
@@ -335,12 +402,22 @@ class TileSweep {
   }
 
   void store_classes(int64_t c, const Output<scalar_t>& out) {
-    scalar_t* to = out.data + out.layout.row_start(t_.first) + c * out.layout.column;
+    scalar_t* to = out.data + c * out.layout.column;
     const int64_t n = classes(c);
     if (out.layout.column == 1) {
       store_rows(to, n, out);
       return;
     }
+    if (!one_image_) {
+      for (int64_t i = 0; i < t_.rows; ++i) {
+        scalar_t* row = to + out.layout.row_start(t_.first + i);
+        for (int64_t j = 0; j < n; ++j) {
+          *as_vec(row + j * out.layout.column) = static_cast<vec_t<scalar_t>>(m_.planes[j * lanes_ + i]);
+        }
+      }
+      return;
+    }
+    to += out.layout.row_start(t_.first);
     for (int64_t j = 0; j < n; ++j) {
       const acc* plane = m_.planes + j * lanes_;
       write_blocks(t_.rows, to + j * out.layout.column, out.past_cache,
@@ -350,7 +427,7 @@ class TileSweep {
   void store_rows(scalar_t* to, int64_t n, const Output<scalar_t>& out) {
     constexpr int64_t size = Vec<acc>::size();
     for (int64_t i = 0; i < t_.rows; i += size) {
-      // In this order, what is written past a row's end is overwritten by the right values.
+      // Blocks of classes in descending order: each overwrites what the one after it stored past a row's end.
       for (int64_t c = (n - 1) / size * size; c >= 0; c -= size) {
         std::array<Vec<acc>, size> v;
         for (int64_t k = 0; k < size; ++k) {
@@ -365,11 +442,11 @@ class TileSweep {
     const auto copy = [&](const acc* from, scalar_t* target, int64_t count) {
       write_blocks(count, target, out.past_cache, [&](int64_t i, auto valid) { return load(from + i, valid); });
     };
-    if (out.layout.row == n) {
-      copy(m_.rows, to, t_.rows * n);
+    if (one_image_ && out.layout.row == n) {
+      copy(m_.rows, to + out.layout.row_start(t_.first), t_.rows * n);
     } else {
       for (int64_t i = 0; i < t_.rows; ++i) {
-        copy(m_.rows + i * n, to + i * out.layout.row, n);
+        copy(m_.rows + i * n, to + out.layout.row_start(t_.first + i), n);
       }
     }
   }
@@ -398,18 +475,17 @@ class TileSweep {
     std::fill_n(m_.picked, lanes_, acc(0));
     if (out.top1) {
       // Before the first chunk is compared, the target's logit must be known.
-      const scalar_t* x = r_.logits + r_.layout.row_start(t_.first);
       for (int64_t i = 0; i < t_.rows; ++i) {
+        const scalar_t* row = r_.logits + r_.layout.row_start(t_.first + i);
         const bool read = m_.column[i] >= 0 && m_.column[i] < r_.n_cols;
-        m_.shift[i] =
-            read ? static_cast<acc>(*as_vec(x + i * r_.layout.row + m_.column[i] * r_.layout.column)) : acc(0);
+        m_.shift[i] = read ? static_cast<acc>(*as_vec(row + m_.column[i] * r_.layout.column)) : acc(0);
       }
       std::fill_n(m_.rival, lanes_, acc(0));
     }
     for (int64_t c = 0; c < r_.n_cols; c += t_.classes) {
       const int64_t n = classes(c);
       load_classes(c);
-      for_targets(c, n, [&](int64_t i, acc x) { m_.picked[i] = x; });
+      pick(c, n, m_.picked);
       if (out.top1) {
         find_rivals(c, n);
       }
@@ -461,41 +537,47 @@ class TileSweep {
       store_block(m_.max + i, top);
       const Pair<acc> minus_max{Vec<acc>::blendv(zero, top.lo.neg(), top.lo.abs() < infinity),
                                 Vec<acc>::blendv(zero, top.hi.neg(), top.hi.abs() < infinity)};
-      Pair<acc> all = broadcast(acc(0)), rounding = all, tilted = all, wsum = all;
-      const auto add = [&](int64_t c, Pair<acc>& sum) {
-        acc* p = m_.planes + c * lanes_ + i;
-        const Pair<acc> z = map.value(map.base(load_block(p)));
-        const Pair<acc> y{z.lo + minus_max.lo, z.hi + minus_max.hi};
-        const Pair<acc> e{exp(y.lo), exp(y.hi)};
-        store_block(p, e);
-        sum = {sum.lo + e.lo, sum.hi + e.hi};
-        if constexpr (need_tilted) {
-          tilted = {at::vec::fmadd(finite(y.lo), e.lo, tilted.lo), at::vec::fmadd(finite(y.hi), e.hi, tilted.hi)};
-        }
-        if constexpr (need_wsum) {
-          const acc weight = w ? w[c] : acc(1);
-          if (weight != 0) {  // y may be -inf, and -inf * 0 would be NaN
-            wsum = {at::vec::fmadd(y.lo, Vec<acc>(weight), wsum.lo), at::vec::fmadd(y.hi, Vec<acc>(weight), wsum.hi)};
+      // Sums of a few classes each, which are added up exactly: fewer rounding errors than in one sum.
+      constexpr int64_t kFew = 8;
+      ExactSum<acc> sum, tilted, wsum;
+      for (int64_t begin = 0; begin < n; begin += kFew) {
+        Pair<acc> few = broadcast(acc(0)), few_tilted = few, few_wsum = few;
+        for (int64_t c = begin, end = std::min(n, begin + kFew); c < end; ++c) {
+          acc* p = m_.planes + c * lanes_ + i;
+          const Pair<acc> z = map.value(map.base(load_block(p)));
+          const Pair<acc> y{z.lo + minus_max.lo, z.hi + minus_max.hi};
+          const Pair<acc> e{exp(y.lo), exp(y.hi)};
+          store_block(p, e);
+          few = {few.lo + e.lo, few.hi + e.hi};
+          if constexpr (need_tilted) {
+            few_tilted = {at::vec::fmadd(finite(y.lo), e.lo, few_tilted.lo),
+                          at::vec::fmadd(finite(y.hi), e.hi, few_tilted.hi)};
+          }
+          if constexpr (need_wsum) {
+            const acc weight = w ? w[c] : acc(1);
+            if (weight != 0) {  // y may be -inf, and -inf * 0 would be NaN
+              few_wsum = {at::vec::fmadd(y.lo, Vec<acc>(weight), few_wsum.lo),
+                          at::vec::fmadd(y.hi, Vec<acc>(weight), few_wsum.hi)};
+            }
           }
         }
-      };
-      // A sum of sums of a few classes each, which keeps its rounding errors.
-      constexpr int64_t kFew = 8;
-      for (int64_t begin = 0; begin < n; begin += kFew) {
-        Pair<acc> sum = broadcast(acc(0));
-        for (int64_t c = begin, end = std::min(n, begin + kFew); c < end; ++c) {
-          add(c, sum);
+        sum.add(few);
+        if constexpr (need_tilted) {
+          tilted.add(few_tilted);
         }
-        add_exactly(sum.lo, all.lo, rounding.lo);
-        add_exactly(sum.hi, all.hi, rounding.hi);
+        if constexpr (need_wsum) {
+          wsum.add(few_wsum);
+        }
       }
-      store_block(m_.sum + i, all);
-      store_block(m_.rounding + i, rounding);
+      store_block(m_.sum + i, sum.high);
+      store_block(m_.rounding + i, sum.low);
       if constexpr (need_tilted) {
-        store_block(m_.tilted + i, tilted);
+        store_block(m_.tilted + i, tilted.value());
       }
-      if constexpr (need_wsum) {
-        store_block(m_.wsum + i, wsum);
+      if constexpr (need_wsum) {  // the rounding error of an infinite sum is NaN
+        const Pair<acc> exact = wsum.value();
+        store_block(m_.wsum + i, Pair<acc>{Vec<acc>::blendv(wsum.high.lo, exact.lo, wsum.high.lo.abs() < infinity),
+                                           Vec<acc>::blendv(wsum.high.hi, exact.hi, wsum.high.hi.abs() < infinity)});
       }
     });
   }
@@ -557,7 +639,7 @@ class TileSweep {
     });
   }
 
-  // lse as high + low, and what else is wanted.
+  // lse as high + low, and the other requested statistics.
   void store_stats(const Stats<scalar_t>& out) {
     auto& m = m_;
     std::copy_n(m.all_sum, lanes_, m.log_sum);
@@ -626,7 +708,7 @@ class TileSweep {
       m.factor[i] = static_cast<acc>(usual ? m.u[i] * m.a[i] / m.all_sum[i] : kQuietNaN);
     });
     std::fill_n(m.at_target, lanes_, acc(0));
-    for_targets(0, r_.n_cols, [&](int64_t i, acc e) { m.at_target[i] = e; });
+    pick(0, r_.n_cols, m.at_target);
     // a p - b without the cancellation for confident predictions, where e is 1.
     for_lanes(lanes_, [&](int64_t i) {
       const double e = m.at_target[i], sum = m.all_sum[i], a = m.a[i];
@@ -658,12 +740,7 @@ class TileSweep {
   // Stores the gradient of the classes from c on, which the planes hold but for that of the targets.
   void store_grad(int64_t c, const Output<scalar_t>& grad) {
     const int64_t n = classes(c);
-    for (int64_t i = 0; i < t_.rows; ++i) {
-      const int64_t column = m_.column[i] - c;
-      if (column >= 0 && column < n) {
-        m_.planes[column * lanes_ + i] = m_.at_target[i];
-      }
-    }
+    put(c, n, m_.at_target);
     clear_skipped(n);
     store_classes(c, grad);
   }
@@ -685,7 +762,7 @@ class TileSweep {
       const int64_t n = classes(c);
       load_classes(c);
       std::fill_n(m.picked, lanes_, acc(0));
-      for_targets(c, n, [&](int64_t i, acc x) { m.picked[i] = x; });
+      pick(c, n, m.picked);
       map_picked();
       grad_at_target(tilted);
       with_bools([&](auto tilt, auto offset) { grad_of_classes<tilt, offset>(weight_from(c), n); }, tilted,
@@ -770,6 +847,7 @@ class TileSweep {
   const RowOptions& o_;
   const Tile& t_;
   const int64_t lanes_;
+  const bool one_image_;
   const bool scaled_;
   bool any_ignored_ = false, any_skipped_ = false;
   double weight_ = 0;  // of the classes so far
