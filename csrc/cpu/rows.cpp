@@ -102,7 +102,7 @@ struct EntropyGrad {
 // logits do not bypass them, since the logits are cached already.
 template <typename scalar_t>
 bool is_large(const Rows<scalar_t>& rows) {
-  return rows.n_rows * rows.n_cols * static_cast<int64_t>(sizeof(scalar_t)) >= kLargeOutput;
+  return rows.n_rows * rows.n_cols * sizeof(scalar_t) >= kLargeOutput;
 }
 template <typename scalar_t>
 bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
