@@ -61,6 +61,19 @@ def python(*arguments: str, capability: str | None = None) -> subprocess.Complet
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("classes", [1, 2, 10, 33, 256, 257, 5000])
+def test_a_row_has_the_same_results_in_any_batch(classes: int, device: torch.device) -> None:
+    """Bit for bit: nothing depends on how many rows there are, or where among them a row is."""
+    logits, target = make_logits(37, classes, torch.float32, device), make_target(37, classes, device)
+    options = {"reduction": "none", "label_smoothing": 0.1, "softcap": 30.0}
+    loss, grad = loss_and_grad(npu_xent.cross_entropy, logits, target, **options)
+    for rows in (slice(0, 1), slice(5, 6), slice(30, 37), slice(3, 25)):
+        few, few_grad = loss_and_grad(npu_xent.cross_entropy, logits[rows], target[rows], **options)
+        assert_same_bits(few, loss[rows])
+        assert_same_bits(few_grad, grad[rows])
+
+
+@pytest.mark.isa
 def test_the_instruction_set_is_the_one_asked_for() -> None:
     in_use = npu_xent._C.cpu_capability()
     assert in_use in CAPABILITIES

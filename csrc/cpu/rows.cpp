@@ -109,12 +109,11 @@ bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
   return out != rows.logits && is_large(rows);
 }
 
-// Whether rows go in tiles: where their classes are not adjacent or they have no single stride; and where they have few
-// classes and fill a quarter of the lanes of a block.
+// Whether rows go in tiles: where they have few classes, where their classes are not adjacent, and where they have no
+// single stride. Not where there are few of them: a row has the same results in any batch.
 template <typename scalar_t>
-bool in_tiles(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows) {
-  return rows.layout.column != 1 || rows.layout.inner < rows.n_rows ||
-         (rows.n_cols <= kMaxTileClasses && 4 * rows.n_rows >= kernels.tile.block);
+bool in_tiles(const Rows<scalar_t>& rows) {
+  return rows.n_cols <= kMaxTileClasses || rows.layout.column != 1 || rows.layout.inner < rows.n_rows;
 }
 
 template <typename acc>
@@ -383,7 +382,7 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, const Output<scalar_t>& log_prob, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  if (in_tiles(kernels, rows)) {
+  if (in_tiles(rows)) {
     const Output<scalar_t> to{log_prob.data, log_prob.layout, goes_past_cache(rows, log_prob.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.stats(rows, tile, read_ignored, out, to, memory);
@@ -431,7 +430,7 @@ template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
               const acc_t<scalar_t>* entropy, const Output<scalar_t>& grad, const Parallel& parallel) {
-  if (in_tiles(kernels, rows)) {
+  if (in_tiles(rows)) {
     const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.grad(rows, tile, totals, upstream, lse, lse_low, entropy, to, memory);
@@ -476,7 +475,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
                     const double* totals, const Stats<scalar_t>& out, const Output<scalar_t>& grad,
                     const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  if (in_tiles(kernels, rows)) {
+  if (in_tiles(rows)) {
     const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.stats_grad(rows, tile, read_ignored, totals, out, to, memory);
