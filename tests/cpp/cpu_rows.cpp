@@ -63,7 +63,7 @@ Parallel on_threads(int64_t threads) {
 // How a matrix lies in memory: row by row, or as two images (one of few rows) of planes, one for each class.
 enum class Order { rows, planes };
 
-// Numbers with other memory between and behind them, which nobody may change.
+// A matrix with guard memory between and behind its elements, which no sweep may write.
 template <typename T>
 class Matrix {
  public:
