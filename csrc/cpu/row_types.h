@@ -63,7 +63,8 @@ struct Output {
   bool past_cache = false;  // for the loops; the sweeps set it
 };
 
-// Rows of one image, side by side in the lanes of vectors, and the classes that are taken at once.
+// Consecutive rows, of one image or of several with few rows, side by side in the lanes of vectors; and the number of
+// classes that are taken at once.
 struct Tile {
   int64_t first, rows, lanes, classes;
 };
