@@ -35,28 +35,28 @@ CALLS: dict[str, dict[str, Any]] = {
 }
 
 
-class Functions(TorchFunctionMode):
-    """Keeps the names of the functions that the mode saw."""
+class Recording:
+    """A mode's part that keeps the names of what the mode saw."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def record(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Dispatched(TorchDispatchMode):
-    """Keeps the names of the operators that the mode saw."""
+class Functions(Recording, TorchFunctionMode):
+    """Records functions."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
+    __torch_function__ = Recording.record
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Dispatched(Recording, TorchDispatchMode):
+    """Records operators."""
+
+    __torch_dispatch__ = Recording.record
 
 
 class Subclass(Tensor):
