@@ -76,14 +76,7 @@ inline void check_whole_rows(const Options& o, const c10::SymInt& columns, const
                   "); merge the statistics of the shards from row_stats, and call row_grad.");
 }
 
-inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight, const c10::SymInt& num_classes,
-                                    c10::Device device) {
-  TORCH_CHECK_VALUE(target.dim() == 1, "npu_xent: target must have shape [N], but has ", target.dim(),
-                    " dimensions: ", target.sym_sizes(), ".");
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ", target.scalar_type(),
-                   "; convert it with target.long().");
-  TORCH_CHECK_VALUE(target.device() == device, "npu_xent: target must be on the logits' device ", device,
-                    ", but is on ", target.device(), ".");
+inline void check_weight(const OptionalTensor& weight, const c10::SymInt& num_classes, c10::Device device) {
   if (weight) {
     TORCH_CHECK_VALUE(weight->dim() == 1, "npu_xent: weight must have shape [C], but has ", weight->dim(),
                       " dimensions: ", weight->sym_sizes(), ".");
@@ -92,6 +85,17 @@ inline void check_target_and_weight(const Tensor& target, const OptionalTensor& 
     TORCH_CHECK_VALUE(weight->device() == device, "npu_xent: weight must be on the logits' device ", device,
                       ", but is on ", weight->device(), ".");
   }
+}
+
+inline void check_target_and_weight(const Tensor& target, const OptionalTensor& weight, const c10::SymInt& num_classes,
+                                    c10::Device device) {
+  TORCH_CHECK_VALUE(target.dim() == 1, "npu_xent: target must have shape [N], but has ", target.dim(),
+                    " dimensions: ", target.sym_sizes(), ".");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ", target.scalar_type(),
+                   "; convert it with target.long().");
+  TORCH_CHECK_VALUE(target.device() == device, "npu_xent: target must be on the logits' device ", device,
+                    ", but is on ", target.device(), ".");
+  check_weight(weight, num_classes, device);
 }
 
 inline void check_weight_dtype(const OptionalTensor& weight, at::ScalarType logits) {
@@ -265,6 +269,36 @@ inline void check_row_stats_grad(const Options& o, const Tensor& logits, const T
   TORCH_CHECK_VALUE(o.reduction != Reduction::none,
                     "npu_xent: row_stats_grad needs the upstream gradient beforehand, so reduction must be \"mean\" or "
                     "\"sum\"; call row_stats and row_grad instead.");
+}
+
+// The arguments of the prob_* operators.
+inline void check_prob_rows(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                            const OptionalTensor& weight) {
+  check_options(o);
+  check_logits(logits);
+  TORCH_CHECK_VALUE(logits.dim() == 2 && probabilities.dim() == 2 && probabilities.device() == logits.device(),
+                    "npu_xent: logits and probabilities must both have shape [N, C] and be on one device, but have ",
+                    logits.dim(), " and ", probabilities.dim(), " dimensions and are on ", logits.device(), " and ",
+                    probabilities.device(), ".");
+  TORCH_CHECK_TYPE(probabilities.scalar_type() == logits.scalar_type(),
+                   "npu_xent: probabilities must have the dtype of the logits, ", logits.scalar_type(), ", but are ",
+                   probabilities.scalar_type(), ".");
+  CHECK_SYM_VALUE(probabilities.sym_size(0)
+                      .sym_eq(logits.sym_size(0))
+                      .sym_and(probabilities.sym_size(1).sym_eq(logits.sym_size(1))),
+                  "npu_xent: probabilities must have the shape of the logits, ", logits.sym_sizes(), ", but have ",
+                  probabilities.sym_sizes(), ".");
+  check_whole_rows(o, logits.sym_size(1), "prob_cross_entropy");
+  check_weight(weight, logits.sym_size(1), logits.device());
+  check_weight_dtype(weight, logits.scalar_type());
+}
+
+inline void check_prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                                const OptionalTensor& weight, std::initializer_list<Named> of_rows) {
+  check_prob_rows(o, logits, probabilities, weight);
+  for (const auto& [name, t] : of_rows) {
+    check_stats(*t, name, logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
+  }
 }
 
 // The arguments of the linear_* operators.

@@ -12,7 +12,7 @@
 #include <limits>
 
 #include "checks.h"
-#include "ops.h"
+#include "composite.h"
 
 namespace npu_xent::composite {
 namespace {
@@ -289,6 +289,14 @@ Reduced reduce_rows_composite(const Options& o, const Tensor& target, const Opti
   return {(loss + z_loss).to(loss_dtype), z_loss.to(loss_dtype), no_totals};
 }
 
+// v_c = w_c ((1 - e) q_c + e / C)
+Tensor parts_of(const RowOptions& row, const Tensor& probabilities, const OptionalTensor& weight,
+                at::ScalarType dtype) {
+  const double e = row.label_smoothing;
+  const auto parts = probabilities.to(dtype) * (1 - e) + e / static_cast<double>(row.num_classes);
+  return weight ? parts * weight->to(dtype) : parts;
+}
+
 void scale_composite(const Tensor& self, const Tensor& factor) {
   check_scale(self, factor);
   // Multiply in the statistics dtype, whatever the dtype of self.
@@ -299,6 +307,45 @@ void scale_composite(const Tensor& self, const Tensor& factor) {
 
 }  // namespace
 
+ProbStats prob_row_stats(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                         const OptionalTensor& weight) {
+  check_prob_rows(o, logits, probabilities, weight);
+  const auto row = row_options(o, logits.size(1));
+  const auto x = Mapped(row, logits, std::nullopt).z;
+  const auto parts = parts_of(row, probabilities, weight, x.scalar_type());
+  const auto lse = x.logsumexp(1), y = x - lse.unsqueeze(1);
+  const auto low = y.exp().sum(1).log().masked_fill(lse.isfinite().logical_not(), 0);
+  const auto cross = ((y - low.unsqueeze(1)) * parts).masked_fill(parts.eq(0), 0).sum(1);  // -inf * 0 would be NaN
+  return {lse, low, cross, parts.sum(1)};
+}
+
+ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                        const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> wanted) {
+  check_prob_row_grad(
+      o, logits, probabilities, weight,
+      {{"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
+  const auto row = row_options(o, logits.size(1));
+  const Mapped mapped(row, logits, std::nullopt);
+  const auto parts = parts_of(row, probabilities, weight, mapped.z.scalar_type());
+  const auto y = mapped.z - lse.unsqueeze(1) - lse_low.unsqueeze(1), from_loss = grad_loss.unsqueeze(1);
+  const auto undefined = lse.isfinite().logical_not().unsqueeze(1);
+  const auto stored = [&](bool is_wanted, const auto& grad) {
+    return is_wanted ? grad().masked_fill(undefined, kNaN).to(logits.scalar_type()).contiguous()
+                     : not_wanted(logits.options());
+  };
+  const auto of_logits = [&] {
+    const auto grad = y.exp() * (grad_loss * share + grad_lse).unsqueeze(1) - from_loss * parts;
+    return (mapped.slope.defined() ? grad * mapped.slope : grad) * row.grad_scale;
+  };
+  const auto of_probabilities = [&] {
+    const auto grad = (y * from_loss * (row.label_smoothing - 1))
+                          .masked_fill(parts.eq(0).logical_and(y.eq(-std::numeric_limits<double>::infinity())), 0);
+    return weight ? grad * weight->to(grad.scalar_type()) : grad;
+  };
+  return {stored(wanted[0], of_logits), stored(wanted[1], of_probabilities)};
+}
+
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("row_stats", flat<row_stats_composite>);
   m.impl("row_grad", flat<row_grad_composite<false>>);
@@ -307,6 +354,8 @@ TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("row_stats_grad_", flat<row_stats_grad_composite<true>>);
   m.impl("reduce_rows", flat<reduce_rows_composite>);
   m.impl("scale_", scale_composite);
+  m.impl("prob_row_stats", flat<prob_row_stats>);
+  m.impl("prob_row_grad", flat<prob_row_grad>);
 }
 
 }  // namespace npu_xent::composite

@@ -75,6 +75,23 @@ StatsGradOf<over_logits> row_stats_grad_meta(const Options& o, const Tensor& log
   }
 }
 
+ProbStats prob_row_stats_meta(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                              const OptionalTensor& weight) {
+  check_prob_rows(o, logits, probabilities, weight);
+  return {empty_rows(logits), empty_rows(logits), empty_rows(logits), empty_rows(logits)};
+}
+
+ProbGrads prob_row_grad_meta(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                             const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low,
+                             const Tensor& share, const Tensor& grad_loss, const Tensor& grad_lse,
+                             std::array<bool, 2> wanted) {
+  check_prob_row_grad(
+      o, logits, probabilities, weight,
+      {{"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
+  const auto grad = [&](bool is_wanted) { return is_wanted ? empty_logits(logits) : not_wanted(logits.options()); };
+  return {grad(wanted[0]), grad(wanted[1])};
+}
+
 Reduced reduce_rows_meta(const Options& o, const Tensor& target, const OptionalTensor& weight,
                          const OptionalTensor& lse, const OptionalTensor& lse_low, const OptionalTensor& picked,
                          const OptionalTensor& wsum, const OptionalTensor& totals, at::ScalarType loss_dtype) {
@@ -133,6 +150,8 @@ TORCH_LIBRARY_IMPL(npu_xent, Meta, m) {
   m.impl("row_stats_grad", flat<row_stats_grad_meta<false>>);
   m.impl("row_stats_grad_", flat<row_stats_grad_meta<true>>);
   m.impl("reduce_rows", flat<reduce_rows_meta>);
+  m.impl("prob_row_stats", flat<prob_row_stats_meta>);
+  m.impl("prob_row_grad", flat<prob_row_grad_meta>);
   m.impl("scale_", check_scale);
   m.impl("linear_row_stats", flat<linear_row_stats_meta>);
   m.impl("linear_row_grad", flat<linear_row_grad_meta>);

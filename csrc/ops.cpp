@@ -57,6 +57,17 @@ TORCH_LIBRARY(npu_xent, m) {
       "Tensor? totals=None, *, ScalarType loss_dtype",
       "(Tensor loss, Tensor z_loss, Tensor totals)");
 
+  // Class probabilities q [N, C] in the logits' dtype instead of a target, for whole rows; with
+  // v_c = w_c ((1 - e) q_c + e/C), cross = sum v_c (z_c - lse) = -l, and share = sum v_c.
+  def("prob_row_stats", "Tensor logits, Tensor probabilities, Tensor? weight=None, *",
+      "(Tensor lse, Tensor lse_low, Tensor cross, Tensor share)");
+  // The gradients of logits and probabilities from those of each row's l and lse, [N]; [0] where output_mask is False.
+  def("prob_row_grad",
+      "Tensor logits, Tensor probabilities, Tensor? weight, Tensor lse, Tensor lse_low, Tensor share, Tensor "
+      "grad_loss, "
+      "Tensor grad_lse, *, bool[2] output_mask",
+      "(Tensor grad_logits, Tensor grad_probabilities)");
+
   // self *= factor (one value). The kernels return at once when factor is 1; the composite always multiplies.
   m.def("scale_(Tensor(a!) self, Tensor factor) -> ()", {at::Tag::pt2_compliant_tag});
 
@@ -69,6 +80,11 @@ TORCH_LIBRARY(npu_xent, m) {
   const std::string loss = "(Tensor loss, Tensor z_loss, Tensor lse, Tensor log_prob)";
   def("cross_entropy", "Tensor" + cross_entropy, loss);
   def("cross_entropy_", "Tensor(a!)" + cross_entropy, loss);
+
+  // The loss of class probabilities; differentiable in both, through `loss` and `lse`.
+  def("prob_cross_entropy",
+      "Tensor logits, Tensor probabilities, Tensor? weight=None, *, ScalarType? loss_dtype=None, bool need_lse=False",
+      "(Tensor loss, Tensor z_loss, Tensor lse)");
 
   // The primitives without materializing the logits. output_mask says which of the three gradients are wanted.
   const std::string linear = "Tensor input, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight";
@@ -129,6 +145,18 @@ Reduced reduce_rows(const Options& o, const Tensor& target, const OptionalTensor
                     const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
                     const OptionalTensor& totals, at::ScalarType loss_dtype) {
   return call<reduce_rows>("npu_xent::reduce_rows", o, target, weight, lse, lse_low, picked, wsum, totals, loss_dtype);
+}
+
+ProbStats prob_row_stats(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                         const OptionalTensor& weight) {
+  return call<prob_row_stats>("npu_xent::prob_row_stats", o, logits, probabilities, weight);
+}
+
+ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                        const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> output_mask) {
+  return call<prob_row_grad>("npu_xent::prob_row_grad", o, logits, probabilities, weight, lse, lse_low, share,
+                             grad_loss, grad_lse, output_mask);
 }
 
 void scale_(const Tensor& self, const Tensor& factor) {

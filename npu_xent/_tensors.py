@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 LOGITS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -86,6 +87,11 @@ def index_target(target: Tensor) -> Tensor:
 def transformed() -> bool:
     """Whether a torch.func transform is active. The C++ autograd functions do not support them."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode derivatives (torch.autograd.forward_ad) are computed."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:

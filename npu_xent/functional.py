@@ -19,6 +19,7 @@ from ._tensors import (
     LOGITS,
     check_overwritable,
     check_tensors,
+    forward_mode,
     index_target,
     require_storage,
     transformed,
@@ -102,7 +103,8 @@ def cross_entropy(
             on other devices if the classes are not adjacent in memory, the logits are copied once.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
-            differentiable; torch operations compute their loss, without fusion.
+            differentiable. On the CPU, probabilities in the dtype of input are read once in the forward and once in
+            the backward. Otherwise torch operations compute their loss, without fusion.
         weight: one weight per class, [C], float32 or the dtype of input (any floating-point dtype under autocast). It
             must not require a gradient.
         size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
@@ -136,8 +138,8 @@ def cross_entropy(
     Returns:
         The loss, [] or for "none" [N] (input's shape without C), in loss_dtype. With return_lse or return_z_loss, a
         CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss in the shape of
-        the loss. Loss and lse are differentiable, once; a second derivative raises.
-        (The transforms of torch.func run on torch operations, which support all derivatives.)
+        the loss. Loss and lse are differentiable, once; a second derivative raises. (Class probabilities, and the
+        transforms of torch.func, which run on torch operations, support all derivatives.)
 
         Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
         "mean" is NaN, with gradient 0. A row that is not ignored is NaN if it has a NaN, or, without softcap, a +inf or
@@ -194,9 +196,9 @@ def cross_entropy(
                 "the fused operator can write over the logits; leave it off"
             )
         check_ranges(options)
-        return _by_torch_operations(
-            input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss
-        )
+        fused = input.dtype == target.dtype and input.dtype in LOGITS and not (transformed() or forward_mode())
+        compute = _of_probabilities if fused else _by_torch_operations
+        return compute(input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss)
     prepare(input)
     shape = target.shape
     check_overwritable("cross_entropy", "input", input, overwrite)
@@ -373,6 +375,47 @@ def _product(factor: Tensor, log_prob: Tensor) -> Tensor:
     return factor * log_prob.masked_fill((factor == 0) & (log_prob == -math.inf), 0.0)
 
 
+def _require_no_ignored_class(ignore_index: int) -> None:
+    if ignore_index >= 0:
+        raise RuntimeError(
+            "npu_xent.cross_entropy: ignore_index has no effect on class probabilities and must be negative, but is "
+            f"{ignore_index}; leave it out"
+        )
+
+
+def _of_probabilities(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    ignore_index: int,
+    return_lse: bool,
+    return_z_loss: bool,
+    loss_dtype: torch.dtype | None,
+    **options: Any,
+) -> Tensor | CrossEntropyOutput:
+    """cross_entropy with class probabilities by the fused operator."""
+    _require_no_ignored_class(ignore_index)
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        loss_dtype = loss_dtype or dtype
+        weight = weight.to(dtype) if weight is not None and weight.is_floating_point() else weight
+    class_dim = min(input.dim() - 1, 1)
+    shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    rows, shares = (x.movedim(class_dim, -1).reshape(-1, x.shape[class_dim]) for x in (input, target))
+    loss: Tensor
+    loss, z_loss, lse = torch.ops.npu_xent.prob_cross_entropy.default(
+        rows, shares, weight, **options, loss_dtype=loss_dtype, need_lse=return_lse
+    )
+    if options["reduction"] == "none":
+        loss = loss.view(shape)
+    if not (return_lse or return_z_loss):
+        return loss
+    return CrossEntropyOutput(
+        loss, lse.view(shape) if return_lse else None, z_loss_like(loss, z_loss) if return_z_loss else None
+    )
+
+
 def _by_torch_operations(
     input: Tensor,
     target: Tensor,
@@ -415,11 +458,7 @@ def _by_torch_operations(
         logits = logits * logit_scale
     lse = _capped(logits, softcap).logsumexp(class_dim) if return_lse else None
     if target.is_floating_point():
-        if ignore_index >= 0:
-            raise RuntimeError(
-                "npu_xent.cross_entropy: ignore_index has no effect on class probabilities and must be negative, but "
-                f"is {ignore_index}; leave it out"
-            )
+        _require_no_ignored_class(ignore_index)
         target = target.to(dtype)
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
     else:

@@ -50,7 +50,15 @@ def problem(
         "reduce_rows", target, weight, ignore_index=ignored, num_classes=classes, loss_dtype=stats_dtype(dtype)
     )
     tensors = {"logits": logits, "target": target, "weight": weight, "row_temperature": row_temperature}
-    return {**tensors, **stats, "totals": totals["totals"]}
+    probabilities = make_logits(rows, classes, torch.float32, device, spread=1.0, layout=layout).softmax(1)
+    share = torch.linspace(0.5, 1.0, rows, device=device)
+    return {
+        **tensors,
+        **stats,
+        "totals": totals["totals"],
+        "probabilities": probabilities.to(dtype),
+        "share": share.to(stats_dtype(dtype)),
+    }
 
 
 def call(name: str, made: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -63,6 +71,10 @@ def call(name: str, made: dict[str, Any], **options: Any) -> dict[str, Any]:
         "index": target.clamp(min=0).unsqueeze(1),
         "grad_loss": torch.ones(target.shape if one_a_row else (), dtype=logits.dtype, device=logits.device),
     }
+    if name == "prob_row_grad":
+        of_rows = torch.linspace(-1.0, 2.0, target.numel(), device=logits.device).to(made["lse"].dtype)
+        values |= {"grad_loss": of_rows, "grad_lse": of_rows.flip(0)}
+        values |= {"output_mask": [True, options.get("need_log_prob", True)]}
     if name == "reduce_rows":
         values |= {"num_classes": logits.shape[1], "loss_dtype": logits.dtype}
     return known(name, values | options)
@@ -76,13 +88,16 @@ OPERATORS = (
     "row_stats_grad_",
     "reduce_rows",
     "scale_",
+    "prob_row_stats",
+    "prob_row_grad",
     "cross_entropy",
     "cross_entropy_",
     "token_log_probs",
     "token_log_probs_",
     "selected_log_probs",
+    "prob_cross_entropy",
 )
-PRIMITIVES = OPERATORS[:7]
+PRIMITIVES = OPERATORS[:9]
 
 OPTIONS = factors(
     *("dtype", "reduction", "weighted", "ignore_index", "label_smoothing", "lse_square_scale", "softcap"),
@@ -115,7 +130,7 @@ def prepared(name: str, case: dict[str, Any], device: torch.device) -> dict[str,
         rows=7,
         classes=21,
         **{key: options.pop(key) for key in ("dtype", "weighted", "layout")},
-        ignore_index=options["ignore_index"],
+        ignore_index=None if name.startswith("prob_") else options["ignore_index"],
         logit_scale=options["logit_scale"],
         softcap=options["softcap"],
         temperature=options["temperature"],
@@ -123,7 +138,7 @@ def prepared(name: str, case: dict[str, Any], device: torch.device) -> dict[str,
     )
     if options.pop("entropy_has_gradient"):
         made["grad_entropy"] = torch.linspace(-1.0, 1.0, 7, device=device)
-    if not options.pop("lse_low"):
+    if not options.pop("lse_low") and name != "prob_row_grad":
         made["lse_low"] = None
     options["ignore_index"] = -100 if options["ignore_index"] is None else options["ignore_index"]
     if options["loss_dtype"] is None:

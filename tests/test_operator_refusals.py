@@ -95,6 +95,37 @@ REFUSALS = {
         TypeError,
         "weight must be float32 or of the logits' dtype",
     ),
+    # class probabilities
+    "logits of three dimensions": Refusal(
+        "prob_row_stats",
+        lambda p: {"logits": p["logits"][None]},
+        ValueError,
+        "logits and probabilities must both have shape [N, C] and be on one device, but have 3 and 2 dimensions",
+    ),
+    "probabilities elsewhere": Refusal(
+        "prob_row_stats",
+        lambda p: {"probabilities": p["probabilities"].to("meta")},
+        ValueError,
+        "logits and probabilities must both have shape [N, C] and be on one device",
+    ),
+    "probabilities in another dtype": Refusal(
+        "prob_row_stats",
+        lambda p: {"probabilities": p["probabilities"].half()},
+        TypeError,
+        "probabilities must have the dtype of the logits, Float, but are Half",
+    ),
+    "probabilities of another shape": Refusal(
+        "prob_row_stats",
+        lambda p: {"probabilities": p["probabilities"][:, 1:]},
+        ValueError,
+        "probabilities must have the shape of the logits, [3, 5], but have [3, 4]",
+    ),
+    "share of another length": Refusal(
+        "prob_row_grad", lambda p: {"share": p["share"][:2]}, ValueError, "share must have 3 values, but has 2"
+    ),
+    "grad_loss of one value": Refusal(
+        "prob_row_grad", lambda p: {"grad_loss": p["lse"][0]}, ValueError, "grad_loss must have shape [N] and be on"
+    ),
     # gradients
     "label_smoothing above 1": Refusal(
         "row_grad", lambda p: {"label_smoothing": 1.5}, ValueError, "label_smoothing must lie in [0, 1], but is 1.5"

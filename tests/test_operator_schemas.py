@@ -57,8 +57,9 @@ def test_opcheck(name: str, sample: tuple[str, dict[str, Any], dict[str, Any]], 
         names = ("need_wsum", "need_log_prob", "need_lse", "need_entropy", "need_top1", "read_ignored")
         extras = dict.fromkeys(names, True) | {"temperature": 0.5}
     arguments = call(name, problem(device, **made), **options, **extras)
-    if name in ("cross_entropy", "token_log_probs", "selected_log_probs"):
-        arguments["logits"] = arguments["logits"].clone().requires_grad_()
+    if name in ("cross_entropy", "token_log_probs", "selected_log_probs", "prob_cross_entropy"):
+        for differentiable in {"logits", "probabilities"} & arguments.keys():
+            arguments[differentiable] = arguments[differentiable].clone().requires_grad_()
     first = next(iter(arguments))
     # torch looks at how autograd is registered on these devices only.
     registration = () if device.type in ("cpu", "cuda", "xpu") else ("test_autograd_registration",)

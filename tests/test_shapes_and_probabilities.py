@@ -305,6 +305,43 @@ def test_errors_with_probabilities_are_no_larger_than_torchs(
         assert max_error(our, true) <= max_error(theirs, true) + 1e-6 * float(true.abs().max())
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_second_and_forward_derivatives_with_probabilities(reduction: str, device: torch.device) -> None:
+    """As F.cross_entropy has them."""
+    if device.type != "cpu":
+        pytest.skip("gradgradcheck needs float64")
+    x, q = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.01, "logit_scale": 0.7}
+
+    def loss(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        out = npu_xent.cross_entropy(x, q, weight, **options, softcap=5.0, return_lse=True)
+        return out.loss, out.lse
+
+    weight = make_weight(5, torch.float64, device)
+    assert torch.autograd.gradcheck(loss, (x, q), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(loss, (x, q))
+
+
+def test_probabilities_are_read_by_the_fused_operators(device: torch.device) -> None:
+    """Once in the forward and once in the backward; the gradient of probabilities is made only if it is wanted."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    calls = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append((op.name(), args, kwargs or {}))
+            return op(*args, **(kwargs or {}))
+
+    x = make_logits(7, 5, torch.float32, device).requires_grad_()
+    with Record():
+        npu_xent.cross_entropy(x, torch.full((7, 5), 0.2, device=device)).backward()
+    sweeps = {name: kwargs for name, _, kwargs in calls if "prob_row" in name}
+    assert list(sweeps) == ["npu_xent::prob_row_stats", "npu_xent::prob_row_grad"]
+    assert sweeps["npu_xent::prob_row_grad"]["output_mask"] == [True, False]
+    assert not any("softmax" in name for name, _, _ in calls)
+
+
 def test_probabilities_of_one_class_are_an_index(device: torch.device) -> None:
     logits, target = make_logits(7, 5, torch.float32, device), make_target(7, 5, device)
     one_hot = F.one_hot(target, 5).float()

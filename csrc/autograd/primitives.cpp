@@ -55,8 +55,9 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
 }  // namespace
 
 TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
-  for (const char* name : {"row_stats", "row_grad", "row_grad_", "row_stats_grad", "row_stats_grad_", "reduce_rows",
-                           "scale_", "linear_row_stats", "linear_row_grad", "linear_row_stats_grad"}) {
+  for (const char* name :
+       {"row_stats", "row_grad", "row_grad_", "row_stats_grad", "row_stats_grad_", "reduce_rows", "scale_",
+        "prob_row_stats", "prob_row_grad", "linear_row_stats", "linear_row_grad", "linear_row_stats_grad"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradient>());
   }
 }

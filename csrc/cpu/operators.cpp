@@ -5,6 +5,7 @@
 #include <ATen/Version.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/record_function.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
@@ -330,6 +331,80 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
           not_wanted(target.options().dtype(stats))};
 }
 
+// The rows of class probabilities. To the sweeps their targets are classes of another shard.
+struct ProbInputs {
+  Inputs in;
+  Tensor probabilities;
+
+  ProbInputs(const Options& o, const Tensor& logits, const Tensor& probabilities_, const OptionalTensor& weight)
+      : in(o, logits, at::full({logits.size(0)}, logits.size(1), logits.options().dtype(at::kLong)), weight,
+           std::nullopt, /*check_targets=*/false) {
+    check_storages({{"probabilities", probabilities_}});
+    probabilities =
+        probabilities_.size(1) == 1 || probabilities_.stride(1) == 1 ? probabilities_ : probabilities_.contiguous();
+    in.logits = in.logits.size(1) == 1 || in.logits.stride(1) == 1 ? in.logits : in.logits.contiguous();
+    in.options.ignore_index = -1;
+  }
+  template <typename scalar_t>
+  Rows<scalar_t> rows() const {
+    auto rows = in.rows<scalar_t>();
+    rows.probabilities = const_data<scalar_t>(probabilities);
+    rows.probability_stride = probabilities.stride(0);
+    return rows;
+  }
+};
+
+ProbStats prob_row_stats_cpu(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                             const OptionalTensor& weight) {
+  check_prob_rows(o, logits, probabilities, weight);
+  const ProbInputs given(o, logits, probabilities, weight);
+  const auto lse = at::empty({logits.size(0)}, given.in.stats_options());
+  const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), share = at::empty_like(lse),
+             picked = at::empty_like(lse);
+  with_storage_type(logits.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using acc = acc_t<scalar_t>;
+    const Stats<scalar_t> stats{data<acc>(lse), data<acc>(lse_low), data<acc>(picked), data<acc>(cross), nullptr,
+                                nullptr,        data<acc>(share)};
+    row_stats(kernels().of<scalar_t>(), given.rows<scalar_t>(), /*read_ignored=*/true, stats, Output<scalar_t>{},
+              parallel_for_elements(logits.numel()));
+  });
+  return {lse, lse_low, cross, share};
+}
+
+ProbGrads prob_row_grad_cpu(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                            const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                            const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> wanted) {
+  const std::initializer_list<Named> of_rows{
+      {"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}};
+  check_prob_row_grad(o, logits, probabilities, weight, of_rows);
+  check_storages(of_rows);
+  const ProbInputs given(o, logits, probabilities, weight);
+  const auto high = lse.contiguous(), low = lse_low.contiguous(), shares = share.contiguous(),
+             from_loss = grad_loss.contiguous(), from_lse = grad_lse.contiguous();
+  const auto make = [&](bool is_wanted) { return is_wanted ? given.in.new_output() : not_wanted(logits.options()); };
+  const auto of_logits = make(wanted[0]), of_probabilities = make(wanted[1]);
+  with_storage_type(logits.scalar_type(), [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using acc = acc_t<scalar_t>;
+    auto rows = given.rows<scalar_t>();
+    rows.share = const_data<acc>(shares);
+    const auto parallel = parallel_for_elements(logits.numel());
+    const double ones[kTotals] = {1, 1, 1};
+    if (wanted[0]) {
+      const Upstream<scalar_t> upstream{
+          const_data<acc>(from_loss), nullptr, const_data<acc>(from_lse), nullptr, 1, 0, 1, 0};
+      row_grad(kernels().of<scalar_t>(), rows, ones, upstream, const_data<acc>(high), const_data<acc>(low),
+               static_cast<const acc*>(nullptr), output<scalar_t>(of_logits), parallel);
+    }
+    if (wanted[1]) {
+      probability_grad(kernels().of<scalar_t>(), rows, const_data<acc>(from_loss), 1, const_data<acc>(high),
+                       const_data<acc>(low), output<scalar_t>(of_probabilities), parallel);
+    }
+  });
+  return {of_logits, of_probabilities};
+}
+
 // The value of a tensor of one.
 double value_of(const Tensor& factor) {
   switch (factor.scalar_type()) {
@@ -452,6 +527,8 @@ TORCH_LIBRARY_IMPL(npu_xent, CPU, m) {
   m.impl("row_stats_grad_", flat<row_stats_grad_cpu<true>>);
   m.impl("reduce_rows", flat<reduce_rows_cpu>);
   m.impl("scale_", scale_cpu);
+  m.impl("prob_row_stats", flat<prob_row_stats_cpu>);
+  m.impl("prob_row_grad", flat<prob_row_grad_cpu>);
 }
 
 }  // namespace npu_xent::cpu

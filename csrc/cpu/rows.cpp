@@ -77,6 +77,7 @@ class LogSumExp {
 template <typename acc>
 struct Scratch {
   std::vector<ChunkStats<acc>> chunks;
+  acc parts[kChunk];  // of class probabilities in the loss
 
   acc* exps_of(int64_t n) {
     if (exps_.size() < static_cast<size_t>(n)) {
@@ -113,7 +114,8 @@ bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
 // single stride. Not where there are few of them: a row has the same results in any batch.
 template <typename scalar_t>
 bool in_tiles(const Rows<scalar_t>& rows) {
-  return rows.n_cols <= kMaxTileClasses || rows.layout.column != 1 || rows.layout.inner < rows.n_rows;
+  return rows.layout.column != 1 || rows.layout.inner < rows.n_rows ||
+         (rows.n_cols <= kMaxTileClasses && !rows.probabilities);
 }
 
 template <typename acc>
@@ -196,6 +198,22 @@ class Sweep {
   int64_t size(int64_t c) const { return std::min(kChunk, r_.n_cols - c * kChunk); }
   const scalar_t* logits(int64_t n, int64_t c) const { return r_.logits + n * r_.layout.row + c * kChunk; }
   const acc* weight(int64_t c) const { return r_.weight ? r_.weight + r_.options.class_start + c * kChunk : nullptr; }
+  // The weight of each class of chunk c in wsum. With probabilities the pointer is valid until the next call.
+  const acc* parts(int64_t n, int64_t c) const {
+    if (r_.probabilities == nullptr) {
+      return weight(c);
+    }
+    const scalar_t* q = r_.probabilities + n * r_.probability_stride + c * kChunk;
+    const double e = r_.options.label_smoothing, per_class = e / static_cast<double>(r_.options.num_classes);
+    if constexpr (std::is_same_v<acc, scalar_t>) {
+      if (e == 0 && r_.weight == nullptr) {
+        return q;
+      }
+    }
+    auto& scratch = Scratch<acc>::of_this_thread();
+    k_.parts(q, weight(c), size(c), static_cast<acc>(1 - e), static_cast<acc>(per_class), scratch.parts);
+    return scratch.parts;
+  }
   bool ignored(int64_t n) const { return r_.target[n] == r_.options.ignore_index; }
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
   // The target's column, or -1 for an ignored row or a class of another shard.
@@ -213,7 +231,7 @@ class Sweep {
   double grad_scale(int64_t n) const { return r_.divided(r_.options.grad_scale, n); }
 
   ChunkStats<acc> chunk_stats(int64_t n, int64_t c, const Stats<scalar_t>& out, acc* exps) const {
-    return k_.stats(logits(n, c), weight(c), size(c), r_.logit_map(n), out.wsum != nullptr, out.entropy != nullptr,
+    return k_.stats(logits(n, c), parts(n, c), size(c), r_.logit_map(n), out.wsum != nullptr, out.entropy != nullptr,
                     exps, chunk_after(n, c));
   }
   bool past_cache() const { return is_large(r_); }
@@ -222,9 +240,10 @@ class Sweep {
   // Merges the statistics of the chunks of row n, and stores them.
   Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
     LogSumExp sum;
-    double wsum = 0;
+    double wsum = 0, share = 0;
     for (int64_t c = 0; c < n_chunks_; ++c) {
       sum.add(chunks[c].max, chunks[c].sum, chunks[c].tilted);
+      share += chunks[c].weight;
     }
     const Lse lse = sum.value<acc>();
     for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
@@ -238,6 +257,9 @@ class Sweep {
     out.picked[n] = static_cast<acc>(target_logit(n));
     if (out.wsum) {
       out.wsum[n] = static_cast<acc>(wsum);
+    }
+    if (out.share) {
+      out.share[n] = static_cast<acc>(share);
     }
     if (out.entropy) {
       out.entropy[n] = static_cast<acc>(sum.entropy());
@@ -305,9 +327,9 @@ class Sweep {
       return;
     }
     if (exps) {
-      k_.grad_from_exps(logits(n, c), exps, weight(c), size(c), r_.logit_map(n), scale, offset, grad, past_cache);
+      k_.grad_from_exps(logits(n, c), exps, parts(n, c), size(c), r_.logit_map(n), scale, offset, grad, past_cache);
     } else {
-      k_.grad(logits(n, c), weight(c), size(c), r_.logit_map(n), static_cast<acc>(shift), scale, tilt, offset, grad,
+      k_.grad(logits(n, c), parts(n, c), size(c), r_.logit_map(n), static_cast<acc>(shift), scale, tilt, offset, grad,
               past_cache);
     }
     if (target >= 0 && target < size(c)) {
@@ -458,8 +480,9 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
       const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
       // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
       const double grad_loss = upstream.grad_loss ? from_loss / loss_divisor(rows.options, totals) : 0;
-      k = row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n], grad_loss,
-                           (from_loss + from_z) / z_divisor(rows.options, totals));
+      k = rows.share ? RowCoefficients{from_loss * rows.share[n], 0, from_loss}
+                     : row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n], grad_loss,
+                                        (from_loss + from_z) / z_divisor(rows.options, totals));
     }
     k.a += from_lse;
     // Read the target's logit now: if grad is the logits, its chunk will be overwritten.
@@ -532,6 +555,22 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
       const Lse row = joined.lse[n];
       grad_chunk(n, c, coefficients(n, row), row, joined.chunks[n * n_chunks + c].max, nullptr);
     }
+  });
+}
+
+template <typename scalar_t>
+void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
+                      const acc_t<scalar_t>* grad_loss, int64_t loss_stride, const acc_t<scalar_t>* lse,
+                      const acc_t<scalar_t>* lse_low, const Output<scalar_t>& grad, const Parallel& parallel) {
+  using acc = acc_t<scalar_t>;
+  const Sweep<scalar_t> sweep(kernels, rows, parallel);
+  const double share = 1 - rows.options.label_smoothing;
+  sweep.for_each_chunk([&](int64_t n, int64_t c) {
+    const double factor = -grad_loss[n * loss_stride] * share;
+    const acc high = std::isfinite(lse[n]) ? lse[n] : std::numeric_limits<acc>::quiet_NaN();
+    kernels.parts_grad(sweep.logits(n, c), sweep.parts(n, c), sweep.weight(c), sweep.size(c), rows.logit_map(n), high,
+                       lse_low[n], static_cast<acc>(factor), grad.data + n * grad.layout.row + c * kChunk,
+                       sweep.past_cache());
   });
 }
 
@@ -678,6 +717,16 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
   template void row_stats_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, bool, const double*,     \
                                const Stats<scalar_t>&, const Output<scalar_t>&, const Parallel&);             \
   template void scale(const ChunkKernels<scalar_t>&, scalar_t*, int64_t, double, const Parallel&);
+INSTANTIATE(float)
+INSTANTIATE(double)
+INSTANTIATE(bf16)
+INSTANTIATE(f16)
+#undef INSTANTIATE
+
+#define INSTANTIATE(scalar_t)                                                                                      \
+  template void probability_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const acc_t<scalar_t>*,     \
+                                 int64_t, const acc_t<scalar_t>*, const acc_t<scalar_t>*, const Output<scalar_t>&, \
+                                 const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 INSTANTIATE(bf16)

@@ -38,6 +38,12 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
                     const double* totals, const Stats<scalar_t>& out, const Output<scalar_t>& grad,
                     const Parallel& parallel);
 
+// The gradient of the probabilities, from the upstream gradient of each row's loss.
+template <typename scalar_t>
+void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
+                      const acc_t<scalar_t>* grad_loss, int64_t loss_stride, const acc_t<scalar_t>* lse,
+                      const acc_t<scalar_t>* lse_low, const Output<scalar_t>& grad, const Parallel& parallel);
+
 // x[0:n] *= factor
 template <typename scalar_t>
 void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double factor, const Parallel& parallel);

@@ -339,6 +339,40 @@ void log_prob(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t
 }
 
 template <typename scalar_t>
+void parts(const scalar_t* q, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> share, acc_t<scalar_t> per_class,
+           acc_t<scalar_t>* out) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> factor(share), offset(per_class);
+  write_blocks(n, out, /*past_cache=*/false, [&](int64_t i, auto valid) {
+    const Pair<acc> v = load(q + i, valid);
+    const Pair<acc> part{at::vec::fmadd(v.lo, factor, offset), at::vec::fmadd(v.hi, factor, offset)};
+    if (w == nullptr) {
+      return part;
+    }
+    const Pair<acc> weight = load(w + i, valid);
+    return Pair<acc>{part.lo * weight.lo, part.hi * weight.hi};
+  });
+}
+
+template <typename scalar_t>
+void parts_grad(const scalar_t* x, const acc_t<scalar_t>* parts, const acc_t<scalar_t>* w, int64_t n,
+                LogitMap<acc_t<scalar_t>> map, acc_t<scalar_t> lse, acc_t<scalar_t> lse_low, acc_t<scalar_t> factor,
+                scalar_t* out, bool past_cache) {
+  using acc = acc_t<scalar_t>;
+  const Vec<acc> minus_lse(-lse), low(lse_low), k(factor), zero(0), lowest(-std::numeric_limits<acc>::infinity());
+  const auto grad = [&](const Vec<acc>& y, const Vec<acc>& part, const Vec<acc>& weight) {
+    return Vec<acc>::blendv((y - low) * (k * weight), zero, (y == lowest) & (part == zero));
+  };
+  with_map(map, [&](const auto& z) {
+    write_blocks(n, out, past_cache, [&](int64_t i, auto valid) {
+      const Pair<acc> y = shifted(z, base_of(z, load(x + i, valid)), minus_lse), part = load(parts + i, valid);
+      const Pair<acc> weight = w ? load(w + i, valid) : Pair<acc>{Vec<acc>(1), Vec<acc>(1)};
+      return Pair<acc>{grad(y.lo, part.lo, weight.lo), grad(y.hi, part.hi, weight.hi)};
+    });
+  });
+}
+
+template <typename scalar_t>
 void scale(scalar_t* out, int64_t n, acc_t<scalar_t> factor) {
   using acc = acc_t<scalar_t>;
   const Vec<acc> s(factor);
@@ -370,9 +404,10 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
 
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {stats<scalar_t>,         grad_from_exps<scalar_t>, grad<scalar_t>,   log_prob<scalar_t>,  fill<scalar_t>,
-          max<scalar_t>,           scale<scalar_t>,          mapped<scalar_t>, store_one<scalar_t>, finish_streaming,
-          tile_kernels<scalar_t>()};
+  return {
+      stats<scalar_t>,     grad_from_exps<scalar_t>, grad<scalar_t>,          log_prob<scalar_t>,   fill<scalar_t>,
+      max<scalar_t>,       scale<scalar_t>,          parts<scalar_t>,         parts_grad<scalar_t>, mapped<scalar_t>,
+      store_one<scalar_t>, finish_streaming,         tile_kernels<scalar_t>()};
 }
 
 }  // namespace

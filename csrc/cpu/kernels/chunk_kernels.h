@@ -98,6 +98,11 @@ struct ChunkKernels {
   acc (*max)(const scalar_t* x, int64_t n, acc scale);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
+  // out = w (share q + per_class): the part of each class in the loss of class probabilities q
+  void (*parts)(const scalar_t* q, const acc* w, int64_t n, acc share, acc per_class, acc* out);
+  // out = factor w (z - lse - lse_low), and 0 where a part is 0 and z is -inf
+  void (*parts_grad)(const scalar_t* x, const acc* parts, const acc* w, int64_t n, LogitMap<acc> map, acc lse,
+                     acc lse_low, acc factor, scalar_t* out, bool past_cache);
   // z of one logit, bitwise identical to its value in a chunk.
   acc (*mapped)(const scalar_t* x, LogitMap<acc> map);
   void (*store)(scalar_t* out, acc value);

@@ -1,0 +1,124 @@
+// prob_cross_entropy: the loss of class probabilities. The forward reads logits and probabilities once, the backward
+// reads them again and writes the gradients; the rest works on one value a row.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/common.h"
+#include "composite.h"
+#include "loss.h"
+
+namespace npu_xent::autograd {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct ProbLoss {
+  Tensor loss, z_loss, lse, lse_low, share;
+};
+
+ProbLoss compute(const Options& o, const Tensor& logits, const Tensor& probabilities, const OptionalTensor& weight,
+                 const Wanted& wanted) {
+  auto [lse, lse_low, cross, share] = prob_row_stats(o, logits, probabilities, weight);
+  // Reduced as rows of a single class with label smoothing 1, whose loss is -wsum.
+  auto single = of_classes(o, 1);
+  single.label_smoothing = 1;
+  single.ignore_index = -1;
+  const auto target = at::zeros_symint({logits.sym_size(0)}, logits.options().dtype(at::kLong));
+  const auto totals = totals_of(single, target, std::nullopt, logits.scalar_type());
+  auto [loss, z_loss] = loss_of(single, target, std::nullopt, lse, lse_low, lse, cross, totals, wanted.loss_dtype);
+  return {loss, z_loss, lse, lse_low, share};
+}
+
+class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& probabilities,
+                               const OptionalTensor& weight, const Options& o, const Wanted& wanted) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    ctx->set_materialize_grads(false);
+    auto out = compute(o, logits, probabilities, weight, wanted);
+    save(o, ctx->saved_data);
+    ctx->saved_data["lse"] = wanted.lse;
+    ctx->save_for_backward({logits, probabilities, weight.value_or(Tensor()), out.lse, out.lse_low, out.share});
+    // An output must not be a saved tensor below autograd.
+    const auto lse = wanted.lse ? out.lse.clone() : not_wanted(out.lse.options());
+    variable_list constants{out.z_loss};
+    if (!wanted.lse) {
+      constants.push_back(lse);
+    }
+    ctx->mark_non_differentiable(constants);
+    return {out.loss, out.z_loss, lse};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto tensors = ctx->get_saved_variables();
+    variable_list grads(5);
+    if (!upstream[0].defined() && !upstream[2].defined()) {
+      return grads;
+    }
+    const auto o = saved_options(ctx->saved_data);
+    const auto &logits = tensors[0], &probabilities = tensors[1];
+    const auto weight = optional(tensors[2]);
+    // Where a second derivative may follow, autograd records the gradient's own operations, from the logits on.
+    const bool differentiable = at::GradMode::is_enabled();
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    auto lse = tensors[3], lse_low = tensors[4], share = tensors[5];
+    if (differentiable) {
+      std::tie(lse, lse_low, std::ignore, share) = composite::prob_row_stats(o, logits, probabilities, weight);
+    } else {
+      below.emplace();
+    }
+    const auto of_rows = [&](const Tensor& grad) {
+      check_storages({{"the upstream gradient", grad}});
+      return grad.defined() ? grad.to(lse.scalar_type()).expand_symint(lse.sym_sizes()) : at::zeros_like(lse);
+    };
+    auto grad_loss = of_rows(upstream[0]), grad_lse = of_rows(upstream[2]);
+    if (o.reduction == Reduction::mean) {
+      grad_loss = grad_loss / c10::Scalar(lse.sym_numel());
+    }
+    if (o.lse_square_scale != 0) {
+      grad_lse = grad_lse + grad_loss * lse * (2 * o.lse_square_scale);
+    }
+    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    const auto compute = differentiable ? &composite::prob_row_grad : &prob_row_grad;
+    auto [grad_logits, grad_probabilities] =
+        compute(o, logits, probabilities, weight, lse, lse_low, share, grad_loss, grad_lse, wanted);
+    grads[0] = wanted[0] ? std::move(grad_logits) : Tensor();
+    grads[1] = wanted[1] ? std::move(grad_probabilities) : Tensor();
+    return grads;
+  }
+};
+
+LinearLoss prob_cross_entropy_autograd(const Options& options, const Tensor& logits, const Tensor& probabilities,
+                                       const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype,
+                                       bool need_lse) {
+  const Wanted wanted{loss_dtype.value_or(logits.scalar_type()), need_lse};
+  check_prob_rows(options, logits, probabilities, weight);
+  check_loss_options(weight, wanted, logits);
+  check_no_forward_mode(logits, "cross_entropy");
+  check_no_forward_mode(probabilities, "cross_entropy");
+  const auto o = of_classes(options, logits.sym_size(-1));
+  if (at::GradMode::is_enabled() && (logits.requires_grad() || probabilities.requires_grad())) {
+    const auto out = ProbCrossEntropy::apply(logits, probabilities, weight, o, wanted);
+    return {out[0], out[1], out[2]};
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  const auto out = compute(o, logits, probabilities, weight, wanted);
+  return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
+  m.impl("prob_cross_entropy", flat<prob_cross_entropy_autograd>);
+}
+
+// For inference mode, where autograd's key is excluded; the same function then saves nothing.
+TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
+  m.impl("prob_cross_entropy", flat<prob_cross_entropy_autograd>);
+}
+
+}  // namespace npu_xent::autograd
