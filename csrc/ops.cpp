@@ -203,10 +203,16 @@ LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, con
                                      weight, totals, chunk_rows, read_ignored, output_mask);
 }
 
-LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                                std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
-                                bool need_lse) {
+LossWithLse prob_cross_entropy(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                               const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype, bool need_lse) {
+  return call<prob_cross_entropy>("npu_xent::prob_cross_entropy", o, logits, probabilities, weight, loss_dtype,
+                                  need_lse);
+}
+
+LossWithLse linear_cross_entropy(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                 const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                                 std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
+                                 bool need_lse) {
   return call<linear_cross_entropy>("npu_xent::linear_cross_entropy", o, input, linear_weight, linear_bias, target,
                                     weight, chunk_rows, loss_dtype, need_lse);
 }

@@ -46,7 +46,7 @@ using RowStatsGrad = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // lse
 using StatsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;          // lse, lse_low, picked, wsum
 using Reduced = std::tuple<Tensor, Tensor, Tensor>;                       // loss, z_loss, totals
 using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;                  // loss, z_loss, lse, log_prob
-using LinearLoss = std::tuple<Tensor, Tensor, Tensor>;                    // loss, z_loss, lse
+using LossWithLse = std::tuple<Tensor, Tensor, Tensor>;                   // loss, z_loss, lse
 using TokenLogProbs = std::tuple<Tensor, Tensor, Tensor>;                 // log_probs, entropy, top1
 using LinearGrad = std::tuple<Tensor, Tensor, Tensor>;  // grad_input, grad_linear_weight, grad_linear_bias
 // lse, lse_low, picked, wsum, entropy, top1
@@ -119,10 +119,13 @@ LinearStatsGrad linear_row_stats_grad(const Options& o, const Tensor& input, con
                                       std::optional<int64_t> chunk_rows, bool read_ignored,
                                       std::array<bool, 3> output_mask);
 
-LinearLoss linear_cross_entropy(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
-                                std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
-                                bool need_lse);
+LossWithLse prob_cross_entropy(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                               const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype, bool need_lse);
+
+LossWithLse linear_cross_entropy(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                 const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
+                                 std::optional<int64_t> chunk_rows, std::optional<at::ScalarType> loss_dtype,
+                                 bool need_lse);
 
 // token_log_probs, token_log_probs_
 template <bool over_logits>

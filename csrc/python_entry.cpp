@@ -4,9 +4,11 @@
 #include "python_entry.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
 
@@ -64,6 +66,13 @@ bool python_observes() {
          c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Class probabilities as the operator takes them; autocast and forward-mode derivatives are left to Python.
+bool are_usual_probabilities(const Tensor& logits, const Tensor& target, const Options& o) {
+  return target.scalar_type() == logits.scalar_type() && target.sizes() == logits.sizes() && o.ignore_index < 0 &&
+         !at::autocast::is_autocast_enabled(at::kCPU) && !torch::autograd::isFwGradDefined(logits) &&
+         !torch::autograd::isFwGradDefined(target);
+}
+
 // (input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, logit_scale, softcap, loss_dtype)
 PyObject* cross_entropy_entry(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   HANDLE_TH_ERRORS
@@ -75,19 +84,23 @@ PyObject* cross_entropy_entry(PyObject*, PyObject* const* args, Py_ssize_t n_arg
   const Tensor* weight = args[2] == Py_None ? nullptr : usual_tensor(args[2]);
   Options o;
   std::optional<at::ScalarType> loss_dtype;
-  const bool usual = logits && logits->dim() == 2 && target && target->dim() == 1 &&
-                     target->scalar_type() == at::kLong && (weight || args[2] == Py_None) &&
+  const bool usual = logits && logits->dim() == 2 && target && (weight || args[2] == Py_None) &&
                      take(args[3], o.ignore_index) && take(args[4], o.reduction) && take(args[5], o.label_smoothing) &&
                      take(args[6], o.lse_square_scale) && take(args[7], o.logit_scale) && take(args[8], o.softcap) &&
                      take(args[9], loss_dtype);
   if (!usual || logits->size(1) == 0) {
     Py_RETURN_NONE;
   }
+  const bool of_classes = target->dim() == 1 && target->scalar_type() == at::kLong;
+  if (!of_classes && !are_usual_probabilities(*logits, *target, o)) {
+    Py_RETURN_NONE;
+  }
   Tensor loss;
   {
     pybind11::gil_scoped_release no_gil;
-    loss = std::get<0>(cross_entropy<false>(o, *logits, *target, weight ? OptionalTensor(*weight) : std::nullopt,
-                                            loss_dtype, false, false, false));
+    const auto weights = weight ? OptionalTensor(*weight) : std::nullopt;
+    loss = of_classes ? std::get<0>(cross_entropy<false>(o, *logits, *target, weights, loss_dtype, false, false, false))
+                      : std::get<0>(prob_cross_entropy(o, *logits, *target, weights, loss_dtype, false));
   }
   return THPVariable_Wrap(std::move(loss));
   END_HANDLE_TH_ERRORS

@@ -11,6 +11,7 @@ import pytest
 import torch
 from reference import assert_same_bits, loss_and_grad, make_logits, make_target, make_weight
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,12 +101,13 @@ def test_a_usual_call_is_direct(device: torch.device) -> None:
     logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
     assert _C.cross_entropy(logits, target, None, -100, "mean", 0.0, 0.0, 1.0, None, None) is not None
     program = """
-import torch, npu_xent
+import inspect, torch, npu_xent
 def refuse(*args, **kwargs):
     raise AssertionError("a primitive was dispatched")
 library = torch.library.Library("npu_xent", "IMPL")
+newer = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
 for name in ("row_stats", "row_stats_grad", "row_stats_grad_", "reduce_rows", "scale_"):
-    library.impl(name, refuse, "CPU", allow_override=True)
+    library.impl(name, refuse, "CPU", **newer)
 target = torch.zeros(3, dtype=torch.int64)
 for consume in (False, True):
     logits = torch.zeros(3, 5, requires_grad=True)
@@ -133,6 +135,9 @@ UNUSUAL: dict[str, Callable[[list[Any]], None]] = {
     "a view with the negative bit": lambda a: a.__setitem__(0, torch.complex(a[0], a[0]).conj().imag),
     "a subclass": lambda a: a.__setitem__(0, a[0].as_subclass(Subclass)),
     "no classes": lambda a: a.__setitem__(0, a[0][:, :0]),
+    "probabilities of another dtype": lambda a: a.__setitem__(1, a[0].double()),
+    "probabilities of another shape": lambda a: a.__setitem__(1, a[0][:2]),
+    "probabilities and a class to ignore": lambda a: a.__setitem__(slice(1, 4), [a[0], None, 2]),
 }
 
 
@@ -142,6 +147,24 @@ def test_other_calls_are_left_to_python(change: Callable[[list[Any]], None], dev
     arguments += [None, -100, "mean", 0.0, 0.0, 1.0, None, None]
     change(arguments)
     assert _C.cross_entropy(*arguments) is None
+
+
+def test_probabilities_are_direct_too(device: torch.device) -> None:
+    """But for autocast and forward-mode derivatives, which Python sees to."""
+    logits, q = (make_logits(3, 5, torch.float32, device) for _ in range(2))
+    direct = loss_and_grad(npu_xent.cross_entropy, logits, q, label_smoothing=0.1)
+    with Functions() as mode:
+        through = loss_and_grad(npu_xent.cross_entropy, logits, q, label_smoothing=0.1)
+    assert "npu_xent.prob_cross_entropy.default" in mode.names
+    for ours, theirs in zip(direct, through, strict=True):
+        assert_same_bits(ours, theirs)
+    usual = (None, -100, "mean", 0.0, 0.0, 1.0, None, None)
+    assert _C.cross_entropy(logits, q, *usual) is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _C.cross_entropy(logits, q, *usual) is None
+    with forward_ad.dual_level():
+        for pair in ((forward_ad.make_dual(logits, q), q), (logits, forward_ad.make_dual(q, q))):
+            assert _C.cross_entropy(*pair, *usual) is None
 
 
 def test_too_few_arguments_are_left_to_python() -> None:

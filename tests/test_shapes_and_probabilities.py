@@ -382,7 +382,7 @@ def test_what_probabilities_do_not_go_with(device: torch.device) -> None:
     for options, words in (
         ({"label_smoothing": 1.5}, r"label_smoothing must lie in \[0, 1\]"),
         ({"lse_square_scale": -1.0}, "lse_square_scale must be finite and not negative"),
-        ({"softcap": 0.0}, r"softcap must lie in \[1e-6, 1e6\], but is 0.0; leave it at None"),
+        ({"softcap": 0.0}, r"softcap must lie in \[1e-6, 1e6\], but is 0(\.0)?; leave it at None"),
         ({"reduction": "batchmean"}, "batchmean"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -144,10 +144,10 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   }
 };
 
-LinearLoss linear_cross_entropy_autograd(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                         const OptionalTensor& linear_bias, const Tensor& target,
-                                         const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
-                                         std::optional<at::ScalarType> loss_dtype, bool need_lse) {
+LossWithLse linear_cross_entropy_autograd(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                          const OptionalTensor& linear_bias, const Tensor& target,
+                                          const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
+                                          std::optional<at::ScalarType> loss_dtype, bool need_lse) {
   const Wanted wanted{loss_dtype.value_or(input.scalar_type()), need_lse};
   const LinearRows rows{input, linear_weight, linear_bias, target, weight, chunk_rows};
   check_loss(o, rows, wanted);
@@ -171,10 +171,10 @@ LinearLoss linear_cross_entropy_autograd(const Options& o, const Tensor& input, 
 // Under autocast input, linear_weight and linear_bias are cast to autocast's dtype, as in torch.nn.functional.linear;
 // the loss is fp32 unless the caller named its dtype.
 template <c10::DispatchKey key, c10::DeviceType device>
-LinearLoss linear_cross_entropy_autocast(const Options& o, const Tensor& input, const Tensor& linear_weight,
-                                         const OptionalTensor& linear_bias, const Tensor& target,
-                                         const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
-                                         std::optional<at::ScalarType> loss_dtype, bool need_lse) {
+LossWithLse linear_cross_entropy_autocast(const Options& o, const Tensor& input, const Tensor& linear_weight,
+                                          const OptionalTensor& linear_bias, const Tensor& target,
+                                          const OptionalTensor& weight, std::optional<int64_t> chunk_rows,
+                                          std::optional<at::ScalarType> loss_dtype, bool need_lse) {
   c10::impl::ExcludeDispatchKeyGuard below(key);
   const auto dtype = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(dtype, t, device); };

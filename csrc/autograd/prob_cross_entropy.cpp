@@ -92,9 +92,9 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
   }
 };
 
-LinearLoss prob_cross_entropy_autograd(const Options& options, const Tensor& logits, const Tensor& probabilities,
-                                       const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype,
-                                       bool need_lse) {
+LossWithLse prob_cross_entropy_autograd(const Options& options, const Tensor& logits, const Tensor& probabilities,
+                                        const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype,
+                                        bool need_lse) {
   const Wanted wanted{loss_dtype.value_or(logits.scalar_type()), need_lse};
   check_prob_rows(options, logits, probabilities, weight);
   check_loss_options(weight, wanted, logits);
