@@ -296,12 +296,13 @@ void reduce(const RowOptions& options, const Tensor& target, const OptionalTenso
   const auto parallel = parallel_for_elements(n);
   int64_t bad;
   if (!lse) {
-    bad = reduce_totals(options, y, n, pointer(w), data<double>(new_totals), parallel);
+    bad = reduce_totals(kernels().of<acc>().sums, options, y, n, pointer(w), data<double>(new_totals), parallel);
   } else {
     const auto row_lse = values(lse), row_low = values(lse_low), row_picked = values(picked);
     const auto row_wsum = options.label_smoothing != 0 ? values(wsum) : Tensor();
-    bad = reduce_loss(options, y, n, pointer(w), pointer(row_lse), pointer(row_low), pointer(row_picked),
-                      pointer(row_wsum), totals, data<double>(loss), data<double>(z_loss), parallel);
+    bad =
+        reduce_loss(kernels().of<acc>().sums, options, y, n, pointer(w), pointer(row_lse), pointer(row_low),
+                    pointer(row_picked), pointer(row_wsum), totals, data<double>(loss), data<double>(z_loss), parallel);
   }
   if (bad >= 0) {
     raise_bad_target(options, y, bad);
@@ -489,7 +490,8 @@ LossAndStats whole_loss(const Options& o, const Tensor& logits, const Tensor& ta
     std::array<double, kTotals> totals;
     double loss, z_loss;
     const auto by_row = parallel_for_elements(n), by_element = parallel_for_elements(logits.numel());
-    const int64_t bad = reduce_totals(in.options, rows.target, n, rows.weight, totals.data(), by_row);
+    const auto& sums = kernels().of<scalar_t>().sums;
+    const int64_t bad = reduce_totals(sums, in.options, rows.target, n, rows.weight, totals.data(), by_row);
     if (bad >= 0) {
       raise_bad_target(in.options, rows.target, bad);
     }
@@ -504,7 +506,7 @@ LossAndStats whole_loss(const Options& o, const Tensor& logits, const Tensor& ta
       row_stats_grad(kernels().of<scalar_t>(), rows, wanted.lse, totals.data(), stats, output<scalar_t>(out.grad),
                      by_element);
     }
-    reduce_loss(in.options, rows.target, n, rows.weight, stats.lse, stats.lse_low, stats.picked, stats.wsum,
+    reduce_loss(sums, in.options, rows.target, n, rows.weight, stats.lse, stats.lse_low, stats.picked, stats.wsum,
                 totals.data(), &loss, &z_loss, by_row);
     out.loss = rounded(loss, wanted.loss_dtype);
     out.z_loss = o.lse_square_scale == 0 ? unseen({0}, wanted.loss_dtype) : rounded(z_loss, wanted.loss_dtype);

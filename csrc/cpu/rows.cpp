@@ -584,55 +584,35 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
 
 // Calls sum(begin, end, total) for blocks of rows and adds up the totals, in a fixed order. Returns the first row whose
 // target is out of range, or -1.
-template <typename Sum, typename F>
-int64_t sum_over_rows(const RowOptions& o, const int64_t* target, int64_t n_rows, const Parallel& parallel, Sum& total,
-                      const F& sum) {
+template <typename acc, typename Sum, typename F>
+int64_t sum_over_rows(const SumKernels<acc>& kernels, const RowOptions& o, const int64_t* target, int64_t n_rows,
+                      const Parallel& parallel, Sum& total, const F& sum) {
   struct Block {
     Sum sum{};
-    int64_t bad = -1;
+    bool bad = false;
   };
   std::vector<Block> blocks(div_up(n_rows, kSumBlock));
+  const auto end_of = [&](int64_t b) { return std::min(n_rows, (b + 1) * kSumBlock); };
   parallel.run(static_cast<int64_t>(blocks.size()), [&](int64_t b) {
-    const int64_t begin = b * kSumBlock, end = std::min(n_rows, begin + kSumBlock);
-    const int64_t bad = first_bad_target(o, target + begin, end - begin);
-    if (bad >= 0) {
-      blocks[b].bad = begin + bad;
-    } else {
+    const int64_t begin = b * kSumBlock, end = end_of(b);
+    blocks[b].bad = kernels.any_bad(o, target + begin, end - begin);
+    if (!blocks[b].bad) {
       sum(begin, end, blocks[b].sum);
     }
   });
-  for (const Block& block : blocks) {
-    if (block.bad >= 0) {
-      return block.bad;
+  for (size_t b = 0; b < blocks.size(); ++b) {
+    if (blocks[b].bad) {
+      const int64_t begin = static_cast<int64_t>(b) * kSumBlock;
+      return begin + first_bad_target(o, target + begin, end_of(static_cast<int64_t>(b)) - begin);
     }
-    total += block.sum;
+    total += blocks[b].sum;
   }
   return -1;
 }
 
-// The sum of value(n), as several sums side by side, so that the additions need not wait for each other.
-template <typename Value, typename F>
-Value sum_of(int64_t begin, int64_t end, const F& value) {
-  constexpr int64_t kSums = 8;
-  Value sums[kSums]{};
-  int64_t n = begin;
-  for (; n + kSums <= end; n += kSums) {
-    for (int64_t k = 0; k < kSums; ++k) {
-      sums[k] += value(n + k);
-    }
-  }
-  for (; n < end; ++n) {
-    sums[0] += value(n);
-  }
-  for (int64_t k = 1; k < kSums; ++k) {
-    sums[0] += sums[k];
-  }
-  return sums[0];
-}
-
 template <typename acc>
-int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
-                      double* totals, const Parallel& parallel) {
+int64_t reduce_totals(const SumKernels<acc>& kernels, const RowOptions& options, const int64_t* target, int64_t n_rows,
+                      const acc* weight, double* totals, const Parallel& parallel) {
   struct Kept {
     double weight = 0, rows = 0;
     void operator+=(const Kept& other) {
@@ -642,12 +622,11 @@ int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t 
   } kept;
   const int64_t ignored = options.ignore_index;
   const int64_t bad =
-      sum_over_rows(options, target, n_rows, parallel, kept, [&](int64_t begin, int64_t end, Kept& sum) {
-        const auto is_kept = [&](int64_t n) { return target[n] == ignored ? 0.0 : 1.0; };
+      sum_over_rows(kernels, options, target, n_rows, parallel, kept, [&](int64_t begin, int64_t end, Kept& sum) {
         const auto kept_weight = [&](int64_t n) {
           return target[n] == ignored ? 0.0 : static_cast<double>(weight[target[n]]);
         };
-        sum.rows = sum_of<double>(begin, end, is_kept);
+        sum.rows = kernels.kept_rows(target + begin, end - begin, ignored);
         sum.weight = weight ? sum_of<double>(begin, end, kept_weight) : sum.rows;
       });
   totals[kKeptWeight] = kept.weight;
@@ -660,9 +639,9 @@ int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t 
 }
 
 template <typename acc>
-int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                    const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
-                    double* z_loss, const Parallel& parallel) {
+int64_t reduce_loss(const SumKernels<acc>& kernels, const RowOptions& options, const int64_t* target, int64_t n_rows,
+                    const acc* weight, const acc* lse, const acc* lse_low, const acc* picked, const acc* wsum,
+                    const double* totals, double* loss, double* z_loss, const Parallel& parallel) {
   const bool none = options.reduction == Reduction::none;
   const bool mean = options.reduction == Reduction::mean;
   RowLoss total;
@@ -680,15 +659,10 @@ int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_
   };
   const bool plain = !none && !weight && options.label_smoothing == 0 && options.lse_square_scale == 0 && lse_low;
   const int64_t ignored = options.ignore_index;
-  // row_loss without branches; lse - lse is NaN where lse is not finite.
-  const auto plain_loss = [&](int64_t n) {
-    const double high = lse[n], row = (high - picked[n] + lse_low[n]) + (high - high);
-    return target[n] == ignored ? 0.0 : row;
-  };
   const int64_t bad =
-      sum_over_rows(options, target, n_rows, parallel, total, [&](int64_t begin, int64_t end, auto& sum) {
+      sum_over_rows(kernels, options, target, n_rows, parallel, total, [&](int64_t begin, int64_t end, RowLoss& sum) {
         if (plain) {
-          sum.loss = sum_of<double>(begin, end, plain_loss);
+          sum.loss = kernels.loss(target + begin, end - begin, ignored, lse + begin, lse_low + begin, picked + begin);
         } else {
           sum = sum_of<RowLoss>(begin, end, of_row);
         }
@@ -733,10 +707,12 @@ INSTANTIATE(bf16)
 INSTANTIATE(f16)
 #undef INSTANTIATE
 
-#define INSTANTIATE(acc)                                                                                            \
-  template int64_t reduce_totals(const RowOptions&, const int64_t*, int64_t, const acc*, double*, const Parallel&); \
-  template int64_t reduce_loss(const RowOptions&, const int64_t*, int64_t, const acc*, const acc*, const acc*,      \
-                               const acc*, const acc*, const double*, double*, double*, const Parallel&);
+#define INSTANTIATE(acc)                                                                                         \
+  template int64_t reduce_totals(const SumKernels<acc>&, const RowOptions&, const int64_t*, int64_t, const acc*, \
+                                 double*, const Parallel&);                                                      \
+  template int64_t reduce_loss(const SumKernels<acc>&, const RowOptions&, const int64_t*, int64_t, const acc*,   \
+                               const acc*, const acc*, const acc*, const acc*, const double*, double*, double*,  \
+                               const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)
 #undef INSTANTIATE

@@ -51,13 +51,13 @@ void scale(const ChunkKernels<scalar_t>& kernels, scalar_t* x, int64_t n, double
 // totals[kTotals] over all rows. Returns the first row whose target is out of range (the totals are then
 // meaningless), or -1.
 template <typename acc>
-int64_t reduce_totals(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight,
-                      double* totals, const Parallel& parallel);
+int64_t reduce_totals(const SumKernels<acc>& kernels, const RowOptions& options, const int64_t* target, int64_t n_rows,
+                      const acc* weight, double* totals, const Parallel& parallel);
 
 // The loss and z-loss: one value per row for Reduction::none, else one value each. Returns the same as reduce_totals.
 template <typename acc>
-int64_t reduce_loss(const RowOptions& options, const int64_t* target, int64_t n_rows, const acc* weight, const acc* lse,
-                    const acc* lse_low, const acc* picked, const acc* wsum, const double* totals, double* loss,
-                    double* z_loss, const Parallel& parallel);
+int64_t reduce_loss(const SumKernels<acc>& kernels, const RowOptions& options, const int64_t* target, int64_t n_rows,
+                    const acc* weight, const acc* lse, const acc* lse_low, const acc* picked, const acc* wsum,
+                    const double* totals, double* loss, double* z_loss, const Parallel& parallel);
 
 }  // namespace npu_xent::cpu

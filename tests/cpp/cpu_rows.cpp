@@ -149,7 +149,7 @@ class Run {
     Results<T> r;
     const RowOptions& o = p_.options;
     r.totals.resize(kTotals);
-    reduce_totals<acc>(o, p_.target.data(), p_.rows, weight(), r.totals.data(), parallel_);
+    reduce_totals(kernels_.sums, o, p_.target.data(), p_.rows, weight(), r.totals.data(), parallel_);
 
     Matrix<T> logits = new_logits(), log_prob(p_.rows, p_.cols, 0, order_);
     Matrix<acc> entropy(1, p_.rows, 0);
@@ -174,8 +174,8 @@ class Run {
     const size_t losses = o.reduction == Reduction::none ? p_.rows : 1;
     r.loss.resize(losses);
     r.z_loss.resize(losses);
-    reduce_loss<acc>(o, p_.target.data(), p_.rows, weight(), r.lse.data(), r.lse_low.data(), r.picked.data(),
-                     need_wsum() ? r.wsum.data() : nullptr, r.totals.data(), r.loss.data(), r.z_loss.data(), parallel_);
+    reduce_loss(kernels_.sums, o, p_.target.data(), p_.rows, weight(), r.lse.data(), r.lse_low.data(), r.picked.data(),
+                need_wsum() ? r.wsum.data() : nullptr, r.totals.data(), r.loss.data(), r.z_loss.data(), parallel_);
 
     const auto from_loss = stored<acc>(p_.grad_loss), from_z = stored<acc>(p_.grad_z_loss);
     const Upstream<T> upstream{from_loss.data(),     from_z.data(),     nullptr, or_null(grad_entropy_),
@@ -583,7 +583,7 @@ void test_vector_conversion(const ChunkKernels<T>& kernels) {
 }
 
 // More rows than one task sums.
-void test_many_rows() {
+void test_many_rows(const SumKernels<float>& kernels) {
   context = "many rows";
   Case c = kCases[1];
   c.reduction = Reduction::mean;
@@ -600,9 +600,10 @@ void test_many_rows() {
   for (const int64_t threads : {1, 3}) {
     std::vector<double>& r = results[threads / 2];
     r.resize(5);
-    reduce_totals(p.options, p.target.data(), p.rows, weight.data(), r.data(), on_threads(threads));
-    reduce_loss(p.options, p.target.data(), p.rows, weight.data(), lse.data(), static_cast<const float*>(nullptr),
-                picked.data(), wsum.data(), r.data(), &r[3], &r[4], on_threads(threads));
+    reduce_totals(kernels, p.options, p.target.data(), p.rows, weight.data(), r.data(), on_threads(threads));
+    reduce_loss(kernels, p.options, p.target.data(), p.rows, weight.data(), lse.data(),
+                static_cast<const float*>(nullptr), picked.data(), wsum.data(), r.data(), &r[3], &r[4],
+                on_threads(threads));
   }
   check_same_bits("3 threads beside 1", results[1], results[0]);
   for (int64_t i = 0; i < kTotals; ++i) {
@@ -618,9 +619,11 @@ void test_many_rows() {
     o.ignore_index = kIgnore;
     double totals[kTotals], loss, z_loss;
     check(first_bad_target(o, targets, n) == expected, "first_bad_target");
-    check(reduce_totals(o, targets, n, ones, totals, on_threads(1)) == expected, "a bad target in reduce_totals");
+    check(reduce_totals(kernels, o, targets, n, ones, totals, on_threads(1)) == expected,
+          "a bad target in reduce_totals");
     const double some[kTotals] = {1, 1, 1};
-    check(reduce_loss(o, targets, n, ones, ones, ones, ones, ones, some, &loss, &z_loss, on_threads(1)) == expected,
+    check(reduce_loss(kernels, o, targets, n, ones, ones, ones, ones, ones, some, &loss, &z_loss, on_threads(1)) ==
+              expected,
           "a bad target in reduce_loss");
   }
 }
@@ -705,6 +708,7 @@ void test_all(const KernelTable& table) {
   test_scale<T>(kernels);
   test_past_cache<T>(kernels);
   if constexpr (std::is_same_v<T, float>) {
+    test_many_rows(kernels.sums);
     test_exp(kernels);
     test_offset<T>(kernels);
   }
@@ -737,7 +741,6 @@ int main(int argc, char** argv) {
   test_all<f16>(table);
   if (variant == "DEFAULT") {  // what is not compiled once for each
     test_long_row<float>(table.of<float>());
-    test_many_rows();
     test_memory();
   }
   return finish(("cpu_rows " + variant).c_str());

@@ -402,12 +402,37 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
   write_blocks(n, out, past_cache, [&](int64_t, auto) { return Pair<acc>{v, v}; });
 }
 
+bool any_bad(const RowOptions& options, const int64_t* target, int64_t n) {
+  const auto classes = static_cast<uint64_t>(options.num_classes);
+  const int64_t ignored = options.ignore_index;
+  uint64_t bad = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    bad |= (static_cast<uint64_t>(target[i]) >= classes) & (target[i] != ignored) ? 1 : 0;
+  }
+  return bad != 0;
+}
+
+double kept_rows(const int64_t* target, int64_t n, int64_t ignored) {
+  return sum_of<double>(0, n, [&](int64_t i) { return target[i] == ignored ? 0.0 : 1.0; });
+}
+
+template <typename acc>
+double loss(const int64_t* target, int64_t n, int64_t ignored, const acc* lse, const acc* lse_low, const acc* picked) {
+  return sum_of<double>(0, n, [&](int64_t i) {
+    const double high = lse[i], row = (high - picked[i] + lse_low[i]) + (high - high);
+    return target[i] == ignored ? 0.0 : row;
+  });
+}
+
 template <typename scalar_t>
 constexpr ChunkKernels<scalar_t> kernels() {
-  return {
-      stats<scalar_t>,     grad_from_exps<scalar_t>, grad<scalar_t>,          log_prob<scalar_t>,   fill<scalar_t>,
-      max<scalar_t>,       scale<scalar_t>,          parts<scalar_t>,         parts_grad<scalar_t>, mapped<scalar_t>,
-      store_one<scalar_t>, finish_streaming,         tile_kernels<scalar_t>()};
+  return {stats<scalar_t>,          grad_from_exps<scalar_t>,
+          grad<scalar_t>,           log_prob<scalar_t>,
+          fill<scalar_t>,           max<scalar_t>,
+          scale<scalar_t>,          parts<scalar_t>,
+          parts_grad<scalar_t>,     mapped<scalar_t>,
+          store_one<scalar_t>,      finish_streaming,
+          tile_kernels<scalar_t>(), {any_bad, kept_rows, loss<acc_t<scalar_t>>}};
 }
 
 }  // namespace

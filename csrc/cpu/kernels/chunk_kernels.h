@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <string>
 
+#include "row_math.h"
+
 namespace npu_xent::cpu {
 
 // 16-bit storage types, so that including this file does not require torch.
@@ -73,6 +75,38 @@ struct TileKernels {
                      const Stats<scalar_t>& out, const Output<scalar_t>& grad, TileMemory<acc>& memory);
 };
 
+// The sum of value(i), as sums side by side, which fill a vector and need not wait for each other.
+template <typename Value, typename F>
+Value sum_of(int64_t begin, int64_t end, const F& value) {
+  constexpr int64_t kSums = 8;
+  Value sums[kSums]{};
+  int64_t i = begin;
+  for (; i + kSums <= end; i += kSums) {
+    for (int64_t k = 0; k < kSums; ++k) {
+      sums[k] += value(i + k);
+    }
+  }
+  for (; i < end; ++i) {
+    sums[0] += value(i);
+  }
+  for (int64_t k = 1; k < kSums; ++k) {
+    sums[0] += sums[k];
+  }
+  return sums[0];
+}
+
+// Loops over one value a row, acc the statistics' type.
+template <typename acc>
+struct SumKernels {
+  // Whether a target is neither a class nor ignore_index.
+  bool (*any_bad)(const RowOptions& options, const int64_t* target, int64_t n);
+  // The number of targets that are not `ignored`.
+  double (*kept_rows)(const int64_t* target, int64_t n, int64_t ignored);
+  // The sum of lse + lse_low - picked over the other rows; NaN if an lse is not finite.
+  double (*loss)(const int64_t* target, int64_t n, int64_t ignored, const acc* lse, const acc* lse_low,
+                 const acc* picked);
+};
+
 // x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; z: see LogitMap; slope: 1 or, with
 // a softcap, 1 - (z / softcap)^2.
 template <typename scalar_t>
@@ -109,6 +143,7 @@ struct ChunkKernels {
   // Makes this thread's cache-bypassing stores visible to other threads.
   void (*finish)();
   TileKernels<scalar_t> tile;
+  SumKernels<acc> sums;
 };
 
 struct KernelTable {
