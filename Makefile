@@ -327,7 +327,9 @@ $(VENV)/.test: $(VENV)/.train
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.
 $(VENV)/.bench: $(TORCH_STAMP)
 	@echo "== Installing what the benchmarks need"
-	@$(PIP) install matplotlib && $(PIP) install --no-deps cut-cross-entropy
+	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy
+	@ls /usr/lib/*/libjemalloc.so.2 >/dev/null 2>&1 || apt-get install -y --no-install-recommends libjemalloc2 || \
+	  echo "F.cross_entropy under jemalloc is left out: libjemalloc2 cannot be installed"
 	@touch $@
 
 $(VENV)/.tidy: $(VENV)/.created

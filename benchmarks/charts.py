@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,19 +27,24 @@ from cpu.methods import (
     COPY,
     CUT,
     EAGER,
+    EAGER_JEMALLOC,
     EAGER_THP,
     FORWARD,
+    JAX,
     LINEAR,
     LOG_PROB,
     NONE,
     OURS,
     OURS_FRESH,
+    OURS_JEMALLOC,
+    PLAIN_C,
     TORCH_CHUNKED,
     TRAINING,
 )
 from cpu.records import RESULTS, ROOT, Figure, Run, newest, read
 from cpu.targets import (
     CROSS_ENTROPY,
+    GRID,
     LARGE_LINEAR_MEMORY,
     LINEAR_LOG_PROBS,
     LINEAR_LOG_PROBS_MEMORY,
@@ -182,9 +187,13 @@ def save(page: Page, path: Path) -> Path:
 SPEED_METHODS = (
     ("F.cross_entropy", EAGER, TRAINING, GREY),
     ("… huge pages", EAGER_THP, TRAINING, GREY),
+    ("… jemalloc", EAGER_JEMALLOC, TRAINING, GREY),
     ("torch.compile", COMPILE, TRAINING, GREY),
+    ("JAX", JAX, TRAINING, GREY),
+    ("C and OpenMP", PLAIN_C, TRAINING, GREY),
     ("npu_xent", OURS, TRAINING, BLUE),
     ("… fresh pages", OURS_FRESH, TRAINING, LIGHT_BLUE),
+    ("… jemalloc", OURS_JEMALLOC, TRAINING, LIGHT_BLUE),
     ("… consume_logits", OURS, CONSUME, LIGHT_BLUE),
 )
 
@@ -244,6 +253,59 @@ def times(
     margins = {"left": 0.145, "right": 0.985, "top": 1 - 1.12 / height, "bottom": 0.24 / height}
     page.subplots_adjust(**margins, wspace=0.4, hspace=3 / len(methods))
     return save(page, path)
+
+
+def grid(results: Results, path: Path) -> Path:
+    """Heat maps of the time as a ratio to F.cross_entropy's: rows and classes, and images."""
+    cases = results.cases(GRID)
+    shapes = list(dict.fromkeys(tuple(sizes(shape)) for shape, _, _ in cases))
+    matrices, images = [s for s in shapes if len(s) == 2], [s for s in shapes if len(s) > 2]
+    rows, classes = (sorted({shape[i] for shape in matrices}) for i in range(2))
+    dtypes = list(dict.fromkeys(dtype for _, dtype, _ in cases))
+    kinds = [(dtype, figure) for dtype in dtypes for figure in (TRAINING, FORWARD)]
+    threads = cases[0][2]
+
+    def ratio(shape: tuple[int, ...], kind: tuple[str, str]) -> float:
+        case = (" x ".join(map(str, shape)), kind[0], threads)
+        return results.value(GRID, case, OURS, kind[1]) / results.value(GRID, case, EAGER, kind[1])
+
+    height = 1.3 + 2.75 * len(dtypes) + 0.3 * len(images)
+    page = pyplot.figure(figsize=(WIDTH, height))
+    top, size = 1 - 1.15 / height, 2.0 / height
+    for i, kind in enumerate(kinds):
+        axes = page.add_axes((0.075 + 0.48 * (i % 2), top - size - 2.75 / height * (i // 2), 0.43, size))
+        tiles = [[ratio((n, c), kind) if (n, c) in matrices else math.nan for c in classes] for n in rows]
+        heat(axes, tiles, classes, rows)
+        axes.set_title(f"{kind[1]}, {kind[0]}", fontsize=10.5, loc="left")
+        axes.set_xlabel("classes C", fontsize=9)
+        axes.set_ylabel("rows N", fontsize=9)
+    if images:
+        axes = page.add_axes((0.2, 0.5 / height, 0.6, 0.3 * len(images) / height))
+        heat(axes, [[ratio(shape, kind) for kind in kinds] for shape in images], [", ".join(k) for k in kinds], images)
+        axes.tick_params(axis="x", labelsize=7)
+    how = f"{threads} threads" if threads > 1 else "1 thread"
+    title = "Time of npu_xent / time of F.cross_entropy: below 1 is faster"
+    titled(page, title, results.conditions(how, f"medians of {rounds(results, GRID)} interleaved rounds"))
+    return save(page, path)
+
+
+def heat(axes: Axes, tiles: list[list[float]], across: Sequence[object], down: Sequence[object]) -> None:
+    """A heat map with its figures; white is 1, blue faster, red slower."""
+    values = [[math.log2(tile) for tile in row] for row in tiles]
+    axes.imshow(values, cmap="RdBu_r", vmin=-3, vmax=3, aspect="auto")
+    for y, row in enumerate(tiles):
+        for x, tile in enumerate(row):
+            if not math.isnan(tile):
+                ink = "white" if abs(math.log2(tile)) > 2 else INK
+                axes.annotate(f"{tile:.2f}", (x, y), ha="center", va="center", fontsize=7.5, color=ink)
+    names = [
+        [count_text(n) if isinstance(n, int) else str(list(n)) if isinstance(n, tuple) else str(n) for n in of]
+        for of in (across, down)
+    ]
+    axes.set_xticks(range(len(across)), names[0], fontsize=8.5)
+    axes.set_yticks(range(len(down)), names[1], fontsize=8.5)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
 
 
 def speed_text(time: float, eager: float) -> str:
@@ -440,6 +502,7 @@ def label_ends(axes: Axes, ends: list[tuple[tuple[float, float], str, str]]) -> 
 
 CHARTS = {
     "bench_speed.png": (speed, CROSS_ENTROPY),
+    "bench_grid.png": (grid, GRID),
     "bench_memory.png": (memory, MEMORY),
     "bench_scaling.png": (scaling, SCALING_C),
     "bench_log_probs.png": (log_probs, LOG_PROBS),

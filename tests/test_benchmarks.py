@@ -84,7 +84,7 @@ def test_the_charts_are_drawn(ran: tuple[Path, str], tmp_path: Path) -> None:
     path, _ = ran
     run("charts.py", "--csv", path, "--out", tmp_path)
     drawn = sorted(tmp_path.iterdir())
-    names = ("log_probs", "memory", "scaling", "speed")
+    names = ("grid", "log_probs", "memory", "scaling", "speed")
     assert [picture.name for picture in drawn] == [f"bench_{name}.png" for name in names]
     assert all(picture.read_bytes().startswith(PNG) for picture in drawn)
     table = run("charts.py", "--csv", path, "--table")
@@ -171,9 +171,18 @@ def test_no_target_is_looser_than_it_was() -> None:
         "reduction none, x copy_": (3.0, 4.0),
         "with log_prob, x faster than F.cross_entropy": (2.5, 2.5),
         "half of the rows ignored, x all rows": (0.6, 0.6),
+        "jemalloc: training step, x copy_": (1.15, 1.3),
+        "jemalloc: training step, x streaming copy": (1.7, 1.95),
+        "jemalloc: consume_logits, x copy_": (0.8, 1.1),
+        "jemalloc: training step, x faster than F.cross_entropy": (3.7, 3.7),
+        "training step, x faster than JAX": (1, 1),
+        "jemalloc: training step, x faster than C and OpenMP": (1, 1),
+        "training step, x F.cross_entropy": (1, 1),
+        "forward, x F.cross_entropy": (1, 1),
         "small input, x F.cross_entropy": (1, 1),
         "linear_cross_entropy, x F.linear + F.cross_entropy": (1, 1),
         "linear_cross_entropy, x PyTorch's, chunked": (1, 1),
+        "linear_cross_entropy, x the three products": (1.03, 1.1),
         "log-probs and entropy, x reduction none": (1.3, 1.3),
         "log-probs and entropy, x faster than log_softmax": (10, 10),
         "linear_token_log_probs, x F.linear + log_softmax": (1, 1),

@@ -21,6 +21,8 @@ class Plan:
     seconds: float  # the least time of a method in a round; it repeats shorter calls
     shapes: tuple[Shape, ...]
     small: Shape
+    grid: tuple[Shape, ...]  # rows, classes
+    images: tuple[Shape, ...]  # [N, C, d1, ...]
     linear: tuple[Shape, ...]
     tokens: tuple[Shape, ...]  # of log-probabilities and entropy: times and memory
     linear_tokens: tuple[Shape, ...]
@@ -45,6 +47,13 @@ FULL = Plan(
     seconds=0.2,
     shapes=((4096, 8080), (1024, 32000), (512, 128256)),
     small=(64, 1000),
+    grid=tuple(
+        (rows, classes)
+        for classes in (2, 10, 64, 256, 1000, 8000, 32000, 128256)
+        for rows in (1, 8, 64, 512, 4096, 32768)
+        if rows * classes <= 1 << 25
+    ),
+    images=((8, 2, 256, 256), (8, 21, 256, 256), (8, 150, 256, 256), (8, 8000, 128)),
     linear=((1024, 512, 32000), (2048, 1024, 8080)),
     tokens=((1024, 32000), (1024, 128256)),
     linear_tokens=((1024, 512, 32000),),
@@ -63,6 +72,8 @@ QUICK = replace(
     rounds=3,
     seconds=0.02,
     shapes=((1024, 32000),),
+    grid=((8, 10), (4096, 10), (64, 1000), (512, 32000)),
+    images=((8, 2, 256, 256),),
     linear=((512, 256, 8080),),
     tokens=((512, 32000),),
     linear_tokens=((512, 256, 8080),),
@@ -80,6 +91,8 @@ TINY = replace(
     seconds=0.0001,
     shapes=((16, 1000),),
     small=(4, 100),
+    grid=((2, 3), (4, 100)),
+    images=((2, 3, 4, 4),),
     linear=((16, 8, 1000),),
     tokens=((16, 1000),),
     linear_tokens=((16, 8, 1000),),

@@ -19,7 +19,18 @@ from .cases import DTYPES
 from .log_probs import linear_token_steps, token_steps
 from .measure import in_turns
 from .memory import peak_allocated, peak_resident, resident
-from .methods import COPIED, HALF, TRAINING, Steps, cross_entropy_steps, huge_page_steps, linear_steps
+from .methods import (
+    COPIED,
+    HALF,
+    TRAINING,
+    NotAvailable,
+    Steps,
+    cross_entropy_steps,
+    huge_page_steps,
+    jax_steps,
+    jemalloc_steps,
+    linear_steps,
+)
 from .targets import LINEAR_LOG_PROBS_MEMORY, LINEAR_MEMORY, LOG_PROBS_MEMORY
 
 ENTRY = Path(__file__).resolve().parents[1] / "run.py"
@@ -40,10 +51,18 @@ def answer(question: str) -> None:
     print(json.dumps(TASKS[arguments.pop("task")](**arguments)))
 
 
-def huge_page_times(shape: list[int], dtype: str, rounds: int, seconds: float) -> list[Any]:
-    """Times of the steps that need huge pages or fresh pages: [method, figure, median, iqr, rounds] each."""
-    times = in_turns(huge_page_steps(*shape, DTYPES[dtype]), rounds, seconds, torch.get_num_threads())
-    return [[*key, time.median, time.iqr, time.rounds] for key, time in times.items()]
+# Steps that need a process with an environment of its own.
+ELSEWHERE = {steps.__name__: steps for steps in (huge_page_steps, jemalloc_steps, jax_steps)}
+
+
+def times(steps: str, shape: list[int], dtype: str, rounds: int, seconds: float) -> list[Any] | str:
+    """Times of one of ELSEWHERE: [method, figure, median, iqr, rounds] each; or why they are not available."""
+    try:
+        made = ELSEWHERE[steps](*shape, DTYPES[dtype])
+    except NotAvailable as error:
+        return str(error)
+    found = in_turns(made, rounds, seconds, torch.get_num_threads())
+    return [[*key, time.median, time.iqr, time.rounds] for key, time in found.items()]
 
 
 def peaks(steps: Steps) -> list[Any]:
@@ -83,6 +102,4 @@ def large_linear_memory(shape: list[int], dtype: str, method: str) -> list[Any]:
     return [[method, TRAINING, peak_resident(step), None, None]]
 
 
-TASKS: dict[str, Callable[..., list[Any]]] = {
-    task.__name__: task for task in (huge_page_times, memory, large_linear_memory)
-}
+TASKS: dict[str, Callable[..., Any]] = {task.__name__: task for task in (times, memory, large_linear_memory)}

@@ -18,14 +18,27 @@ from torch import Tensor
 
 import npu_xent
 
+from . import plain
+
 OURS, EAGER, COMPILE, COPY = "npu_xent", "F.cross_entropy", "torch.compile", "copy_"
 # Run in a process with THP_MEM_ALLOC_ENABLE=1: torch then requests huge pages for all large tensors.
 EAGER_THP, COPY_THP = "F.cross_entropy, huge pages", "copy_, huge pages"
 # The same process has NPU_XENT_KEEP_MEMORY=0: every gradient is allocated in fresh pages.
 OURS_FRESH = "npu_xent, fresh pages"
+# Run under jemalloc, which keeps freed memory, in huge pages: the best configuration of PyTorch that we know.
+EAGER_JEMALLOC, COPY_JEMALLOC = "F.cross_entropy, jemalloc", "copy_, jemalloc"
+OURS_JEMALLOC, STREAM, PLAIN_C = "npu_xent, jemalloc", "streaming copy", "C and OpenMP"
+JAX, COPY_JAX = "JAX", "copy_, beside JAX"
+# The copy_ that was timed in the same process.
+COPY_BESIDE = {
+    EAGER_THP: COPY_THP,
+    OURS_FRESH: COPY_THP,
+    **dict.fromkeys((EAGER_JEMALLOC, OURS_JEMALLOC, STREAM, PLAIN_C), COPY_JEMALLOC),
+    JAX: COPY_JAX,
+}
 LINEAR, LINEAR_COMPILE = "F.linear + F.cross_entropy", "torch.compile of both"
 TORCH_LINEAR, TORCH_CHUNKED = "F.linear_cross_entropy", "F.linear_cross_entropy, chunked"
-CUT = "cut-cross-entropy"
+CUT, PRODUCTS = "cut-cross-entropy", "the three products"
 
 FORWARD, TRAINING, CONSUME = "forward", "training step", "consume_logits"
 NONE, LOG_PROB, HALF, COPIED = "reduction none", "log_prob", "half ignored", "copy"
@@ -160,6 +173,56 @@ def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
     }
 
 
+def jemalloc_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
+    """Steps for a process with jemalloc, and C for comparison."""
+    values, target = make_logits(rows, classes, dtype)
+    logits = values.clone().requires_grad_()
+    grad, losses = torch.zeros_like(values), torch.zeros(rows)
+    steps: Steps = {
+        (COPY_JEMALLOC, COPIED): copying(logits),
+        (STREAM, COPIED): lambda: plain.stream_copy(grad, values),
+        **eager_steps(EAGER_JEMALLOC, logits, target),
+        (OURS_JEMALLOC, TRAINING): training(npu_xent.cross_entropy, logits, target),
+        (OURS_JEMALLOC, CONSUME): consuming(values, target),
+    }
+    if dtype == torch.float32:
+        steps[PLAIN_C, TRAINING] = lambda: plain.fused_classifier(grad, losses, values, target)
+    return steps
+
+
+def jax_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
+    """optax's loss and its gradient, compiled by XLA."""
+    try:
+        import jax
+        import optax
+    except ImportError as error:
+        raise NotAvailable(f"{error}; pip install optax") from error
+    logits, target = make_logits(rows, classes, dtype)
+
+    def loss(x: Any, y: Any) -> Any:
+        return optax.softmax_cross_entropy_with_integer_labels(x, y).mean()
+
+    step = jax.jit(jax.value_and_grad(loss))
+    x, y = jax.numpy.from_dlpack(logits), jax.numpy.from_dlpack(target.int())
+    return {(COPY_JAX, COPIED): copying(logits), (JAX, TRAINING): lambda: jax.block_until_ready(step(x, y))}
+
+
+def grid_steps(shape: tuple[int, ...], dtype: torch.dtype) -> Steps:
+    """A step and a forward, of logits [N, C, ...]."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(shape, generator=generator).to(dtype)
+    target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator)
+    logits = values.clone().requires_grad_()
+    return {
+        (name, figure): step
+        for name, loss in ((EAGER, F.cross_entropy), (OURS, npu_xent.cross_entropy))
+        for figure, step in (
+            (TRAINING, training(loss, logits, target)),
+            (FORWARD, functools.partial(loss, values, target)),
+        )
+    }
+
+
 def training_steps(rows: int, classes: int, dtype: torch.dtype, with_compile: bool) -> Steps:
     """Training steps only, for small inputs and scaling."""
     values, target = make_logits(rows, classes, dtype)
@@ -249,7 +312,21 @@ def linear_steps(
             steps[name, TRAINING] = functools.partial(linear_step, make(), x, weight, target)
         except NotAvailable as error:
             missing[name] = str(error)
+    steps[PRODUCTS, TRAINING] = three_products(x.detach(), weight.detach())
     return steps, missing
+
+
+def three_products(x: Tensor, weight: Tensor) -> Step:
+    """The matrix products that no method avoids: the logits, and the gradients of input and weight."""
+    logits, grad_x, grad_weight = x @ weight.T, torch.zeros_like(x), torch.zeros_like(weight)
+    grad = logits.mul(1e-3)
+
+    def step() -> None:
+        torch.mm(x, weight.T, out=logits)
+        torch.mm(grad, weight, out=grad_x)
+        torch.mm(grad.T, x, out=grad_weight)
+
+    return step
 
 
 def linear_step(loss: LinearLoss, x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:

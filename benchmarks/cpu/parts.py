@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from . import child, memory
@@ -12,11 +13,15 @@ from .log_probs import linear_token_steps, token_steps
 from .measure import Times, in_turns
 from .methods import (
     CUT,
+    EAGER_JEMALLOC,
+    EAGER_THP,
+    JAX,
     LINEAR,
     OURS,
     TORCH_CHUNKED,
     Steps,
     cross_entropy_steps,
+    grid_steps,
     linear_steps,
     training_steps,
 )
@@ -25,6 +30,7 @@ from .targets import (
     ALLOCATED,
     BEYOND,
     CROSS_ENTROPY,
+    GRID,
     KEPT,
     LARGE_LINEAR_MEMORY,
     LINEAR_LOG_PROBS,
@@ -69,7 +75,7 @@ def time_figure(
 
 
 def cross_entropy(plan: Plan, threads: int) -> Figures:
-    """The losses that take logits; a subprocess times PyTorch's with huge pages and npu_xent's with fresh pages."""
+    """The losses that take logits; subprocesses time those that need an environment of their own."""
     for shape in plan.shapes:
         for name in plan.dtypes:
             yield from timed(
@@ -80,11 +86,42 @@ def cross_entropy(plan: Plan, threads: int) -> Figures:
                 plan,
                 threads,
             )
-            say(f"{CROSS_ENTROPY}: with THP_MEM_ALLOC_ENABLE=1 and NPU_XENT_KEEP_MEMORY=0")
-            arguments = {"shape": shape, "dtype": name, "rounds": plan.rounds, "seconds": plan.seconds}
-            environment = {"THP_MEM_ALLOC_ENABLE": "1", "NPU_XENT_KEEP_MEMORY": "0"}
-            for method, figure, *times in child.ask("huge_page_times", environment, threads=threads, **arguments):
-                yield time_figure(CROSS_ENTROPY, method, figure, shape, name, threads, Times(*times))
+            for steps, method, environment in elsewhere(threads):
+                yield from timed_elsewhere(steps, method, environment, shape, name, plan, threads)
+
+
+def elsewhere(threads: int) -> Iterator[tuple[str, str, dict[str, str] | str]]:
+    """Steps of child.ELSEWHERE, their main method, and their environment or why there is none."""
+    yield "huge_page_steps", EAGER_THP, {"THP_MEM_ALLOC_ENABLE": "1", "NPU_XENT_KEEP_MEMORY": "0"}
+    library = next(Path("/usr/lib").glob("*/libjemalloc.so.2"), None)
+    always = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,thp:always"
+    preloaded = {"LD_PRELOAD": str(library), "MALLOC_CONF": always}
+    yield "jemalloc_steps", EAGER_JEMALLOC, preloaded if library else "apt-get install libjemalloc2"
+    flags = f"--xla_cpu_multi_thread_eigen={threads > 1} intra_op_parallelism_threads={threads}".lower()
+    yield "jax_steps", JAX, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+
+
+def timed_elsewhere(
+    steps: str, method: str, environment: dict[str, str] | str, shape: Shape, dtype: str, plan: Plan, threads: int
+) -> Figures:
+    """The times of steps in a process of their own."""
+    found: Any = environment
+    if isinstance(environment, dict):
+        say(f"{CROSS_ENTROPY}: {method}, with " + " ".join(f"{key}={value}" for key, value in environment.items()))
+        arguments = {"shape": shape, "dtype": dtype, "rounds": plan.rounds, "seconds": plan.seconds}
+        found = child.ask("times", environment, threads=threads, steps=steps, **arguments)
+    if isinstance(found, str):
+        yield from not_available(CROSS_ENTROPY, {method: found}, shape, dtype, threads)
+        return
+    for measured, figure, *times in found:
+        yield time_figure(CROSS_ENTROPY, measured, figure, shape, dtype, threads, Times(*times))
+
+
+def grid(plan: Plan, threads: int) -> Figures:
+    """Steps and forwards over rows and classes, and of images."""
+    for shape in (*plan.grid, *plan.images):
+        for name in plan.dtypes:
+            yield from timed(GRID, grid_steps(shape, DTYPES[name]), shape, name, plan, threads)
 
 
 def small(plan: Plan, threads: int) -> Figures:
@@ -196,6 +233,7 @@ def scaling(plan: Plan, threads: int) -> Figures:
 PARTS = {
     "speed": cross_entropy,
     "small": small,
+    "grid": grid,
     "linear": linear,
     "log_probs": log_probs,
     "memory": peak_memory,

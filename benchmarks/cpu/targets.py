@@ -11,16 +11,23 @@ from .methods import (
     CONSUME,
     COPIED,
     COPY,
-    COPY_THP,
+    COPY_BESIDE,
+    COPY_JEMALLOC,
     EAGER,
+    EAGER_JEMALLOC,
     EAGER_THP,
     FORWARD,
     HALF,
+    JAX,
     LINEAR,
     LOG_PROB,
     NONE,
     OURS,
     OURS_FRESH,
+    OURS_JEMALLOC,
+    PLAIN_C,
+    PRODUCTS,
+    STREAM,
     TORCH_CHUNKED,
     TRAINING,
 )
@@ -28,6 +35,7 @@ from .records import Figure
 
 CROSS_ENTROPY, SMALL, LINEAR_SPEED, MEMORY = "cross_entropy", "small input", "linear_cross_entropy", "memory"
 LOG_PROBS, LINEAR_LOG_PROBS = "token_log_probs", "linear_token_log_probs"
+GRID = "rows and classes"
 SCALING_C, SCALING_N, SCALING_THREADS = "scaling in C", "scaling in N", "scaling in threads"
 LOG_PROBS_MEMORY, LINEAR_LOG_PROBS_MEMORY = "memory, token_log_probs", "memory, linear_token_log_probs"
 LINEAR_MEMORY, LARGE_LINEAR_MEMORY = "memory, linear_cross_entropy", "memory, large linear_cross_entropy"
@@ -73,6 +81,7 @@ def faster(benchmark: str, name: str, this: Key, that: Key, times: float) -> Tar
 
 
 _COPY = (COPY, COPIED)
+_JEMALLOC = (OURS_JEMALLOC, TRAINING)
 _STEP, _CONSUME, _FRESH = (OURS, TRAINING), (OURS, CONSUME), (OURS_FRESH, TRAINING)
 
 TARGETS = (
@@ -91,9 +100,26 @@ TARGETS = (
     at_most(CROSS_ENTROPY, "reduction none, x copy_", (OURS, NONE), _COPY, 3.0, 4.0),
     faster(CROSS_ENTROPY, "with log_prob, x faster than F.cross_entropy", (OURS, LOG_PROB), (EAGER, TRAINING), 2.5),
     at_most(CROSS_ENTROPY, "half of the rows ignored, x all rows", (OURS, HALF), _STEP, 0.6, 0.6),
+    at_most(CROSS_ENTROPY, "jemalloc: training step, x copy_", _JEMALLOC, (COPY_JEMALLOC, COPIED), 1.15, 1.3),
+    at_most(CROSS_ENTROPY, "jemalloc: training step, x streaming copy", _JEMALLOC, (STREAM, COPIED), 1.7, 1.95),
+    at_most(
+        CROSS_ENTROPY, "jemalloc: consume_logits, x copy_", (OURS_JEMALLOC, CONSUME), (COPY_JEMALLOC, COPIED), 0.8, 1.1
+    ),
+    faster(
+        CROSS_ENTROPY,
+        "jemalloc: training step, x faster than F.cross_entropy",
+        _JEMALLOC,
+        (EAGER_JEMALLOC, TRAINING),
+        3.7,
+    ),
+    faster(CROSS_ENTROPY, "training step, x faster than JAX", _STEP, (JAX, TRAINING), 1.0),
+    faster(CROSS_ENTROPY, "jemalloc: training step, x faster than C and OpenMP", _JEMALLOC, (PLAIN_C, TRAINING), 1.0),
+    at_most(GRID, "training step, x F.cross_entropy", _STEP, (EAGER, TRAINING), 1.0, 1.0),
+    at_most(GRID, "forward, x F.cross_entropy", (OURS, FORWARD), (EAGER, FORWARD), 1.0, 1.0),
     at_most(SMALL, "small input, x F.cross_entropy", _STEP, (EAGER, TRAINING), 1.0, 1.0),
     at_most(LINEAR_SPEED, "linear_cross_entropy, x F.linear + F.cross_entropy", _STEP, (LINEAR, TRAINING), 1.0, 1.0),
     at_most(LINEAR_SPEED, "linear_cross_entropy, x PyTorch's, chunked", _STEP, (TORCH_CHUNKED, TRAINING), 1.0, 1.0),
+    at_most(LINEAR_SPEED, "linear_cross_entropy, x the three products", _STEP, (PRODUCTS, TRAINING), 1.03, 1.1),
     at_most(LOG_PROBS, "log-probs and entropy, x reduction none", (OURS, ENTROPY), (OURS, NONE), 1.3, 1.3),
     faster(LOG_PROBS, "log-probs and entropy, x faster than log_softmax", (OURS, ENTROPY), (PLAIN, ENTROPY), 10.0),
     at_most(
@@ -153,5 +179,5 @@ def value_of(target: Target, values: dict[Key, float]) -> float | None:
 
 def relative(key: Key, values: dict[Key, float]) -> float | None:
     """A time in units of copy_, or in seconds if the benchmark has none."""
-    copied = values.get((COPY_THP if key[0] in (EAGER_THP, OURS_FRESH) else COPY, COPIED), 1.0)
+    copied = values.get((COPY_BESIDE.get(key[0], COPY), COPIED), 1.0)
     return values[key] / copied if key in values else None
