@@ -123,7 +123,7 @@ SHARD = LOGITS[:, :7], TARGET  # of the classes
 
 # Of each row of the page that is refused, by how it begins: what to call.
 REFUSED: dict[str, list[Callable[[], object]]] = {
-    "double backward of `cross_entropy`, `linear_cross_entropy`": [
+    "double backward of `cross_entropy` (class indices), `linear_cross_entropy`": [
         lambda: twice(lambda x: cross_entropy(x, TARGET), LOGITS),
         lambda: twice(lambda x: linear_cross_entropy(x, WEIGHT, TARGET), HIDDEN),
         lambda: torch.autograd.functional.hessian(lambda x: cross_entropy(x, TARGET), LOGITS),

@@ -85,6 +85,7 @@ class Npu:
         module.load = self.load
         monkeypatch.setitem(sys.modules, "torch_npu", self.torch_npu)
         monkeypatch.setitem(sys.modules, "npu_xent._npu", module)
+        self.open_really = ctypes.CDLL
         monkeypatch.setattr(ctypes, "CDLL", self.open)
         self.is_called("privateuseone")
         self.built(TORCH_NPU_VERSION="2.13.0", CANN_VERSION="8.5.0", SOC_VERSIONS=("Ascend910B3",))
@@ -92,12 +93,14 @@ class Npu:
     def is_called(self, device: str) -> None:
         self.monkeypatch.setattr(_loading, "_DEVICE", device)
 
-    def open(self, path: str, mode: int) -> None:
-        """One of the toolkit's own libraries: not all releases have all of them."""
-        assert mode == ctypes.RTLD_GLOBAL
+    def open(self, path: str, mode: int = ctypes.DEFAULT_MODE) -> ctypes.CDLL | None:
+        """One of the toolkit's own libraries: not all releases have all of them. Others are torch's."""
+        if mode != ctypes.RTLD_GLOBAL:
+            return self.open_really(path, mode)
         self.opened.append(path)
         if path != "libascendcl.so":
             raise OSError(f"{path}: cannot open shared object file")
+        return None
 
     def load(self, path: str) -> None:
         assert "libascendcl.so" in self.opened
