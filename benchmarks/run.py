@@ -3,7 +3,7 @@
 Appends every figure to a CSV with the machine, versions and commit, prints each target with its figure, and draws the
 charts of the README from the CSV.
 
-    python benchmarks/run.py [--quick] [--only speed small linear log_probs memory scaling] [--threads N]
+    python benchmarks/run.py [--quick] [--only speed small grid linear log_probs memory scaling] [--threads N]
 """
 
 from __future__ import annotations

@@ -315,16 +315,16 @@ ProbStats prob_row_stats(const Options& o, const Tensor& logits, const Tensor& p
   const auto parts = parts_of(row, probabilities, weight, x.scalar_type());
   const auto lse = x.logsumexp(1), y = x - lse.unsqueeze(1);
   const auto low = y.exp().sum(1).log().masked_fill(lse.isfinite().logical_not(), 0);
-  const auto cross = ((y - low.unsqueeze(1)) * parts).masked_fill(parts.eq(0), 0).sum(1);  // -inf * 0 would be NaN
+  const auto cross = ((y - low.unsqueeze(1)).masked_fill(parts.eq(0), 0) * parts).sum(1);  // -inf * 0 would be NaN
   return {lse, low, cross, parts.sum(1)};
 }
 
 ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
-                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& part_sum,
                         const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> wanted) {
   check_prob_row_grad(
       o, logits, probabilities, weight,
-      {{"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
+      {{"lse", lse}, {"lse_low", lse_low}, {"part_sum", part_sum}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
   const auto row = row_options(o, logits.size(1));
   const Mapped mapped(row, logits, std::nullopt);
   const auto parts = parts_of(row, probabilities, weight, mapped.z.scalar_type());
@@ -335,12 +335,12 @@ ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& pr
                      : not_wanted(logits.options());
   };
   const auto of_logits = [&] {
-    const auto grad = y.exp() * (grad_loss * share + grad_lse).unsqueeze(1) - from_loss * parts;
+    const auto grad = y.exp() * (grad_loss * part_sum + grad_lse).unsqueeze(1) - from_loss * parts;
     return (mapped.slope.defined() ? grad * mapped.slope : grad) * row.grad_scale;
   };
   const auto of_probabilities = [&] {
-    const auto grad = (y * from_loss * (row.label_smoothing - 1))
-                          .masked_fill(parts.eq(0).logical_and(y.eq(-std::numeric_limits<double>::infinity())), 0);
+    const auto masked = parts.eq(0).logical_and(y.eq(-std::numeric_limits<double>::infinity()));
+    const auto grad = y.masked_fill(masked, 0) * from_loss * (row.label_smoothing - 1);
     return weight ? grad * weight->to(grad.scalar_type()) : grad;
   };
   return {stored(wanted[0], of_logits), stored(wanted[1], of_probabilities)};

@@ -83,11 +83,11 @@ ProbStats prob_row_stats_meta(const Options& o, const Tensor& logits, const Tens
 
 ProbGrads prob_row_grad_meta(const Options& o, const Tensor& logits, const Tensor& probabilities,
                              const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low,
-                             const Tensor& share, const Tensor& grad_loss, const Tensor& grad_lse,
+                             const Tensor& part_sum, const Tensor& grad_loss, const Tensor& grad_lse,
                              std::array<bool, 2> wanted) {
   check_prob_row_grad(
       o, logits, probabilities, weight,
-      {{"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
+      {{"lse", lse}, {"lse_low", lse_low}, {"part_sum", part_sum}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}});
   const auto grad = [&](bool is_wanted) { return is_wanted ? empty_logits(logits) : not_wanted(logits.options()); };
   return {grad(wanted[0]), grad(wanted[1])};
 }

@@ -58,12 +58,12 @@ TORCH_LIBRARY(npu_xent, m) {
       "(Tensor loss, Tensor z_loss, Tensor totals)");
 
   // Class probabilities q [N, C] in the logits' dtype instead of a target, for whole rows; with
-  // v_c = w_c ((1 - e) q_c + e/C), cross = sum v_c (z_c - lse) = -l, and share = sum v_c.
+  // v_c = w_c ((1 - e) q_c + e/C), cross = sum v_c (z_c - lse) = -l, and part_sum = sum v_c.
   def("prob_row_stats", "Tensor logits, Tensor probabilities, Tensor? weight=None, *",
-      "(Tensor lse, Tensor lse_low, Tensor cross, Tensor share)");
+      "(Tensor lse, Tensor lse_low, Tensor cross, Tensor part_sum)");
   // The gradients of logits and probabilities from those of each row's l and lse, [N]; [0] where output_mask is False.
   def("prob_row_grad",
-      "Tensor logits, Tensor probabilities, Tensor? weight, Tensor lse, Tensor lse_low, Tensor share, Tensor "
+      "Tensor logits, Tensor probabilities, Tensor? weight, Tensor lse, Tensor lse_low, Tensor part_sum, Tensor "
       "grad_loss, "
       "Tensor grad_lse, *, bool[2] output_mask",
       "(Tensor grad_logits, Tensor grad_probabilities)");
@@ -153,9 +153,9 @@ ProbStats prob_row_stats(const Options& o, const Tensor& logits, const Tensor& p
 }
 
 ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
-                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& part_sum,
                         const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> output_mask) {
-  return call<prob_row_grad>("npu_xent::prob_row_grad", o, logits, probabilities, weight, lse, lse_low, share,
+  return call<prob_row_grad>("npu_xent::prob_row_grad", o, logits, probabilities, weight, lse, lse_low, part_sum,
                              grad_loss, grad_lse, output_mask);
 }
 

@@ -77,14 +77,14 @@ Reduced reduce_rows(const Options& o, const Tensor& target, const OptionalTensor
                     const OptionalTensor& lse_low, const OptionalTensor& picked, const OptionalTensor& wsum,
                     const OptionalTensor& totals, at::ScalarType loss_dtype);
 
-// lse, lse_low, cross, share
+// lse, lse_low, cross, part_sum
 using ProbStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using ProbGrads = std::tuple<Tensor, Tensor>;  // grad_logits, grad_probabilities
 
 ProbStats prob_row_stats(const Options& o, const Tensor& logits, const Tensor& probabilities,
                          const OptionalTensor& weight);
 ProbGrads prob_row_grad(const Options& o, const Tensor& logits, const Tensor& probabilities,
-                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
+                        const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& part_sum,
                         const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> output_mask);
 
 void scale_(const Tensor& self, const Tensor& factor);

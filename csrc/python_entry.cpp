@@ -4,7 +4,6 @@
 #include "python_entry.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
-#include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -66,10 +65,10 @@ bool python_observes() {
          c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Class probabilities as the operator takes them; autocast and forward-mode derivatives are left to Python.
+// Class probabilities that the operator serves; the others and forward-mode derivatives are left to Python.
 bool are_usual_probabilities(const Tensor& logits, const Tensor& target, const Options& o) {
   return target.scalar_type() == logits.scalar_type() && target.sizes() == logits.sizes() && o.ignore_index < 0 &&
-         !at::autocast::is_autocast_enabled(at::kCPU) && !torch::autograd::isFwGradDefined(logits) &&
+         logits.size(1) >= kFewClasses && !torch::autograd::isFwGradDefined(logits) &&
          !torch::autograd::isFwGradDefined(target);
 }
 

@@ -91,7 +91,7 @@ def transformed() -> bool:
 
 def forward_mode() -> bool:
     """Whether forward-mode derivatives (torch.autograd.forward_ad) are computed."""
-    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    return forward_ad._current_level >= 0
 
 
 def z_loss_like(loss: Tensor, z_loss: Tensor) -> Tensor:

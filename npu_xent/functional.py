@@ -103,8 +103,8 @@ def cross_entropy(
             on other devices if the classes are not adjacent in memory, the logits are copied once.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
-            differentiable. On the CPU, probabilities in the dtype of input are read once in the forward and once in
-            the backward. Otherwise torch operations compute their loss, without fusion.
+            differentiable. On the CPU, their loss is fused if they have the dtype of input and 16 or more classes
+            ([N, C, d1, ...] is then copied once); otherwise torch operations compute it.
         weight: one weight per class, [C], float32 or the dtype of input (any floating-point dtype under autocast). It
             must not require a gradient.
         size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
@@ -196,7 +196,9 @@ def cross_entropy(
                 "the fused operator can write over the logits; leave it off"
             )
         check_ranges(options)
-        fused = input.dtype == target.dtype and input.dtype in LOGITS and not (transformed() or forward_mode())
+        classes = input.shape[min(input.dim() - 1, 1)]
+        fused = input.dtype == target.dtype and input.dtype in LOGITS and classes >= _C.FEW_CLASSES
+        fused = fused and not (torch._C._are_functorch_transforms_active() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations
         return compute(input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss)
     prepare(input)
@@ -396,16 +398,14 @@ def _of_probabilities(
 ) -> Tensor | CrossEntropyOutput:
     """cross_entropy with class probabilities by the fused operator."""
     _require_no_ignored_class(ignore_index)
-    if torch.is_autocast_enabled(input.device.type):
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        loss_dtype = loss_dtype or dtype
-        weight = weight.to(dtype) if weight is not None and weight.is_floating_point() else weight
     class_dim = min(input.dim() - 1, 1)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    rows, shares = (x.movedim(class_dim, -1).reshape(-1, x.shape[class_dim]) for x in (input, target))
+    require_storage("input", input)
+    require_storage("target", target)
+    logits, probabilities = (x.movedim(class_dim, -1).reshape(-1, x.shape[class_dim]) for x in (input, target))
     loss: Tensor
     loss, z_loss, lse = torch.ops.npu_xent.prob_cross_entropy.default(
-        rows, shares, weight, **options, loss_dtype=loss_dtype, need_lse=return_lse
+        logits, probabilities, weight, **options, loss_dtype=loss_dtype, need_lse=return_lse
     )
     if options["reduction"] == "none":
         loss = loss.view(shape)

@@ -51,13 +51,13 @@ def problem(
     )
     tensors = {"logits": logits, "target": target, "weight": weight, "row_temperature": row_temperature}
     probabilities = make_logits(rows, classes, torch.float32, device, spread=1.0, layout=layout).softmax(1)
-    share = torch.linspace(0.5, 1.0, rows, device=device)
+    part_sum = torch.linspace(0.5, 1.0, rows, device=device)
     return {
         **tensors,
         **stats,
         "totals": totals["totals"],
         "probabilities": probabilities.to(dtype),
-        "share": share.to(stats_dtype(dtype)),
+        "part_sum": part_sum.to(stats_dtype(dtype)),
     }
 
 

@@ -117,6 +117,7 @@ npu_xent.cross_entropy(logits.detach(), target)
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)
 
 
+MANY = torch.zeros(3, 21)
 UNUSUAL: dict[str, Callable[[list[Any]], None]] = {
     "an integer for a number": lambda a: a.__setitem__(5, 0),
     "a flag for a number": lambda a: a.__setitem__(3, True),
@@ -135,9 +136,9 @@ UNUSUAL: dict[str, Callable[[list[Any]], None]] = {
     "a view with the negative bit": lambda a: a.__setitem__(0, torch.complex(a[0], a[0]).conj().imag),
     "a subclass": lambda a: a.__setitem__(0, a[0].as_subclass(Subclass)),
     "no classes": lambda a: a.__setitem__(0, a[0][:, :0]),
-    "probabilities of another dtype": lambda a: a.__setitem__(1, a[0].double()),
-    "probabilities of another shape": lambda a: a.__setitem__(1, a[0][:2]),
-    "probabilities and a class to ignore": lambda a: a.__setitem__(slice(1, 4), [a[0], None, 2]),
+    "probabilities of another dtype": lambda a: a.__setitem__(slice(0, 2), [MANY, MANY.double()]),
+    "probabilities of another shape": lambda a: a.__setitem__(slice(0, 2), [MANY, MANY[:2]]),
+    "probabilities and a class to ignore": lambda a: a.__setitem__(slice(0, 4), [MANY, MANY, None, 2]),
 }
 
 
@@ -150,8 +151,8 @@ def test_other_calls_are_left_to_python(change: Callable[[list[Any]], None], dev
 
 
 def test_probabilities_are_direct_too(device: torch.device) -> None:
-    """But for autocast and forward-mode derivatives, which Python sees to."""
-    logits, q = (make_logits(3, 5, torch.float32, device) for _ in range(2))
+    """Except for few classes and forward-mode derivatives, which Python sees to."""
+    logits, q = (make_logits(3, 21, torch.float32, device) for _ in range(2))
     direct = loss_and_grad(npu_xent.cross_entropy, logits, q, label_smoothing=0.1)
     with Functions() as mode:
         through = loss_and_grad(npu_xent.cross_entropy, logits, q, label_smoothing=0.1)
@@ -160,8 +161,7 @@ def test_probabilities_are_direct_too(device: torch.device) -> None:
         assert_same_bits(ours, theirs)
     usual = (None, -100, "mean", 0.0, 0.0, 1.0, None, None)
     assert _C.cross_entropy(logits, q, *usual) is not None
-    with torch.autocast("cpu", torch.bfloat16):
-        assert _C.cross_entropy(logits, q, *usual) is None
+    assert _C.cross_entropy(logits[:, :15], q[:, :15], *usual) is None
     with forward_ad.dual_level():
         for pair in ((forward_ad.make_dual(logits, q), q), (logits, forward_ad.make_dual(q, q))):
             assert _C.cross_entropy(*pair, *usual) is None

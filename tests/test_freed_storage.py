@@ -32,6 +32,25 @@ def test_arguments_of_the_loss(reduction: str, name: str, device: torch.device) 
         npu_xent.cross_entropy(*tensors.values(), reduction=reduction)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name", ["logits", "probabilities"])
+def test_probabilities(name: str, create_graph: bool, device: torch.device) -> None:
+    """In the forward, and in a backward whose gradient may be differentiated again."""
+    if device.type != "cpu":
+        pytest.skip("torch operations, which check nothing, serve other devices")
+    for shape in ((9, 21), (3, 21, 3)):
+        tensors = {"logits": torch.randn(shape), "probabilities": torch.rand(shape)}
+        freed(tensors[name])
+        with pytest.raises(RuntimeError, match=WORDS):
+            npu_xent.cross_entropy(*tensors.values())
+    tensors = {"logits": torch.randn(9, 21), "probabilities": torch.rand(9, 21)}
+    leaf = tensors["logits"].requires_grad_()
+    loss = npu_xent.cross_entropy(*tensors.values())
+    tensors[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"npu_xent: {name} with shape .* {WORDS}"):
+        torch.autograd.grad(loss, leaf, create_graph=create_graph)
+
+
 @pytest.mark.parametrize("name", ["input", "linear_weight", "linear_bias", "target", "weight"])
 def test_arguments_of_the_linear_loss(name: str, device: torch.device) -> None:
     shapes = {"input": (9, 8), "linear_weight": (21, 8), "linear_bias": (21,), "weight": (21,)}

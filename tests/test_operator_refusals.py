@@ -120,8 +120,8 @@ REFUSALS = {
         ValueError,
         "probabilities must have the shape of the logits, [3, 5], but have [3, 4]",
     ),
-    "share of another length": Refusal(
-        "prob_row_grad", lambda p: {"share": p["share"][:2]}, ValueError, "share must have 3 values, but has 2"
+    "part_sum of another length": Refusal(
+        "prob_row_grad", lambda p: {"part_sum": p["part_sum"][:2]}, ValueError, "part_sum must have 3 values, but has 2"
     ),
     "grad_loss of one value": Refusal(
         "prob_row_grad", lambda p: {"grad_loss": p["lse"][0]}, ValueError, "grad_loss must have shape [N] and be on"

@@ -263,7 +263,7 @@ def probabilities_truth(
         factors(
             *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap"),
             *("logit_scale", "loss_dtype"),
-            shape=[(5,), (7, 5), (3, 5, 4), (0, 5)],
+            shape=[(5,), (7, 5), (3, 5, 4), (0, 5), (21,), (7, 21), (3, 21, 4), (0, 21)],
         )
     ),
     ids=case_id,
@@ -274,7 +274,7 @@ def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None
     generator = torch.Generator().manual_seed(1)
     logits = (3 * torch.randn(shape, generator=generator)).to(device, dtype).requires_grad_()
     q = torch.rand(shape, generator=generator).softmax(min(len(shape) - 1, 1)).to(device, dtype).requires_grad_()
-    weight = make_weight(5, torch.float32, device) if case["weighted"] else None
+    weight = make_weight(shape[min(len(shape) - 1, 1)], torch.float32, device) if case["weighted"] else None
     options = keywords(case)
 
     loss = npu_xent.cross_entropy(logits, q, weight, **options)
@@ -310,16 +310,36 @@ def test_second_and_forward_derivatives_with_probabilities(reduction: str, devic
     """As F.cross_entropy has them."""
     if device.type != "cpu":
         pytest.skip("gradgradcheck needs float64")
-    x, q = (torch.randn(3, 5, dtype=torch.float64).requires_grad_() for _ in range(2))
+    x, q = (torch.randn(2, 17, dtype=torch.float64).requires_grad_() for _ in range(2))
     options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.01, "logit_scale": 0.7}
 
     def loss(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         out = npu_xent.cross_entropy(x, q, weight, **options, softcap=5.0, return_lse=True)
         return out.loss, out.lse
 
-    weight = make_weight(5, torch.float64, device)
+    weight = make_weight(17, torch.float64, device)
     assert torch.autograd.gradcheck(loss, (x, q), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, (x, q))
+
+
+def test_second_derivatives_where_a_class_is_masked(device: torch.device) -> None:
+    """A logit of -inf and a probability of 0: 0, as in the loss, and not NaN."""
+    x = make_logits(3, 21, torch.float32, device)
+    x[:, 4] = -math.inf
+    q = make_logits(3, 21, torch.float32, device).softmax(1).index_fill(1, torch.tensor(4, device=device), 0.0)
+    x, q = x.requires_grad_(), q.requires_grad_()
+    loss = npu_xent.cross_entropy(x, q, reduction="none")
+    grads = torch.autograd.grad(loss.square().sum(), (x, q), create_graph=True)
+    for second in torch.autograd.grad([grad.square().sum() for grad in grads], (x, q)):
+        assert second.isfinite().all()
+
+
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jacrev"])
+def test_compiled_transforms_of_probabilities(transform: str, device: torch.device) -> None:
+    x, q = (make_logits(3, 21, torch.float32, device).softmax(1) for _ in range(2))
+    call = getattr(torch.func, transform)(lambda a: npu_xent.cross_entropy(a, q))
+    x = x[None] if transform == "vmap" else x
+    torch.testing.assert_close(torch.compile(call, backend="eager")(x), call(x))
 
 
 def test_probabilities_are_read_by_the_fused_operators(device: torch.device) -> None:
@@ -333,9 +353,9 @@ def test_probabilities_are_read_by_the_fused_operators(device: torch.device) -> 
             calls.append((op.name(), args, kwargs or {}))
             return op(*args, **(kwargs or {}))
 
-    x = make_logits(7, 5, torch.float32, device).requires_grad_()
+    x = make_logits(7, 21, torch.float32, device).requires_grad_()
     with Record():
-        npu_xent.cross_entropy(x, torch.full((7, 5), 0.2, device=device)).backward()
+        npu_xent.cross_entropy(x, torch.full((7, 21), 0.2, device=device)).backward()
     sweeps = {name: kwargs for name, _, kwargs in calls if "prob_row" in name}
     assert list(sweeps) == ["npu_xent::prob_row_stats", "npu_xent::prob_row_grad"]
     assert sweeps["npu_xent::prob_row_grad"]["output_mask"] == [True, False]
@@ -353,8 +373,8 @@ def test_probabilities_of_one_class_are_an_index(device: torch.device) -> None:
 
 
 def test_extras_with_probabilities(device: torch.device) -> None:
-    logits = make_logits(7, 5, torch.bfloat16, device).requires_grad_()
-    q = torch.full((7, 5), 0.2, dtype=torch.bfloat16, device=device)
+    logits = make_logits(7, 21, torch.bfloat16, device).requires_grad_()
+    q = torch.full((7, 21), 1 / 21, dtype=torch.bfloat16, device=device)
     out = npu_xent.cross_entropy(logits, q, reduction="none", lse_square_scale=0.1, return_lse=True, return_z_loss=True)
     assert out.loss.dtype == out.z_loss.dtype == torch.bfloat16
     assert out.lse.dtype == torch.float32

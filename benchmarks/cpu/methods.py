@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import subprocess
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -175,6 +176,10 @@ def huge_page_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
 
 def jemalloc_steps(rows: int, classes: int, dtype: torch.dtype) -> Steps:
     """Steps for a process with jemalloc, and C for comparison."""
+    try:
+        plain.library()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotAvailable(f"gcc cannot compile {plain.SOURCE.name}: {error}") from error
     values, target = make_logits(rows, classes, dtype)
     logits = values.clone().requires_grad_()
     grad, losses = torch.zeros_like(values), torch.zeros(rows)

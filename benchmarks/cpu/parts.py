@@ -97,8 +97,7 @@ def elsewhere(threads: int) -> Iterator[tuple[str, str, dict[str, str] | str]]:
     always = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,thp:always"
     preloaded = {"LD_PRELOAD": str(library), "MALLOC_CONF": always}
     yield "jemalloc_steps", EAGER_JEMALLOC, preloaded if library else "apt-get install libjemalloc2"
-    flags = f"--xla_cpu_multi_thread_eigen={threads > 1} intra_op_parallelism_threads={threads}".lower()
-    yield "jax_steps", JAX, {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    yield "jax_steps", JAX, {"NPROC": str(threads), "PJRT_NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
 
 
 def timed_elsewhere(

@@ -17,12 +17,12 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct ProbLoss {
-  Tensor loss, z_loss, lse, lse_low, share;
+  Tensor loss, z_loss, lse, lse_low, part_sum;
 };
 
-ProbLoss compute(const Options& o, const Tensor& logits, const Tensor& probabilities, const OptionalTensor& weight,
-                 const Wanted& wanted) {
-  auto [lse, lse_low, cross, share] = prob_row_stats(o, logits, probabilities, weight);
+ProbLoss prob_loss(const Options& o, const Tensor& logits, const Tensor& probabilities, const OptionalTensor& weight,
+                   const Wanted& wanted) {
+  auto [lse, lse_low, cross, part_sum] = prob_row_stats(o, logits, probabilities, weight);
   // Reduced as rows of a single class with label smoothing 1, whose loss is -wsum.
   auto single = of_classes(o, 1);
   single.label_smoothing = 1;
@@ -30,7 +30,7 @@ ProbLoss compute(const Options& o, const Tensor& logits, const Tensor& probabili
   const auto target = at::zeros_symint({logits.sym_size(0)}, logits.options().dtype(at::kLong));
   const auto totals = totals_of(single, target, std::nullopt, logits.scalar_type());
   auto [loss, z_loss] = loss_of(single, target, std::nullopt, lse, lse_low, lse, cross, totals, wanted.loss_dtype);
-  return {loss, z_loss, lse, lse_low, share};
+  return {loss, z_loss, lse, lse_low, part_sum};
 }
 
 class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
@@ -39,10 +39,9 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
                                const OptionalTensor& weight, const Options& o, const Wanted& wanted) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
-    auto out = compute(o, logits, probabilities, weight, wanted);
+    auto out = prob_loss(o, logits, probabilities, weight, wanted);
     save(o, ctx->saved_data);
-    ctx->saved_data["lse"] = wanted.lse;
-    ctx->save_for_backward({logits, probabilities, weight.value_or(Tensor()), out.lse, out.lse_low, out.share});
+    ctx->save_for_backward({logits, probabilities, weight.value_or(Tensor()), out.lse, out.lse_low, out.part_sum});
     // An output must not be a saved tensor below autograd.
     const auto lse = wanted.lse ? out.lse.clone() : not_wanted(out.lse.options());
     variable_list constants{out.z_loss};
@@ -62,12 +61,13 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
     const auto o = saved_options(ctx->saved_data);
     const auto &logits = tensors[0], &probabilities = tensors[1];
     const auto weight = optional(tensors[2]);
+    check_storages({{"logits", logits}, {"probabilities", probabilities}, {"weight", weight}});
     // Where a second derivative may follow, autograd records the gradient's own operations, from the logits on.
     const bool differentiable = at::GradMode::is_enabled();
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
-    auto lse = tensors[3], lse_low = tensors[4], share = tensors[5];
+    auto lse = tensors[3], lse_low = tensors[4], part_sum = tensors[5];
     if (differentiable) {
-      std::tie(lse, lse_low, std::ignore, share) = composite::prob_row_stats(o, logits, probabilities, weight);
+      std::tie(lse, lse_low, std::ignore, part_sum) = composite::prob_row_stats(o, logits, probabilities, weight);
     } else {
       below.emplace();
     }
@@ -82,10 +82,10 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
     if (o.lse_square_scale != 0) {
       grad_lse = grad_lse + grad_loss * lse * (2 * o.lse_square_scale);
     }
-    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1) && upstream[0].defined()};
     const auto compute = differentiable ? &composite::prob_row_grad : &prob_row_grad;
     auto [grad_logits, grad_probabilities] =
-        compute(o, logits, probabilities, weight, lse, lse_low, share, grad_loss, grad_lse, wanted);
+        compute(o, logits, probabilities, weight, lse, lse_low, part_sum, grad_loss, grad_lse, wanted);
     grads[0] = wanted[0] ? std::move(grad_logits) : Tensor();
     grads[1] = wanted[1] ? std::move(grad_probabilities) : Tensor();
     return grads;
@@ -106,8 +106,18 @@ LossWithLse prob_cross_entropy_autograd(const Options& options, const Tensor& lo
     return {out[0], out[1], out[2]};
   }
   at::AutoDispatchBelowADInplaceOrView below;
-  const auto out = compute(o, logits, probabilities, weight, wanted);
+  const auto out = prob_loss(o, logits, probabilities, weight, wanted);
   return {out.loss, out.z_loss, need_lse ? out.lse : not_wanted(out.lse.options())};
+}
+
+// As cross_entropy's.
+template <c10::DispatchKey key>
+LossWithLse prob_cross_entropy_autocast(const Options& o, const Tensor& logits, const Tensor& probabilities,
+                                        const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype,
+                                        bool need_lse) {
+  c10::impl::ExcludeDispatchKeyGuard below(key);
+  return prob_cross_entropy(o, logits, probabilities, autocast_weight(weight, logits.scalar_type()),
+                            loss_dtype.value_or(stats_dtype(logits.scalar_type())), need_lse);
 }
 
 }  // namespace
@@ -120,5 +130,14 @@ TORCH_LIBRARY_IMPL(npu_xent, Autograd, m) {
 TORCH_LIBRARY_IMPL(npu_xent, CompositeExplicitAutograd, m) {
   m.impl("prob_cross_entropy", flat<prob_cross_entropy_autograd>);
 }
+
+// The devices with kernels, and cuda, where the composite runs.
+#define AUTOCAST(KEY)                                                                       \
+  TORCH_LIBRARY_IMPL(npu_xent, KEY, m) {                                                    \
+    m.impl("prob_cross_entropy", flat<prob_cross_entropy_autocast<c10::DispatchKey::KEY>>); \
+  }
+AUTOCAST(AutocastCPU)
+AUTOCAST(AutocastPrivateUse1)
+AUTOCAST(AutocastCUDA)
 
 }  // namespace npu_xent::autograd

@@ -360,28 +360,29 @@ ProbStats prob_row_stats_cpu(const Options& o, const Tensor& logits, const Tenso
   check_prob_rows(o, logits, probabilities, weight);
   const ProbInputs given(o, logits, probabilities, weight);
   const auto lse = at::empty({logits.size(0)}, given.in.stats_options());
-  const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), share = at::empty_like(lse),
+  const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), part_sum = at::empty_like(lse),
              picked = at::empty_like(lse);
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar_t>;
     const Stats<scalar_t> stats{data<acc>(lse), data<acc>(lse_low), data<acc>(picked), data<acc>(cross), nullptr,
-                                nullptr,        data<acc>(share)};
+                                nullptr,        data<acc>(part_sum)};
     row_stats(kernels().of<scalar_t>(), given.rows<scalar_t>(), /*read_ignored=*/true, stats, Output<scalar_t>{},
               parallel_for_elements(logits.numel()));
   });
-  return {lse, lse_low, cross, share};
+  return {lse, lse_low, cross, part_sum};
 }
 
 ProbGrads prob_row_grad_cpu(const Options& o, const Tensor& logits, const Tensor& probabilities,
-                            const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low, const Tensor& share,
-                            const Tensor& grad_loss, const Tensor& grad_lse, std::array<bool, 2> wanted) {
+                            const OptionalTensor& weight, const Tensor& lse, const Tensor& lse_low,
+                            const Tensor& part_sum, const Tensor& grad_loss, const Tensor& grad_lse,
+                            std::array<bool, 2> wanted) {
   const std::initializer_list<Named> of_rows{
-      {"lse", lse}, {"lse_low", lse_low}, {"share", share}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}};
+      {"lse", lse}, {"lse_low", lse_low}, {"part_sum", part_sum}, {"grad_loss", grad_loss}, {"grad_lse", grad_lse}};
   check_prob_row_grad(o, logits, probabilities, weight, of_rows);
   check_storages(of_rows);
   const ProbInputs given(o, logits, probabilities, weight);
-  const auto high = lse.contiguous(), low = lse_low.contiguous(), shares = share.contiguous(),
+  const auto high = lse.contiguous(), low = lse_low.contiguous(), sums = part_sum.contiguous(),
              from_loss = grad_loss.contiguous(), from_lse = grad_lse.contiguous();
   const auto make = [&](bool is_wanted) { return is_wanted ? given.in.new_output() : not_wanted(logits.options()); };
   const auto of_logits = make(wanted[0]), of_probabilities = make(wanted[1]);
@@ -389,7 +390,7 @@ ProbGrads prob_row_grad_cpu(const Options& o, const Tensor& logits, const Tensor
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar_t>;
     auto rows = given.rows<scalar_t>();
-    rows.share = const_data<acc>(shares);
+    rows.part_sum = const_data<acc>(sums);
     const auto parallel = parallel_for_elements(logits.numel());
     const double ones[kTotals] = {1, 1, 1};
     if (wanted[0]) {
@@ -399,7 +400,7 @@ ProbGrads prob_row_grad_cpu(const Options& o, const Tensor& logits, const Tensor
                static_cast<const acc*>(nullptr), output<scalar_t>(of_logits), parallel);
     }
     if (wanted[1]) {
-      probability_grad(kernels().of<scalar_t>(), rows, const_data<acc>(from_loss), 1, const_data<acc>(high),
+      probability_grad(kernels().of<scalar_t>(), rows, const_data<acc>(from_loss), const_data<acc>(high),
                        const_data<acc>(low), output<scalar_t>(of_probabilities), parallel);
     }
   });

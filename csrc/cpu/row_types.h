@@ -29,11 +29,12 @@ struct Rows {
   const int64_t* target;               // [n_rows], each in [0, number of classes) or ignore_index
   const acc_t<scalar_t>* weight;       // of all classes, or null for all ones
   const acc_t<scalar_t>* temperature;  // of each row, or null for all ones
-  // Class probabilities of each row, or null. Targets then are beyond the classes. `share`, for the gradient: the sum
-  // of w (probability, smoothed) of each row.
+  // Class probabilities q of each row, or null. With them class c has the part v_c = w_c ((1 - e) q_c + e/C) in the
+  // loss, which takes the place of w_c in wsum and in the gradient; targets are beyond the classes; and the gradient
+  // needs part_sum, the sum of each row's parts.
   const scalar_t* probabilities = nullptr;
   int64_t probability_stride = 0;
-  const acc_t<scalar_t>* share = nullptr;
+  const acc_t<scalar_t>* part_sum = nullptr;
 
   // A temperature divides the scale, the softcap, and the outermost factor of the gradient.
   double divided(double option, int64_t n) const { return temperature ? option / temperature[n] : option; }
@@ -50,7 +51,7 @@ struct Stats {
   // Null: not wanted.
   acc_t<scalar_t>*wsum, *entropy;
   bool* top1;
-  acc_t<scalar_t>* share = nullptr;  // with probabilities, whose part of each class then is the weight in wsum
+  acc_t<scalar_t>* part_sum = nullptr;  // with probabilities; wsum then is of the parts
 };
 
 // The upstream gradients of each row, before the division of a mean. Null means zeros; stride 0 means one value for all

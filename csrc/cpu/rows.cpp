@@ -240,10 +240,10 @@ class Sweep {
   // Merges the statistics of the chunks of row n, and stores them.
   Lse join(int64_t n, const Stats<scalar_t>& out, const ChunkStats<acc>* chunks) const {
     LogSumExp sum;
-    double wsum = 0, share = 0;
+    double wsum = 0, part_sum = 0;
     for (int64_t c = 0; c < n_chunks_; ++c) {
       sum.add(chunks[c].max, chunks[c].sum, chunks[c].tilted);
-      share += chunks[c].weight;
+      part_sum += chunks[c].weight;
     }
     const Lse lse = sum.value<acc>();
     for (int64_t c = 0; out.wsum && c < n_chunks_; ++c) {
@@ -258,8 +258,8 @@ class Sweep {
     if (out.wsum) {
       out.wsum[n] = static_cast<acc>(wsum);
     }
-    if (out.share) {
-      out.share[n] = static_cast<acc>(share);
+    if (out.part_sum) {
+      out.part_sum[n] = static_cast<acc>(part_sum);
     }
     if (out.entropy) {
       out.entropy[n] = static_cast<acc>(sum.entropy());
@@ -480,9 +480,9 @@ void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
       const double from_z = upstream.grad_z_loss ? upstream.grad_z_loss[n * upstream.z_loss_stride] : 0;
       // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
       const double grad_loss = upstream.grad_loss ? from_loss / loss_divisor(rows.options, totals) : 0;
-      k = rows.share ? RowCoefficients{from_loss * rows.share[n], 0, from_loss}
-                     : row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n], grad_loss,
-                                        (from_loss + from_z) / z_divisor(rows.options, totals));
+      k = rows.part_sum ? RowCoefficients{from_loss * rows.part_sum[n], 0, from_loss}
+                        : row_coefficients(rows.options, sweep.target_weight(n), class_weight, lse[n], grad_loss,
+                                           (from_loss + from_z) / z_divisor(rows.options, totals));
     }
     k.a += from_lse;
     // Read the target's logit now: if grad is the logits, its chunk will be overwritten.
@@ -560,13 +560,13 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
 
 template <typename scalar_t>
 void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
-                      const acc_t<scalar_t>* grad_loss, int64_t loss_stride, const acc_t<scalar_t>* lse,
-                      const acc_t<scalar_t>* lse_low, const Output<scalar_t>& grad, const Parallel& parallel) {
+                      const acc_t<scalar_t>* grad_loss, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
+                      const Output<scalar_t>& grad, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
-  const double share = 1 - rows.options.label_smoothing;
+  const double kept = 1 - rows.options.label_smoothing;
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
-    const double factor = -grad_loss[n * loss_stride] * share;
+    const double factor = -grad_loss[n] * kept;
     const acc high = std::isfinite(lse[n]) ? lse[n] : std::numeric_limits<acc>::quiet_NaN();
     kernels.parts_grad(sweep.logits(n, c), sweep.parts(n, c), sweep.weight(c), sweep.size(c), rows.logit_map(n), high,
                        lse_low[n], static_cast<acc>(factor), grad.data + n * grad.layout.row + c * kChunk,
@@ -697,9 +697,9 @@ INSTANTIATE(bf16)
 INSTANTIATE(f16)
 #undef INSTANTIATE
 
-#define INSTANTIATE(scalar_t)                                                                                      \
-  template void probability_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const acc_t<scalar_t>*,     \
-                                 int64_t, const acc_t<scalar_t>*, const acc_t<scalar_t>*, const Output<scalar_t>&, \
+#define INSTANTIATE(scalar_t)                                                                                  \
+  template void probability_grad(const ChunkKernels<scalar_t>&, const Rows<scalar_t>&, const acc_t<scalar_t>*, \
+                                 const acc_t<scalar_t>*, const acc_t<scalar_t>*, const Output<scalar_t>&,      \
                                  const Parallel&);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -41,8 +41,8 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
 // The gradient of the probabilities, from the upstream gradient of each row's loss.
 template <typename scalar_t>
 void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows,
-                      const acc_t<scalar_t>* grad_loss, int64_t loss_stride, const acc_t<scalar_t>* lse,
-                      const acc_t<scalar_t>* lse_low, const Output<scalar_t>& grad, const Parallel& parallel);
+                      const acc_t<scalar_t>* grad_loss, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
+                      const Output<scalar_t>& grad, const Parallel& parallel);
 
 // x[0:n] *= factor
 template <typename scalar_t>

@@ -339,10 +339,10 @@ void log_prob(const scalar_t* x, int64_t n, LogitMap<acc_t<scalar_t>> map, acc_t
 }
 
 template <typename scalar_t>
-void parts(const scalar_t* q, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> share, acc_t<scalar_t> per_class,
+void parts(const scalar_t* q, const acc_t<scalar_t>* w, int64_t n, acc_t<scalar_t> kept, acc_t<scalar_t> per_class,
            acc_t<scalar_t>* out) {
   using acc = acc_t<scalar_t>;
-  const Vec<acc> factor(share), offset(per_class);
+  const Vec<acc> factor(kept), offset(per_class);
   write_blocks(n, out, /*past_cache=*/false, [&](int64_t i, auto valid) {
     const Pair<acc> v = load(q + i, valid);
     const Pair<acc> part{at::vec::fmadd(v.lo, factor, offset), at::vec::fmadd(v.hi, factor, offset)};
@@ -402,6 +402,7 @@ void fill(scalar_t* out, int64_t n, acc_t<scalar_t> value, bool past_cache) {
   write_blocks(n, out, past_cache, [&](int64_t, auto) { return Pair<acc>{v, v}; });
 }
 
+// As RowOptions::is_bad, which the variants would share.
 bool any_bad(const RowOptions& options, const int64_t* target, int64_t n) {
   const auto classes = static_cast<uint64_t>(options.num_classes);
   const int64_t ignored = options.ignore_index;

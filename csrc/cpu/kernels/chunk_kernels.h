@@ -132,8 +132,8 @@ struct ChunkKernels {
   acc (*max)(const scalar_t* x, int64_t n, acc scale);
   // out *= scale
   void (*scale)(scalar_t* out, int64_t n, acc scale);
-  // out = w (share q + per_class): the part of each class in the loss of class probabilities q
-  void (*parts)(const scalar_t* q, const acc* w, int64_t n, acc share, acc per_class, acc* out);
+  // out = w (kept q + per_class): the part of each class in the loss of class probabilities q
+  void (*parts)(const scalar_t* q, const acc* w, int64_t n, acc kept, acc per_class, acc* out);
   // out = factor w (z - lse - lse_low), and 0 where a part is 0 and z is -inf
   void (*parts_grad)(const scalar_t* x, const acc* parts, const acc* w, int64_t n, LogitMap<acc> map, acc lse,
                      acc lse_low, acc factor, scalar_t* out, bool past_cache);
