@@ -40,7 +40,7 @@ PAGES = (
         "How it works",
         ("docs/design", "docs/numerics", "docs/benchmarks", "docs/vendor", "docs/device_kernels", "cann_sim/README"),
     ),
-    ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/integrations")),
+    ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/distributed", "docs/api/integrations")),
     ("Project", ("CHANGELOG", "CONTRIBUTING", "docs/stability")),
 )
 include_patterns = ["README.md", *(f"{page}.md" for _, pages in PAGES for page in pages)]
