@@ -2,9 +2,11 @@
 
     vocab_parallel_cross_entropy        the loss
     vocab_parallel_token_log_probs      log-probabilities, entropy and accuracy of tokens
+    vocab_parallel_linear_cross_entropy the loss of a linear layer's output, without materializing the logits
 
 Each rank passes its classes of every row, and the same target. Every rank gets the same results, bit for bit. The
-forward makes one all_gather of a few numbers a row, the backward no communication at all. torch.distributed moves the
+forward makes one all_gather of a few numbers a row, the backward no communication at all (with a linear layer, one
+all_gather for each chunk of rows, and in the backward the sum of the input's gradient). torch.distributed moves the
 data; its backend must support all_gather_into_tensor on the tensors' device (gloo, HCCL, NCCL).
 
 How the statistics of shards merge is in csrc/options.h.
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +30,16 @@ from ._options import check_loss_dtype, check_ranges, check_types
 from ._tensors import LOGITS, check_tensors, index_target
 from .functional import CrossEntropyOutput
 
-__all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_token_log_probs"]
+__all__ = [
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_token_log_probs",
+]
 
 _ops = torch.ops.npu_xent
-# The name in torch 2.13 and newer, where the older one warns.
+# The names in newer torch, where the older ones warn.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def vocab_parallel_cross_entropy(
@@ -105,11 +113,7 @@ def vocab_parallel_cross_entropy(
     if normalizer is not None and reduction == "none":
         raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
-    if weight is not None and weight.shape != (shard.num_classes,):
-        raise ValueError(
-            f"npu_xent.{name}: weight must have one value for each of the {shard.num_classes} classes of all ranks, "
-            f"but has shape {list(weight.shape)}"
-        )
+    _check_weight(name, weight, shard)
     indices = index_target(target).reshape(-1)
     _compare(name, group, rows=len(rows), num_classes=shard.num_classes, **options, return_lse=return_lse)
     of_all = {"num_classes": shard.num_classes}
@@ -176,6 +180,111 @@ def vocab_parallel_token_log_probs(
     return TokenLogProbs(log_probs, *(x if x is None else x.view(target.shape) for x in extras))
 
 
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    num_classes: int | None = None,
+    class_range: tuple[int, int] | None = None,
+    sequence_parallel: bool = False,
+    reduce_input_grad: bool = True,
+    chunk_rows: int | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    lse_square_scale: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype = torch.float32,
+    normalizer: Tensor | dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Cross entropy of a linear layer's output whose classes are sharded, without materializing the logits.
+
+    With "mean" and "sum" (but not in float16) the forward also computes the gradients, with three matrix products. With
+    "none" and in float16 the backward computes the logits again.
+
+    Args:
+        input: [..., H], the same on all ranks; with sequence_parallel this rank's rows, equally many on all ranks.
+        linear_weight: [C_local, H], this rank's classes, in the dtype of input.
+        target: as in vocab_parallel_cross_entropy, of all rows: [...]; with sequence_parallel of all ranks' rows, [N].
+        linear_bias: [C_local], or None.
+        weight, group, num_classes, class_range: as in vocab_parallel_cross_entropy, C_local being linear_weight's.
+        sequence_parallel: gather the rows of all ranks first. The gradient of input is then reduce-scattered.
+        reduce_input_grad: sum the gradient of input over the ranks. False leaves the partial sum to the caller.
+        chunk_rows: rows of a chunk, the same on all ranks. Default: as in npu_xent.linear_cross_entropy, for
+            num_classes / ranks classes.
+        ignore_index, reduction, label_smoothing, lse_square_scale, softcap, logit_scale, loss_dtype, normalizer: as in
+            vocab_parallel_cross_entropy.
+
+    Returns:
+        The loss, in the shape of target for "none", else []. Differentiable in input, linear_weight and linear_bias,
+        once.
+
+    Raises:
+        As vocab_parallel_cross_entropy.
+    """
+    name = "vocab_parallel_linear_cross_entropy"
+    check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
+        raise ValueError(
+            f"npu_xent.{name}: input must have shape [..., H] and linear_weight [C_local, H], but they have "
+            f"{list(input.shape)} and {list(linear_weight.shape)}"
+        )
+    if input.dtype not in LOGITS or linear_weight.dtype != input.dtype:
+        raise TypeError(
+            f"npu_xent.{name}: input and linear_weight must both be float32, bfloat16, float16 or float64, but are "
+            f"{input.dtype} and {linear_weight.dtype}"
+        )
+    if linear_bias is not None and (linear_bias.shape, linear_bias.dtype) != (linear_weight.shape[:1], input.dtype):
+        raise ValueError(
+            f"npu_xent.{name}: linear_bias must have shape {list(linear_weight.shape[:1])} and dtype {input.dtype}, "
+            f"but has {list(linear_bias.shape)} and {linear_bias.dtype}"
+        )
+    options = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+        "lse_square_scale": lse_square_scale,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    check_types("linear_cross_entropy", {**options, "loss_dtype": loss_dtype, "chunk_rows": chunk_rows})
+    check_ranges(options)
+    check_loss_dtype(loss_dtype, input)
+    if normalizer is not None and reduction == "none":
+        raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
+    ranks, rank = _place(name, group)
+    shard = _shard_of(name, linear_weight.shape[0], ranks, rank, num_classes, class_range)
+    _check_weight(name, weight, shard)
+    rows = input.reshape(-1, input.shape[-1])
+    expected = [len(rows) * ranks] if sequence_parallel else list(input.shape[:-1])
+    if list(target.shape) != expected or target.device != input.device:
+        raise ValueError(
+            f"npu_xent.{name}: target must have shape {expected} and be on {input.device}, but has "
+            f"{list(target.shape)} and is on {target.device}"
+        )
+    prepare(input)
+    indices = index_target(target).reshape(-1)
+    facts = {"rows": len(rows), "num_classes": shard.num_classes, "chunk_rows": chunk_rows}
+    _compare(name, group, **facts, **options, sequence_parallel=sequence_parallel)
+    if chunk_rows is None:
+        chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
+    of_all = {"num_classes": shard.num_classes, "loss_dtype": _stats_dtype(input)}
+    totals = _ops.reduce_rows(indices, weight, **_of(options, _LOSS), **of_all)[2]
+    totals = _normalized(totals, reduction, normalizer)
+    if reduction == "sum" and normalizer is not None:
+        options["reduction"] = "mean"
+    layer = _Layer(shard, group, options, loss_dtype, max(1, chunk_rows), sequence_parallel, reduce_input_grad)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        rows, linear_weight, linear_bias, indices, weight, totals, layer
+    )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
 # Shards ---------------------------------------------------------------------------------------------------------------
 
 _LOSS = ("ignore_index", "reduction", "label_smoothing", "lse_square_scale")
@@ -226,6 +335,24 @@ def _shard_of(
     return _Shard(begin, end - begin, num_classes)
 
 
+def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """The number of ranks, and this rank."""
+    if not dist.is_initialized():
+        raise RuntimeError(f"npu_xent.{name}: call torch.distributed.init_process_group first")
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
+    return ranks, rank
+
+
+def _check_weight(name: str, weight: Tensor | None, shard: _Shard) -> None:
+    if weight is not None and weight.shape != (shard.num_classes,):
+        raise ValueError(
+            f"npu_xent.{name}: weight must have one value for each of the {shard.num_classes} classes of all ranks, "
+            f"but has shape {list(weight.shape)}"
+        )
+
+
 def _rows_of(
     name: str,
     logits: Tensor,
@@ -246,11 +373,7 @@ def _rows_of(
             f"their device, but logits has {list(logits.shape)} on {logits.device} and target {list(target.shape)} on "
             f"{target.device}"
         )
-    if not dist.is_initialized():
-        raise RuntimeError(f"npu_xent.{name}: call torch.distributed.init_process_group first")
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
+    ranks, rank = _place(name, group)
     shard = _shard_of(name, logits.shape[-1], ranks, rank, num_classes, class_range)
     if shard.num_classes == 0:
         raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
@@ -323,13 +446,23 @@ def _statistics(
     wanted: _Wanted,
 ) -> _Statistics:
     """The statistics of each row, from those of the shards and one all_gather."""
-    mine = _of_this_shard(rows, target, weight, shard, options, wanted)
+    return _gather(_of_this_shard(rows, target, weight, shard, options, wanted), group)()
+
+
+def _gather(mine: dict[str, Tensor], group: dist.ProcessGroup | None, wait: bool = True) -> Callable[[], _Statistics]:
+    """Start to gather the statistics of all shards, and return what merges them."""
     packed = torch.cat([part.reshape(-1) for part in mine.values()])
     ranks = dist.get_world_size(group)
     gathered = packed.new_empty(ranks * len(packed))
-    _all_gather(gathered, packed, group=group)
-    parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
-    return _merged(dict(zip(mine, parts, strict=True)))
+    work = _all_gather(gathered, packed, group=group, async_op=not wait)
+
+    def merged() -> _Statistics:
+        if not wait:
+            work.wait()
+        parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
+        return _merged(dict(zip(mine, parts, strict=True)))
+
+    return merged
 
 
 def _of_this_shard(
@@ -515,3 +648,160 @@ class _TokenLogProbs(torch.autograd.Function):
             operands |= {"entropy": entropy, "grad_entropy": grad_entropy.contiguous()}
         grad = _row_grad(logits, target, None, (lse, low), ctx.shard, ctx.consume, **operands, **ctx.options)
         return grad, *(None,) * 7
+
+
+# With a linear layer --------------------------------------------------------------------------------------------------
+
+
+class _Layer(NamedTuple):
+    """What does not change from call to call."""
+
+    shard: _Shard
+    group: dist.ProcessGroup | None
+    options: dict[str, Any]
+    loss_dtype: torch.dtype
+    chunk_rows: int
+    sequence_parallel: bool
+    reduce_input_grad: bool
+
+
+def _chunk_rows(rows: int, classes: int, element_size: int) -> int:
+    """As csrc/linear_rows.cpp, from what all ranks know: they must make the same collectives."""
+    fewest = 256 if element_size == 2 else 128
+    few = min(max(rows * 4 // (25 * element_size) // 32 * 32, fewest), 512)
+    return max(few, (32 << 20) // (max(1, classes) * element_size))
+
+
+class _Products:
+    """The logits of chunks of rows, and the sums of the gradients that come from theirs."""
+
+    def __init__(
+        self, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, layer: _Layer, wanted: list[bool]
+    ) -> None:
+        self.rows, columns = rows, layer.shard.columns
+        self.weight, self.bias = linear_weight[:columns], linear_bias if linear_bias is None else linear_bias[:columns]
+        self.padding = len(linear_weight) - columns
+        self.chunks = [slice(i, i + layer.chunk_rows) for i in range(0, len(rows), layer.chunk_rows)]
+        # Sums over chunks are kept in float32.
+        exact = torch.float32 if rows.element_size() == 2 and len(self.chunks) > 1 else rows.dtype
+        self.grad_rows = torch.empty_like(rows) if wanted[0] else None
+        self.grad_weight = torch.zeros_like(self.weight, dtype=exact) if wanted[1] else None
+        self.grad_bias = None
+        if self.bias is not None and wanted[2]:
+            self.grad_bias = torch.zeros_like(self.bias, dtype=_stats_dtype(rows))
+
+    def logits(self, chunk: slice) -> Tensor:
+        """The product of one chunk."""
+        return torch.nn.functional.linear(self.rows[chunk], self.weight, self.bias)
+
+    def add(self, chunk: slice, grad: Tensor) -> None:
+        """Add what the gradient of a chunk's logits gives."""
+        if self.grad_rows is not None:
+            torch.mm(grad, self.weight, out=self.grad_rows[chunk])
+        if self.grad_weight is not None:
+            if self.grad_weight.dtype == grad.dtype:
+                self.grad_weight.addmm_(grad.T, self.rows[chunk])
+            else:
+                self.grad_weight.add_(grad.T @ self.rows[chunk])
+        if self.grad_bias is not None:
+            self.grad_bias.add_(grad.sum(0, dtype=self.grad_bias.dtype))
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the rows (this rank's part), the weight and the bias, in their dtype."""
+        weight, bias = (
+            grad if grad is None else pad(grad.to(self.rows.dtype), (0,) * (2 * grad.dim() - 1) + (self.padding,))
+            for grad in (self.grad_weight, self.grad_bias)
+        )
+        return self.grad_rows, weight, bias
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The loss of a linear layer's output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        rows: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        totals: Tensor,
+        layer: _Layer,
+    ) -> Tensor:
+        if layer.sequence_parallel:
+            own, rows = rows, rows.new_empty(len(target), rows.shape[1])
+            _all_gather(rows, own.contiguous(), group=layer.group)
+        at_once = layer.options["reduction"] != "none" and rows.dtype != torch.float16
+        wanted = [at_once and needed for needed in ctx.needs_input_grad[:3]]
+        products = _Products(rows, linear_weight, linear_bias, layer, wanted)
+        need = _Wanted(need_wsum=layer.options["label_smoothing"] != 0)
+        found: list[_Statistics] = []
+        one = totals.new_ones(())
+
+        def start(chunk: slice) -> tuple[Tensor, Callable[[], _Statistics]]:
+            logits = products.logits(chunk)
+            mine = _of_this_shard(logits, target[chunk], weight, layer.shard, layer.options, need)
+            return logits, _gather(mine, layer.group, wait=torch.compiler.is_compiling())
+
+        # The product of the next chunk goes on while the statistics of this one are gathered.
+        started = [start(products.chunks[0])] if products.chunks else []
+        for i, chunk in enumerate(products.chunks):
+            if i + 1 < len(products.chunks):
+                started.append(start(products.chunks[i + 1]))
+            logits, merged = started.pop(0)
+            stats = merged()
+            found.append(stats)
+            if any(wanted):
+                operands = {"totals": totals, "grad_loss": one, **layer.options}
+                products.add(chunk, _row_grad(logits, target[chunk], weight, stats[:2], layer.shard, True, **operands))
+        nothing = totals.new_zeros(0)
+        lse = torch.cat([nothing, *(of.lse for of in found)])
+        low = torch.cat([nothing, *(of.lse_low for of in found)])
+        picked = torch.cat([nothing, *(of.picked for of in found)])
+        wsum = torch.cat([nothing, *(of.wsum for of in found if of.wsum is not None)]) if need.need_wsum else None
+        loss: Tensor
+        loss, _, _ = _ops.reduce_rows(
+            target,
+            weight,
+            lse,
+            low,
+            picked,
+            wsum,
+            totals,
+            **_of(layer.options, _LOSS),
+            num_classes=layer.shard.num_classes,
+            loss_dtype=layer.loss_dtype,
+        )
+        ctx.layer, ctx.at_once = layer, at_once
+        saved = products.gradients() if at_once else (rows, linear_weight, linear_bias)
+        ctx.save_for_backward(*saved, target, weight, totals, lse, low)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, target, weight, totals, lse, low = ctx.saved_tensors
+        layer: _Layer = ctx.layer
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "npu_xent: double backward through vocab_parallel_linear_cross_entropy is not supported; leave "
+                "create_graph=True out"
+            )
+        if ctx.at_once:
+            grads = [grad if grad is None else (grad * grad_loss).to(grad.dtype) for grad in saved]
+        else:
+            products = _Products(saved[0], saved[1], saved[2], layer, list(ctx.needs_input_grad[:3]))
+            for chunk in products.chunks:
+                of_chunk = grad_loss if grad_loss.dim() == 0 else grad_loss[chunk]
+                operands = {"totals": totals, "grad_loss": of_chunk, **layer.options}
+                stats = (lse[chunk], low[chunk])
+                grad = _row_grad(products.logits(chunk), target[chunk], weight, stats, layer.shard, True, **operands)
+                products.add(chunk, grad)
+            grads = list(products.gradients())
+        if grads[0] is not None and layer.sequence_parallel:
+            own = grads[0].new_empty(len(grads[0]) // dist.get_world_size(layer.group), grads[0].shape[1])
+            _reduce_scatter(own, grads[0], group=layer.group)
+            grads[0] = own
+        elif grads[0] is not None and layer.reduce_input_grad:
+            dist.all_reduce(grads[0], group=layer.group)
+        return (*grads, *(None,) * 4)

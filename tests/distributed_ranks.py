@@ -39,6 +39,16 @@ LOSSES = pairwise(
         consume=(False, True),
     )
 )
+LINEAR = pairwise(
+    factors(
+        *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap", "logit_scale"),
+        size=tuple(SIZES),
+        bias=(False, True),
+        sequence_parallel=(False, True),
+        chunk_rows=(None, 5),
+        padding=(0, 3),
+    )
+)
 LOG_PROBS = pairwise(
     factors(
         *("dtype", "softcap", "logit_scale"),
@@ -178,6 +188,61 @@ def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
     if mine[2] is not None:
         assert torch.equal(mine[2], true[2]), "top1 differs"
     return [x for x in mine if x is not None]
+
+
+def linear(at: Rank, case: dict[str, Any]) -> list[Tensor]:
+    """vocab_parallel_linear_cross_entropy beside linear_cross_entropy of the whole layer in float64."""
+    dtype, classes, features = case["dtype"], SIZES[case["size"]], 8
+    generator = torch.Generator().manual_seed(classes)
+    rows = 12 * at.ranks
+    x, layer = (torch.randn(size, features, generator=generator).to(dtype) for size in (rows, classes))
+    bias = torch.randn(classes, generator=generator).to(dtype) if case["bias"] else None
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[::5] = -100
+    weight = make_weight(classes, torch.float32, torch.device("cpu")) if case["weighted"] else None
+    options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
+    options["logit_scale"] = case["logit_scale"]
+    begin, end = at.bounds(classes)
+    mine = [x.chunk(at.ranks)[at.rank] if case["sequence_parallel"] else x, layer[begin:end]]
+    mine += [] if bias is None else [bias[begin:end]]
+    mine = [mine[0], *(torch.nn.functional.pad(t, (0, 0) * (t.dim() - 1) + (0, case["padding"])) for t in mine[1:])]
+    mine = [t.clone().requires_grad_() for t in mine]
+    loss, sent = counted(
+        lambda: distributed.vocab_parallel_linear_cross_entropy(
+            *mine[:2],
+            target,
+            linear_bias=mine[2] if bias is not None else None,
+            weight=weight,
+            num_classes=classes,
+            class_range=(begin, end),
+            sequence_parallel=case["sequence_parallel"],
+            chunk_rows=case["chunk_rows"],
+            loss_dtype=torch.float32 if dtype != torch.float64 else dtype,
+            **options,
+        )
+    )
+    chunks = 1 if case["chunk_rows"] is None else -(-rows // 5)
+    assert len(sent) == chunks + case["sequence_parallel"], f"{len(sent)} collectives"
+    whole = [t.double().requires_grad_() for t in (x, layer, bias) if t is not None]
+    expected = npu_xent.linear_cross_entropy(
+        *whole[:2],
+        target,
+        linear_bias=whole[2] if bias is not None else None,
+        weight=None if weight is None else weight.double(),
+        **options,
+    )
+    upstream = torch.linspace(0.5, 2.0, rows) if options["reduction"] == "none" else torch.tensor(1.5)
+    grads = torch.autograd.grad((loss.double() * upstream).sum(), mine)
+    true = torch.autograd.grad((expected * upstream).sum(), whole)
+    # The logits are rounded to dtype here.
+    close("loss", loss, expected, dtype, 60.0 * float(expected.abs().max() if options["reduction"] == "sum" else 1))
+    shares = [true[0].chunk(at.ranks)[at.rank] if case["sequence_parallel"] else true[0]]
+    shares += [t[begin:end] for t in true[1:]]
+    for name, grad, share in zip(("input", "linear_weight", "linear_bias"), grads, shares, strict=False):
+        size = 20.0 * float(max(t.abs().max() for t in true))
+        close(f"gradient of {name}", grad[: len(share)], share, dtype, size)
+        assert not grad[len(share) :].any()
+    return [loss] if case["sequence_parallel"] else [loss, grads[0]]
 
 
 def masked_classes(at: Rank, _: Any) -> list[Tensor]:
@@ -330,6 +395,28 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
     return []
 
 
+X, W, Y = torch.ones(6, 8), torch.ones(5, 8), torch.zeros(6, dtype=torch.long)
+LINEAR_REFUSED: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
+    (ValueError, "input must have shape [..., H] and linear_weight [C_local, H]", {"linear_weight": W[:, :7]}),
+    (TypeError, "input and linear_weight must both be float32", {"linear_weight": W.half()}),
+    (ValueError, "linear_bias must have shape [5] and dtype torch.float32", {"linear_bias": torch.ones(6)}),
+    (ValueError, "target must have shape [6] and be on cpu, but has [5]", {"target": Y[:5]}),
+    (ValueError, 'with reduction "none" leave it out', {"normalizer": X[0, 0], "reduction": "none"}),
+)
+
+
+def linear_refusals(at: Rank, _: Any) -> list[Tensor]:
+    """On every rank, before any collective; and a gradient that could be differentiated again."""
+    for kind, words, changed in LINEAR_REFUSED:
+        with pytest.raises(kind, match=re.escape(words)):
+            distributed.vocab_parallel_linear_cross_entropy(**{"input": X, "linear_weight": W, "target": Y} | changed)
+    leaf = X.clone().requires_grad_()
+    loss = distributed.vocab_parallel_linear_cross_entropy(leaf, W, Y)
+    with pytest.raises(RuntimeError, match="double backward through vocab_parallel_linear_cross_entropy is not"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+    return [loss]
+
+
 def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
     """Raise."""
     logits, target = problem(60, torch.float32)
@@ -343,10 +430,11 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 SINGLE = (
     *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
-    *(compiled, disagreeing, refusals, second_derivatives),
+    *(compiled, disagreeing, refusals, linear_refusals, second_derivatives),
 )
 CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
     **{f"loss-{case_id(case)}": (loss, case) for case in LOSSES},
+    **{f"linear-{case_id(case)}": (linear, case) for case in LINEAR},
     **{f"log_probs-{case_id(case)}": (log_probs, case) for case in LOG_PROBS},
     **{case.__name__: (case, None) for case in SINGLE},
 }
@@ -354,7 +442,9 @@ CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
 
 def bits(tensors: list[Tensor]) -> str:
     """A digest of the values."""
-    return hashlib.sha256(b"".join(t.detach().contiguous().view(-1).numpy().tobytes() for t in tensors)).hexdigest()
+    return hashlib.sha256(
+        b"".join(t.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in tensors)
+    ).hexdigest()
 
 
 def main(rank: int, ranks: int, store: str, out: str) -> None:
