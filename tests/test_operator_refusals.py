@@ -96,11 +96,11 @@ REFUSALS = {
         "weight must be float32 or of the logits' dtype",
     ),
     # class probabilities
-    "logits of three dimensions": Refusal(
+    "probabilities of three dimensions": Refusal(
         "prob_row_stats",
-        lambda p: {"logits": p["logits"][None]},
+        lambda p: {"probabilities": p["probabilities"][None]},
         ValueError,
-        "logits and probabilities must both have shape [N, C] and be on one device, but have 3 and 2 dimensions",
+        "logits and probabilities must both have shape [N, C] and be on one device, but have 2 and 3 dimensions",
     ),
     "probabilities elsewhere": Refusal(
         "prob_row_stats",

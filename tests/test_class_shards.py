@@ -1,0 +1,51 @@
+"""What npu_xent.distributed computes on each rank, for all shards in one process: on any device, without a group."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from reference import assert_near, make_logits, make_target, make_weight, truth
+from torch import Tensor
+
+import npu_xent
+from npu_xent.distributed import _merged, _of_this_shard, _row_grad, _Shard, _Statistics, _Wanted
+
+BOUNDS = [0, 9, 9, 30, 31]  # one shard is empty
+SHARDS = [_Shard(begin, end - begin, 31) for begin, end in itertools.pairwise(BOUNDS)]
+OPTIONS: dict[str, Any] = {"ignore_index": -100, "softcap": 8.0, "logit_scale": 0.7}
+ALL = _Wanted(need_wsum=True, need_entropy=True, need_top1=True)
+
+
+def merged(logits: Tensor, target: Tensor, weight: Tensor | None) -> _Statistics:
+    """The statistics over all shards, as after an all_gather."""
+    of = [_of_this_shard(logits[:, s.start : s.start + s.columns], target, weight, s, OPTIONS, ALL) for s in SHARDS]
+    return _merged({name: torch.stack([shard[name] for shard in of]) for name in of[0]})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shards_make_up_the_whole(dtype: torch.dtype, weighted: bool, device: torch.device) -> None:
+    """Loss and gradient with smoothing, and log-probabilities, entropy and top-1."""
+    logits, target = make_logits(13, 31, dtype, device), make_target(13, 31, device, ignore_index=-100)
+    weight = make_weight(31, torch.float32, device) if weighted else None
+    stats = merged(logits, target, weight)
+    named = {"reduction": "none", "label_smoothing": 0.1, **OPTIONS}
+    ops = torch.ops.npu_xent
+    of_all = {"ignore_index": -100, "label_smoothing": 0.1, "reduction": "none", "num_classes": 31}
+    totals = ops.reduce_rows(target, weight, **of_all, loss_dtype=torch.float32)[2]
+    loss = ops.reduce_rows(target, weight, *stats[:4], totals, **of_all, loss_dtype=torch.float32)[0]
+    expected = truth(logits, target, weight, **named)
+    assert_near(loss, expected.loss, expected.loss_terms)
+    operands = {"totals": totals, "grad_loss": torch.ones(13, device=device), **named}
+    for shard in SHARDS:
+        columns = slice(shard.start, shard.start + shard.columns)
+        grad = _row_grad(logits[:, columns], target, weight, stats[:2], shard, False, **operands)
+        assert_near(grad, expected.grad[:, columns], expected.grad_terms[:, columns])
+    out = npu_xent.token_log_probs(logits, target, **OPTIONS, return_entropy=True, return_top1=True)
+    kept = target != -100
+    assert torch.equal(stats.top1[kept], out.top1[kept])
+    torch.testing.assert_close(stats.entropy[kept], out.entropy[kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((stats.picked - stats.lse)[kept], out.log_probs[kept], rtol=1e-5, atol=1e-5)
