@@ -90,15 +90,18 @@ def vocab_parallel_cross_entropy(
         (float64 for float64 logits). Differentiable in the logits, once.
 
     Raises:
-        ValueError: a shape, a range of classes or an option that breaks the rules above. With the environment variable
-            NPU_XENT_DEBUG=1 also, on every rank, shapes or options in which ranks differ; without it, they are not
-            compared, and the collective may hang or give wrong results.
+        ValueError: a shape, a range of classes or an option that breaks the rules above. On the CPU also, on every
+            rank, classes that do not make up one vocabulary, and targets in which ranks differ. With the environment
+            variable NPU_XENT_DEBUG=1 also, on every rank, numbers of rows, dtypes or options in which ranks differ;
+            without it, these are not compared, and the collective may hang or give wrong results.
         TypeError: an argument of a wrong type or dtype.
         IndexError: a target that is out of range, on the CPU.
-        RuntimeError: no process group; a second derivative; a second backward after consume_logits.
+        RuntimeError: no process group; a second derivative; a second backward after consume_logits. An error that only
+            one rank raises leaves the others waiting until the group's timeout.
     """
     name = "vocab_parallel_cross_entropy"
     check_tensors(name, logits=logits, target=target, weight=weight)
+    _check_normalizer(name, normalizer, reduction)
     options = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -110,12 +113,18 @@ def vocab_parallel_cross_entropy(
     check_types("cross_entropy", {**options, "loss_dtype": loss_dtype})
     check_ranges(options)
     check_loss_dtype(loss_dtype, logits)
-    if normalizer is not None and reduction == "none":
-        raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     _check_weight(name, weight, shard)
     indices = index_target(target).reshape(-1)
-    _compare(name, group, rows=len(rows), num_classes=shard.num_classes, **options, return_lse=return_lse)
+    _compare(
+        name,
+        group,
+        rows=len(rows),
+        dtype=str(rows.dtype),
+        num_classes=shard.num_classes,
+        **options,
+        return_lse=return_lse,
+    )
     of_all = {"num_classes": shard.num_classes}
     totals = _ops.reduce_rows(indices, weight, **_of(options, _LOSS), **of_all, loss_dtype=_stats_dtype(rows))[2]
     totals = _normalized(totals, reduction, normalizer)
@@ -170,7 +179,7 @@ def vocab_parallel_token_log_probs(
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
     wanted = {"return_entropy": return_entropy, "return_top1": return_top1}
-    _compare(name, group, rows=len(rows), num_classes=shard.num_classes, **options, **wanted)
+    _compare(name, group, rows=len(rows), dtype=str(rows.dtype), num_classes=shard.num_classes, **options, **wanted)
     log_probs, *extras = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
         rows, indices, shard, group, options, return_entropy, return_top1, consume_logits
     )
@@ -209,7 +218,7 @@ def vocab_parallel_linear_cross_entropy(
 
     Args:
         input: [..., H], the same on all ranks; with sequence_parallel this rank's rows, equally many on all ranks.
-        linear_weight: [C_local, H], this rank's classes, in the dtype of input.
+        linear_weight: [C_local, H], this rank's classes, in the dtype of input. Under autocast both are converted.
         target: as in vocab_parallel_cross_entropy, of all rows: [...]; with sequence_parallel of all ranks' rows, [N].
         linear_bias: [C_local], or None.
         weight, group, num_classes, class_range: as in vocab_parallel_cross_entropy, C_local being linear_weight's.
@@ -229,15 +238,20 @@ def vocab_parallel_linear_cross_entropy(
     """
     name = "vocab_parallel_linear_cross_entropy"
     check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    _check_normalizer(name, normalizer, reduction)
     if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
         raise ValueError(
             f"npu_xent.{name}: input must have shape [..., H] and linear_weight [C_local, H], but they have "
             f"{list(input.shape)} and {list(linear_weight.shape)}"
         )
+    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
+        linear_bias = linear_bias if linear_bias is None else linear_bias.to(dtype)
     if input.dtype not in LOGITS or linear_weight.dtype != input.dtype:
         raise TypeError(
-            f"npu_xent.{name}: input and linear_weight must both be float32, bfloat16, float16 or float64, but are "
-            f"{input.dtype} and {linear_weight.dtype}"
+            f"npu_xent.{name}: input and linear_weight must have the same dtype, float32, bfloat16, float16 or "
+            f"float64, but have {input.dtype} and {linear_weight.dtype}"
         )
     if linear_bias is not None and (linear_bias.shape, linear_bias.dtype) != (linear_weight.shape[:1], input.dtype):
         raise ValueError(
@@ -255,8 +269,6 @@ def vocab_parallel_linear_cross_entropy(
     check_types("linear_cross_entropy", {**options, "loss_dtype": loss_dtype, "chunk_rows": chunk_rows})
     check_ranges(options)
     check_loss_dtype(loss_dtype, input)
-    if normalizer is not None and reduction == "none":
-        raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
     ranks, rank = _place(name, group)
     shard = _shard_of(name, linear_weight.shape[0], ranks, rank, num_classes, class_range)
     _check_weight(name, weight, shard)
@@ -269,7 +281,7 @@ def vocab_parallel_linear_cross_entropy(
         )
     prepare(input)
     indices = index_target(target).reshape(-1)
-    facts = {"rows": len(rows), "num_classes": shard.num_classes, "chunk_rows": chunk_rows}
+    facts = {"rows": len(rows), "dtype": str(rows.dtype), "num_classes": shard.num_classes, "chunk_rows": chunk_rows}
     _compare(name, group, **facts, **options, sequence_parallel=sequence_parallel)
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
@@ -337,12 +349,30 @@ def _shard_of(
 
 def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """The number of ranks, and this rank."""
+    if not (group is None or isinstance(group, dist.ProcessGroup)):
+        raise TypeError(
+            f"npu_xent.{name}: group must be a torch.distributed.ProcessGroup, but is a {type(group).__name__}; of a "
+            "DeviceMesh pass mesh.get_group(name)"
+        )
     if not dist.is_initialized():
         raise RuntimeError(f"npu_xent.{name}: call torch.distributed.init_process_group first")
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     if rank < 0:
         raise ValueError(f"npu_xent.{name}: this rank is not in the group")
     return ranks, rank
+
+
+def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
+    if normalizer is None:
+        return
+    if reduction == "none":
+        raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
+    if not (isinstance(normalizer, dist.ProcessGroup) or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
+        what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"
+        raise TypeError(
+            f"npu_xent.{name}: normalizer must be a tensor of one value or a process group, but is {what}; for a "
+            "number pass torch.tensor(number)"
+        )
 
 
 def _check_weight(name: str, weight: Tensor | None, shard: _Shard) -> None:
@@ -446,11 +476,20 @@ def _statistics(
     wanted: _Wanted,
 ) -> _Statistics:
     """The statistics of each row, from those of the shards and one all_gather."""
-    return _gather(_of_this_shard(rows, target, weight, shard, options, wanted), group)()
+    return _gather(_of_this_shard(rows, target, weight, shard, options, wanted), target, shard, group)()
 
 
-def _gather(mine: dict[str, Tensor], group: dist.ProcessGroup | None, wait: bool = True) -> Callable[[], _Statistics]:
-    """Start to gather the statistics of all shards, and return what merges them."""
+def _gather(
+    mine: dict[str, Tensor], target: Tensor, shard: _Shard, group: dist.ProcessGroup | None, wait: bool = True
+) -> Callable[[], _Statistics]:
+    """Start to gather the statistics of all shards, and return what merges them.
+
+    On the CPU, what ranks must agree on comes along, and each rank compares it. On other devices that would wait.
+    """
+    compares = target.is_cpu and not torch.compiler.is_compiling()
+    if compares:
+        facts = (*shard, _checksum(target))
+        mine = mine | {"facts": torch.tensor(facts, dtype=mine["lse"].dtype)}
     packed = torch.cat([part.reshape(-1) for part in mine.values()])
     ranks = dist.get_world_size(group)
     gathered = packed.new_empty(ranks * len(packed))
@@ -460,9 +499,33 @@ def _gather(mine: dict[str, Tensor], group: dist.ProcessGroup | None, wait: bool
         if not wait:
             work.wait()
         parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
-        return _merged(dict(zip(mine, parts, strict=True)))
+        of = dict(zip(mine, parts, strict=True))
+        if compares:
+            _check_facts(of.pop("facts").long().tolist())
+        return _merged(of)
 
     return merged
+
+
+def _checksum(target: Tensor) -> int:
+    """A number below 2^20 that depends on each target and its place. float32 holds it exactly."""
+    places = torch.arange(1, len(target) + 1)
+    return int(((target + 1) * places).sum()) % (1 << 20)
+
+
+def _check_facts(of_ranks: list[list[int]]) -> None:
+    """Raise ValueError, on every rank, unless the shards are those of one vocabulary and the targets are the same."""
+    starts, columns, classes, checksums = zip(*of_ranks, strict=True)
+    shards = sorted((start, start + count) for start, count in zip(starts, columns, strict=True) if count)
+    ends = [0, *(end for _, end in shards)]
+    if len(set(classes)) > 1 or ends[-1] != classes[0] or [start for start, _ in shards] != ends[:-1]:
+        of = [[start, start + count] for start, count in zip(starts, columns, strict=True)]
+        raise ValueError(
+            f"npu_xent: the ranks' classes must make up one vocabulary, but are {of}, of {list(classes)} classes; pass "
+            "num_classes, and class_range where the shards are not those of torch.chunk"
+        )
+    if len(set(checksums)) > 1:
+        raise ValueError("npu_xent: target must be the same on all ranks of the group, but differs")
 
 
 def _of_this_shard(
@@ -742,7 +805,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def start(chunk: slice) -> tuple[Tensor, Callable[[], _Statistics]]:
             logits = products.logits(chunk)
             mine = _of_this_shard(logits, target[chunk], weight, layer.shard, layer.options, need)
-            return logits, _gather(mine, layer.group, wait=torch.compiler.is_compiling())
+            wait = torch.compiler.is_compiling()
+            return logits, _gather(mine, target[chunk], layer.shard, layer.group, wait)
 
         # The product of the next chunk goes on while the statistics of this one are gathered.
         started = [start(products.chunks[0])] if products.chunks else []

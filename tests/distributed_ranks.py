@@ -132,7 +132,7 @@ def loss(at: Rank, case: dict[str, Any]) -> list[Tensor]:
         )
     )
     smoothed = named["label_smoothing"] != 0
-    assert sent == [N * (3 + smoothed) + smoothed], f"sent {sent} values"
+    assert sent == [N * (3 + smoothed) + smoothed + 4], f"sent {sent} values"
     mine, lse = (out.loss, out.lse) if case["return_lse"] else (out, None)
 
     whole = logits.double().requires_grad_()
@@ -169,7 +169,7 @@ def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
             shard, target, num_classes=classes, **options, consume_logits=case["consume"]
         )
     )
-    assert sent == [N * (3 + case["return_entropy"] + 2 * case["return_top1"])], f"sent {sent} values"
+    assert sent == [N * (3 + case["return_entropy"] + 2 * case["return_top1"]) + 4], f"sent {sent} values"
     whole = logits.double().requires_grad_()
     expected = npu_xent.token_log_probs(whole, target, **options)
     mine, true = ((x, None, None) if isinstance(x, Tensor) else x for x in (out, expected))
@@ -370,8 +370,64 @@ def disagreeing(at: Rank, _: Any) -> list[Tensor]:
     return []
 
 
+def inconsistent(at: Rank, _: Any) -> list[Tensor]:
+    """Every rank raises where the shards are not one vocabulary, or the targets differ."""
+    if at.ranks == 1:
+        return []
+    logits, target = problem(61, torch.float32)
+    leaf, _ = at.shard(logits)
+    begin, end = at.bounds(61)
+    head = torch.ones(end - begin, 8)
+    calls: list[tuple[str, Callable[[], Any]]] = [
+        ("make up one vocabulary", lambda: distributed.vocab_parallel_cross_entropy(leaf, target.clamp(max=50))),
+        ("make up one vocabulary", lambda: distributed.vocab_parallel_token_log_probs(leaf, target.clamp(max=50))),
+        (
+            "make up one vocabulary, but are [[0, ",
+            lambda: distributed.vocab_parallel_cross_entropy(
+                leaf[:, :10], target, num_classes=61, class_range=(9 * at.rank, 9 * at.rank + 10)
+            ),
+        ),
+        (
+            "target must be the same on all ranks",
+            lambda: distributed.vocab_parallel_cross_entropy(leaf, (target + at.rank).clamp(0, 60), num_classes=61),
+        ),
+        (
+            "target must be the same on all ranks",
+            lambda: distributed.vocab_parallel_linear_cross_entropy(
+                torch.ones(N, 8), head, target.roll(at.rank), num_classes=61
+            ),
+        ),
+    ]
+    for words, call in calls:
+        with pytest.raises(ValueError, match=re.escape(words)):
+            call()
+    return []
+
+
+def autocast(at: Rank, _: Any) -> list[Tensor]:
+    """As linear_cross_entropy under autocast."""
+    x, layer, target = torch.randn(12, 8), torch.randn(60, 8), torch.arange(12)
+    dist.broadcast(x, 0)
+    dist.broadcast(layer, 0)
+    begin, end = at.bounds(60)
+    leaves = [x.clone().requires_grad_(), layer[begin:end].clone().requires_grad_()]
+    whole = [x.clone().requires_grad_(), layer.clone().requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = distributed.vocab_parallel_linear_cross_entropy(*leaves, target, num_classes=60)
+        true = npu_xent.linear_cross_entropy(*whole, target)
+    torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-5)
+    grads, expected = torch.autograd.grad(mine, leaves), torch.autograd.grad(true, whole)
+    torch.testing.assert_close(grads[0], expected[0], rtol=0.02, atol=2e-3)
+    torch.testing.assert_close(grads[1], expected[1][begin:end], rtol=0.02, atol=2e-3)
+    assert grads[0].dtype == torch.float32
+    return []
+
+
 REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "normalizer": (ValueError, 'with reduction "none" leave it out', {"normalizer": torch.tensor(1.0)}),
+    "a number": (TypeError, "for a number pass torch.tensor", {"normalizer": 3, "reduction": "sum"}),
+    "two numbers": (TypeError, "but is shape [2]", {"normalizer": torch.ones(2), "reduction": "sum"}),
+    "group": (TypeError, "group must be a torch.distributed.ProcessGroup, but is a str", {"group": "tp"}),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
@@ -398,7 +454,7 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
 X, W, Y = torch.ones(6, 8), torch.ones(5, 8), torch.zeros(6, dtype=torch.long)
 LINEAR_REFUSED: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
     (ValueError, "input must have shape [..., H] and linear_weight [C_local, H]", {"linear_weight": W[:, :7]}),
-    (TypeError, "input and linear_weight must both be float32", {"linear_weight": W.half()}),
+    (TypeError, "input and linear_weight must have the same dtype, float32", {"linear_weight": W.half()}),
     (ValueError, "linear_bias must have shape [5] and dtype torch.float32", {"linear_bias": torch.ones(6)}),
     (ValueError, "target must have shape [6] and be on cpu, but has [5]", {"target": Y[:5]}),
     (ValueError, 'with reduction "none" leave it out', {"normalizer": X[0, 0], "reduction": "none"}),
@@ -430,7 +486,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 SINGLE = (
     *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
-    *(compiled, disagreeing, refusals, linear_refusals, second_derivatives),
+    *(compiled, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
 )
 CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
     **{f"loss-{case_id(case)}": (loss, case) for case in LOSSES},

@@ -97,7 +97,7 @@ class CrossEntropyLoss(nn.Module):
         if model_parallel is not None and model_parallel > 1:
             raise NotImplementedError(
                 f"mindformers.CrossEntropyLoss: parallel_config.model_parallel is {model_parallel}, which shards the "
-                "classes over devices; that needs the vocab-parallel loss, which npu_xent does not have yet. Use "
+                "classes over devices; that needs npu_xent.distributed, which this class does not use yet. Use "
                 "model_parallel=1 with whole logits."
             )
         self.check_for_nan_in_loss_and_grad = check_for_nan_in_loss_and_grad
