@@ -273,12 +273,13 @@ def grid(results: Results, path: Path) -> Path:
     page = pyplot.figure(figsize=(WIDTH, height))
     top, size = 1 - 1.15 / height, 2.0 / height
     for i, kind in enumerate(kinds):
-        axes = page.add_axes((0.075 + 0.48 * (i % 2), top - size - 2.75 / height * (i // 2), 0.43, size))
+        axes = page.add_axes((0.075 + 0.49 * (i % 2), top - size - 2.75 / height * (i // 2), 0.42, size))
         tiles = [[ratio((n, c), kind) if (n, c) in matrices else math.nan for c in classes] for n in rows]
         heat(axes, tiles, classes, rows)
         axes.set_title(f"{kind[1]}, {kind[0]}", fontsize=10.5, loc="left")
         axes.set_xlabel("classes C", fontsize=9)
-        axes.set_ylabel("rows N", fontsize=9)
+        if i % 2 == 0:
+            axes.set_ylabel("rows N", fontsize=9)
     if images:
         axes = page.add_axes((0.2, 0.5 / height, 0.6, 0.3 * len(images) / height))
         heat(axes, [[ratio(shape, kind) for kind in kinds] for shape in images], [", ".join(k) for k in kinds], images)
