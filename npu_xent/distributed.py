@@ -125,11 +125,7 @@ def vocab_parallel_cross_entropy(
         **options,
         return_lse=return_lse,
     )
-    of_all = {"num_classes": shard.num_classes}
-    totals = _ops.reduce_rows(indices, weight, **_of(options, _LOSS), **of_all, loss_dtype=_stats_dtype(rows))[2]
-    totals = _normalized(totals, reduction, normalizer)
-    if reduction == "sum" and normalizer is not None:
-        options["reduction"] = "mean"
+    totals, options = _totals(indices, weight, shard, options, _stats_dtype(rows), normalizer)
     loss, lse = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, indices, weight, totals, shard, group, options, loss_dtype, return_lse, consume_logits
     )
@@ -285,11 +281,7 @@ def vocab_parallel_linear_cross_entropy(
     _compare(name, group, **facts, **options, sequence_parallel=sequence_parallel)
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
-    of_all = {"num_classes": shard.num_classes, "loss_dtype": _stats_dtype(input)}
-    totals = _ops.reduce_rows(indices, weight, **_of(options, _LOSS), **of_all)[2]
-    totals = _normalized(totals, reduction, normalizer)
-    if reduction == "sum" and normalizer is not None:
-        options["reduction"] = "mean"
+    totals, options = _totals(indices, weight, shard, options, _stats_dtype(input), normalizer)
     layer = _Layer(shard, group, options, loss_dtype, max(1, chunk_rows), sequence_parallel, reduce_input_grad)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, linear_weight, linear_bias, indices, weight, totals, layer
@@ -431,16 +423,25 @@ def _compare(name: str, group: dist.ProcessGroup | None, **facts: Any) -> None:
             raise ValueError(f"npu_xent.{name}: {fact} must be the same on all ranks, but is {values}")
 
 
-def _normalized(totals: Tensor, reduction: str, normalizer: Tensor | dist.ProcessGroup | None) -> Tensor:
-    """The totals of reduce_rows with what the caller divides by instead."""
-    if normalizer is None or reduction == "none":
-        return totals
+def _totals(
+    target: Tensor,
+    weight: Tensor | None,
+    shard: _Shard,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    normalizer: Tensor | dist.ProcessGroup | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The totals of reduce_rows with the caller's normalizer, and the options with which it divides by them."""
+    of_all = {"num_classes": shard.num_classes, "loss_dtype": dtype}
+    totals = _ops.reduce_rows(target, weight, **_of(options, _LOSS), **of_all)[2]
+    if normalizer is None:
+        return totals, options
     if isinstance(normalizer, Tensor):
-        divisor = normalizer.detach().to(totals).reshape(1).expand(2)
-        return torch.cat((divisor, totals[2:]))
-    kept = totals[:2].clone()
-    dist.all_reduce(kept, group=normalizer)
-    return torch.cat((kept, totals[2:]))
+        divisors = normalizer.detach().to(totals).reshape(1).expand(2)
+    else:
+        divisors = totals[:2].clone()
+        dist.all_reduce(divisors, group=normalizer)
+    return torch.cat((divisors, totals[2:])), options | {"reduction": "mean"}
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
