@@ -276,20 +276,20 @@ inline void check_prob_rows(const Options& o, const Tensor& logits, const Tensor
                             const OptionalTensor& weight) {
   check_options(o);
   check_logits(logits);
-  TORCH_CHECK_VALUE(logits.dim() == 2 && probabilities.dim() == 2 && probabilities.device() == logits.device(),
-                    "npu_xent: logits and probabilities must both have shape [N, C] and be on one device, but have ",
-                    logits.dim(), " and ", probabilities.dim(), " dimensions and are on ", logits.device(), " and ",
-                    probabilities.device(), ".");
+  TORCH_CHECK_VALUE(probabilities.dim() == logits.dim() && probabilities.device() == logits.device(),
+                    "npu_xent: probabilities must have the shape and the device of the logits, which have ",
+                    logits.dim(), " dimensions and are on ", logits.device(), ", but have ", probabilities.dim(),
+                    " dimensions and are on ", probabilities.device(), ".");
   TORCH_CHECK_TYPE(probabilities.scalar_type() == logits.scalar_type(),
                    "npu_xent: probabilities must have the dtype of the logits, ", logits.scalar_type(), ", but are ",
                    probabilities.scalar_type(), ".");
-  CHECK_SYM_VALUE(probabilities.sym_size(0)
-                      .sym_eq(logits.sym_size(0))
-                      .sym_and(probabilities.sym_size(1).sym_eq(logits.sym_size(1))),
-                  "npu_xent: probabilities must have the shape of the logits, ", logits.sym_sizes(), ", but have ",
-                  probabilities.sym_sizes(), ".");
-  check_whole_rows(o, logits.sym_size(1), "prob_cross_entropy");
-  check_weight(weight, logits.sym_size(1), logits.device());
+  for (int64_t d = 0; d < logits.dim(); ++d) {
+    CHECK_SYM_VALUE(probabilities.sym_size(d).sym_eq(logits.sym_size(d)),
+                    "npu_xent: probabilities must have the shape of the logits, ", logits.sym_sizes(), ", but have ",
+                    probabilities.sym_sizes(), ".");
+  }
+  check_whole_rows(o, logits.sym_size(-1), "prob_cross_entropy");
+  check_weight(weight, logits.sym_size(-1), logits.device());
   check_weight_dtype(weight, logits.scalar_type());
 }
 
@@ -297,7 +297,7 @@ inline void check_prob_row_grad(const Options& o, const Tensor& logits, const Te
                                 const OptionalTensor& weight, std::initializer_list<Named> of_rows) {
   check_prob_rows(o, logits, probabilities, weight);
   for (const auto& [name, t] : of_rows) {
-    check_stats(*t, name, logits.sym_size(0), stats_dtype(logits.scalar_type()), logits.device());
+    check_stats(*t, name, n_rows(logits), stats_dtype(logits.scalar_type()), logits.device());
   }
 }
 

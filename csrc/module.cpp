@@ -119,7 +119,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cross_entropy") = pybind11::reinterpret_steal<pybind11::object>(npu_xent::new_python_entry());
   m.def("compiled_cpu_capabilities", &npu_xent::cpu::compiled_capabilities,
         "The instruction sets this library has kernels for, separated by spaces.");
-  m.attr("FEW_CLASSES") = npu_xent::kFewClasses;
   m.attr("UB_BYTES") = npu_xent::kUbBytes;
   m.attr("KERNEL_INTERFACE") = kernel_interface();
   m.def("plan_rows", &plan_rows, pybind11::arg("rows"), pybind11::arg("cols"), pybind11::arg("dtype"),

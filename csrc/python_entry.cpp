@@ -68,8 +68,7 @@ bool python_observes() {
 // Class probabilities that the operator serves; the others and forward-mode derivatives are left to Python.
 bool are_usual_probabilities(const Tensor& logits, const Tensor& target, const Options& o) {
   return target.scalar_type() == logits.scalar_type() && target.sizes() == logits.sizes() && o.ignore_index < 0 &&
-         logits.size(1) >= kFewClasses && !torch::autograd::isFwGradDefined(logits) &&
-         !torch::autograd::isFwGradDefined(target);
+         !torch::autograd::isFwGradDefined(logits) && !torch::autograd::isFwGradDefined(target);
 }
 
 // (input, target, weight, ignore_index, reduction, label_smoothing, lse_square_scale, logit_scale, softcap, loss_dtype)

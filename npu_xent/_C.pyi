@@ -5,7 +5,6 @@ from torch import Tensor
 
 compiler: str
 KERNEL_INTERFACE: dict[str, dict[str, Any]]
-FEW_CLASSES: int  # the loss of class probabilities is fused from this many on
 UB_BYTES: int
 
 def compiled_cpu_capabilities() -> str: ...

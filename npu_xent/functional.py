@@ -103,8 +103,8 @@ def cross_entropy(
             on other devices if the classes are not adjacent in memory, the logits are copied once.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without C: [N], [] or
             [N, d1, ...]; or class probabilities, floating point, in the shape of input. Probabilities are also
-            differentiable. On the CPU, their loss is fused if they have the dtype of input and 16 or more classes
-            ([N, C, d1, ...] is then copied once); otherwise torch operations compute it.
+            differentiable. On the CPU, their loss is fused if they have the dtype of input; otherwise torch operations
+            compute it.
         weight: one weight per class, [C], float32 or the dtype of input (any floating-point dtype under autocast). It
             must not require a gradient.
         size_average, reduce: deprecated by torch, which warns. Unless both are None they replace reduction: "none" for
@@ -196,8 +196,7 @@ def cross_entropy(
                 "the fused operator can write over the logits; leave it off"
             )
         check_ranges(options)
-        classes = input.shape[min(input.dim() - 1, 1)]
-        fused = input.dtype == target.dtype and input.dtype in LOGITS and classes >= _C.FEW_CLASSES
+        fused = input.dtype == target.dtype and input.dtype in LOGITS
         fused = fused and not (torch._C._are_functorch_transforms_active() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations
         return compute(input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss)
@@ -333,11 +332,18 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
             f"shape {list(input.shape)} and strides {list(input.stride())}; leave it off, or pass logits whose "
             "movedim(1, -1) is contiguous"
         )
-    target = target.reshape(-1)
-    if input.device.type == "cpu" and input.shape[1] != 1 and classes_last.stride(-1) != 1:
-        images = classes_last.flatten(1, -2)  # a copy has adjacent classes
-        return images.flatten(0, 1) if images.stride(-1) == 1 else images, target
-    return classes_last.reshape(-1, input.shape[1]), target
+    images = _as_images(input)
+    return images if _read_as_images(images) else images.flatten(0, 1), target.reshape(-1)
+
+
+def _as_images(x: Tensor) -> Tensor:
+    """[N, C, d1, ...] as [N, d1 * ..., C]: a view, or a copy with adjacent classes."""
+    return x.movedim(1, -1).flatten(1, -2)
+
+
+def _read_as_images(images: Tensor) -> bool:
+    """Whether kernels read classes that are not adjacent where they lie."""
+    return images.device.type == "cpu" and images.shape[2] != 1 and images.stride(2) != 1
 
 
 def _check_shapes(input: Tensor, target: Tensor) -> None:
@@ -400,9 +406,15 @@ def _of_probabilities(
     _require_no_ignored_class(ignore_index)
     class_dim = min(input.dim() - 1, 1)
     shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
-    require_storage("input", input)
-    require_storage("target", target)
-    logits, probabilities = (x.movedim(class_dim, -1).reshape(-1, x.shape[class_dim]) for x in (input, target))
+    logits, probabilities = input, target
+    if input.dim() == 1:
+        logits, probabilities = input.unsqueeze(0), target.unsqueeze(0)
+    elif input.dim() > 2:
+        require_storage("input", input)
+        require_storage("target", target)
+        logits, probabilities = _as_images(input), _as_images(target)
+        if not (_read_as_images(logits) or _read_as_images(probabilities)):
+            logits, probabilities = logits.flatten(0, 1), probabilities.flatten(0, 1)
     loss: Tensor
     loss, z_loss, lse = torch.ops.npu_xent.prob_cross_entropy.default(
         logits, probabilities, weight, **options, loss_dtype=loss_dtype, need_lse=return_lse

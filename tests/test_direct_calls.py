@@ -151,7 +151,7 @@ def test_other_calls_are_left_to_python(change: Callable[[list[Any]], None], dev
 
 
 def test_probabilities_are_direct_too(device: torch.device) -> None:
-    """Except for few classes and forward-mode derivatives, which Python sees to."""
+    """Except for forward-mode derivatives, which Python sees to."""
     logits, q = (make_logits(3, 21, torch.float32, device) for _ in range(2))
     direct = loss_and_grad(npu_xent.cross_entropy, logits, q, label_smoothing=0.1)
     with Functions() as mode:
@@ -161,7 +161,6 @@ def test_probabilities_are_direct_too(device: torch.device) -> None:
         assert_same_bits(ours, theirs)
     usual = (None, -100, "mean", 0.0, 0.0, 1.0, None, None)
     assert _C.cross_entropy(logits, q, *usual) is not None
-    assert _C.cross_entropy(logits[:, :15], q[:, :15], *usual) is None
     with forward_ad.dual_level():
         for pair in ((forward_ad.make_dual(logits, q), q), (logits, forward_ad.make_dual(q, q))):
             assert _C.cross_entropy(*pair, *usual) is None

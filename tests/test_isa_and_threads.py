@@ -142,13 +142,12 @@ def everything(case: dict[str, Any]) -> dict[str, Tensor]:
     if case["reduction"] != "none":
         one_sweep = named("row_stats_grad", **known("row_stats_grad", arguments), read_ignored=True)
         found |= {f"{name} of one sweep": value for name, value in one_sweep.items()}
-    if classes >= npu_xent._C.FEW_CLASSES:
-        q = make_logits(rows, classes, torch.float32, device, spread=1.0).softmax(1).to(case["dtype"])
-        shared = {name: options[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
-        x, q = logits.clone().requires_grad_(), q.requires_grad_()
-        found["loss of probabilities"] = npu_xent.cross_entropy(x, q, weight, **shared)
-        grads = torch.autograd.grad(found["loss of probabilities"], (x, q), upstream)
-        found |= dict(zip(("grad with probabilities", "grad of probabilities"), grads, strict=True))
+    q = make_logits(rows, classes, torch.float32, device, spread=1.0).softmax(1).to(case["dtype"])
+    shared = {name: options[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
+    x, q = logits.clone().requires_grad_(), q.requires_grad_()
+    found["loss of probabilities"] = npu_xent.cross_entropy(x, q, weight, **shared)
+    grads = torch.autograd.grad(found["loss of probabilities"], (x, q), upstream)
+    found |= dict(zip(("grad with probabilities", "grad of probabilities"), grads, strict=True))
     found["scaled"] = logits.detach().clone()
     ops.scale_(found["scaled"], torch.tensor(0.3))
     return found

@@ -100,13 +100,13 @@ REFUSALS = {
         "prob_row_stats",
         lambda p: {"probabilities": p["probabilities"][None]},
         ValueError,
-        "logits and probabilities must both have shape [N, C] and be on one device, but have 2 and 3 dimensions",
+        "probabilities must have the shape and the device of the logits, which have 2 dimensions",
     ),
     "probabilities elsewhere": Refusal(
         "prob_row_stats",
         lambda p: {"probabilities": p["probabilities"].to("meta")},
         ValueError,
-        "logits and probabilities must both have shape [N, C] and be on one device",
+        "probabilities must have the shape and the device of the logits",
     ),
     "probabilities in another dtype": Refusal(
         "prob_row_stats",

@@ -263,7 +263,7 @@ def probabilities_truth(
         factors(
             *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap"),
             *("logit_scale", "loss_dtype"),
-            shape=[(5,), (7, 5), (3, 5, 4), (0, 5), (21,), (7, 21), (3, 21, 4), (0, 21)],
+            shape=[(5,), (7, 5), (3, 5, 4), (0, 5), (2, 3, 40, 2), (7, 300), (3, 300, 4), (4, 1, 3), (2, 5, 0)],
         )
     ),
     ids=case_id,
@@ -290,13 +290,76 @@ def test_class_probabilities(case: dict[str, Any], device: torch.device) -> None
         assert_near(leaf.grad, true.grad, 50.0, name=f"gradient of the {name}")
 
 
+@pytest.mark.cpu
+@pytest.mark.isa
+@pytest.mark.parametrize("order", MEMORY)
+@pytest.mark.parametrize("shape", MANY_CLASSES, ids=str)
+def test_any_order_of_memory_of_probabilities(shape: tuple[int, ...], order: str, device: torch.device) -> None:
+    """The logits in one order, the probabilities in that or in another."""
+    logits, _ = k_dimensional(shape, torch.float32, device)
+    weight = make_weight(shape[1], torch.float32, device)
+    q = logits.flip(1).softmax(1)
+    weight[1] = q[0, 2, 0] = 0
+    logits[0, 1:3, 0] = -math.inf  # without smoothing neither class has a part
+    logits[0, :, 1] -= 1e4
+    logits[-1, 0, -1] = math.nan
+    exact = [as_rows(t).double().requires_grad_() for t in (logits, q)]
+    for options in ({"lse_square_scale": 1e-6}, {"softcap": 40.0, "label_smoothing": 0.1, "logit_scale": 0.7}):
+        expected = npu_xent.cross_entropy(*exact, weight.double(), reduction="none", **options)
+        expected_grads = torch.autograd.grad(expected.nansum(), exact)
+        for of_q in (order, "as it stands", "transposed"):
+            leaves = [MEMORY[order](logits).detach().requires_grad_(), MEMORY[of_q](q).detach().requires_grad_()]
+            loss = npu_xent.cross_entropy(*leaves, weight, reduction="none", **options)
+            torch.testing.assert_close(loss.double().flatten(), expected, rtol=5e-7, atol=1e-7, equal_nan=True)
+            grads = torch.autograd.grad(loss.nansum(), leaves)
+            for grad, true in zip(grads, expected_grads, strict=True):
+                torch.testing.assert_close(as_rows(grad).double(), true, rtol=1e-5, atol=5e-6, equal_nan=True)
+
+
+@pytest.mark.cpu
+def test_images_of_probabilities_cost_no_copy(device: torch.device, allocations: Any) -> None:
+    logits = k_dimensional((2, 50, 40, 40), torch.bfloat16, device)[0].requires_grad_()
+    q = logits.detach().softmax(1)
+    *others, largest = sorted(allocations(lambda: npu_xent.cross_entropy(logits, q).backward()))
+    assert largest == logits.nbytes
+    assert max(others) < logits.nbytes / 4
+
+
+@pytest.mark.cpu
+def test_images_of_probabilities_compile(device: torch.device) -> None:
+    compiled = torch.compile(npu_xent.cross_entropy, backend="aot_eager", fullgraph=True, dynamic=True)
+    for images in (2, 3):
+        logits, _ = k_dimensional((images, 5, 33), torch.float32, device)
+        q = logits.flip(1).softmax(1)
+        loss, grad = loss_and_grad(compiled, logits, q)
+        expected, expected_grad = loss_and_grad(npu_xent.cross_entropy, logits, q)
+        assert_same_bits(loss, expected)
+        assert_same_bits(grad, expected_grad)
+        assert grad.stride() == expected_grad.stride() == logits.stride()
+
+
+@pytest.mark.cpu
+def test_opcheck_of_images_of_probabilities(device: torch.device) -> None:
+    logits, _ = k_dimensional((2, 5, 17), torch.float32, device)
+    images = logits.transpose(1, 2).requires_grad_()
+    q = images.detach().softmax(2).requires_grad_()
+    torch.library.opcheck(ops.prob_cross_entropy.default, (images, q))
+    lse, lse_low, _, part_sum = ops.prob_row_stats(images.detach(), q.detach())
+    torch.library.opcheck(ops.prob_row_stats.default, (images.detach(), q.detach()))
+    rows = (lse, lse_low, part_sum, torch.ones_like(lse), torch.zeros_like(lse))
+    torch.library.opcheck(
+        ops.prob_row_grad.default, (images.detach(), q.detach(), None, *rows), {"output_mask": [True, True]}
+    )
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("classes", [5, 4000])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_errors_with_probabilities_are_no_larger_than_torchs(
-    dtype: torch.dtype, reduction: str, device: torch.device
+    dtype: torch.dtype, classes: int, reduction: str, device: torch.device
 ) -> None:
-    logits = make_logits(8, 4000, dtype, device)
-    q = make_logits(8, 4000, torch.float32, device, spread=1.0).softmax(1).to(dtype)
+    logits = make_logits(8, classes, dtype, device)
+    q = make_logits(8, classes, torch.float32, device, spread=1.0).softmax(1).to(dtype)
     exact = logits.double().cpu().requires_grad_()
     expected = probabilities_truth(exact, q.cpu().double(), None, reduction)
     expected.sum().backward()
@@ -306,18 +369,21 @@ def test_errors_with_probabilities_are_no_larger_than_torchs(
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_second_and_forward_derivatives_with_probabilities(reduction: str, device: torch.device) -> None:
+@pytest.mark.parametrize("shape", [(2, 17), (2, 3, 2)], ids=str)
+def test_second_and_forward_derivatives_with_probabilities(
+    shape: tuple[int, ...], reduction: str, device: torch.device
+) -> None:
     """As F.cross_entropy has them."""
     if device.type != "cpu":
         pytest.skip("gradgradcheck needs float64")
-    x, q = (torch.randn(2, 17, dtype=torch.float64).requires_grad_() for _ in range(2))
+    x, q = (torch.randn(shape, dtype=torch.float64).requires_grad_() for _ in range(2))
     options = {"reduction": reduction, "label_smoothing": 0.1, "lse_square_scale": 0.01, "logit_scale": 0.7}
 
     def loss(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         out = npu_xent.cross_entropy(x, q, weight, **options, softcap=5.0, return_lse=True)
         return out.loss, out.lse
 
-    weight = make_weight(17, torch.float64, device)
+    weight = make_weight(shape[1], torch.float64, device)
     assert torch.autograd.gradcheck(loss, (x, q), check_forward_ad=True)
     assert torch.autograd.gradgradcheck(loss, (x, q))
 

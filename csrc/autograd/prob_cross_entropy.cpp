@@ -27,7 +27,7 @@ ProbLoss prob_loss(const Options& o, const Tensor& logits, const Tensor& probabi
   auto single = of_classes(o, 1);
   single.label_smoothing = 1;
   single.ignore_index = -1;
-  const auto target = at::zeros_symint({logits.sym_size(0)}, logits.options().dtype(at::kLong));
+  const auto target = at::zeros_symint({n_rows(logits)}, logits.options().dtype(at::kLong));
   const auto totals = totals_of(single, target, std::nullopt, logits.scalar_type());
   auto [loss, z_loss] = loss_of(single, target, std::nullopt, lse, lse_low, lse, cross, totals, wanted.loss_dtype);
   return {loss, z_loss, lse, lse_low, part_sum};
@@ -59,11 +59,16 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
       return grads;
     }
     const auto o = saved_options(ctx->saved_data);
-    const auto &logits = tensors[0], &probabilities = tensors[1];
+    auto logits = tensors[0], probabilities = tensors[1];
     const auto weight = optional(tensors[2]);
     check_storages({{"logits", logits}, {"probabilities", probabilities}, {"weight", weight}});
+    const auto shape = logits.sym_sizes().vec();
     // Where a second derivative may follow, autograd records the gradient's own operations, from the logits on.
     const bool differentiable = at::GradMode::is_enabled();
+    if (differentiable && logits.dim() == 3) {
+      logits = logits.flatten(0, 1);
+      probabilities = probabilities.flatten(0, 1);
+    }
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     auto lse = tensors[3], lse_low = tensors[4], part_sum = tensors[5];
     if (differentiable) {
@@ -86,8 +91,8 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
     const auto compute = differentiable ? &composite::prob_row_grad : &prob_row_grad;
     auto [grad_logits, grad_probabilities] =
         compute(o, logits, probabilities, weight, lse, lse_low, part_sum, grad_loss, grad_lse, wanted);
-    grads[0] = wanted[0] ? std::move(grad_logits) : Tensor();
-    grads[1] = wanted[1] ? std::move(grad_probabilities) : Tensor();
+    grads[0] = wanted[0] ? grad_logits.view_symint(shape) : Tensor();
+    grads[1] = wanted[1] ? grad_probabilities.view_symint(shape) : Tensor();
     return grads;
   }
 };
@@ -95,6 +100,10 @@ class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
 LossWithLse prob_cross_entropy_autograd(const Options& options, const Tensor& logits, const Tensor& probabilities,
                                         const OptionalTensor& weight, std::optional<at::ScalarType> loss_dtype,
                                         bool need_lse) {
+  if (logits.dim() == 3 && !logits.is_cpu() && !logits.is_meta()) {  // from a program exported on the CPU
+    return prob_cross_entropy_autograd(options, logits.flatten(0, 1), probabilities.flatten(0, 1), weight, loss_dtype,
+                                       need_lse);
+  }
   const Wanted wanted{loss_dtype.value_or(logits.scalar_type()), need_lse};
   check_prob_rows(options, logits, probabilities, weight);
   check_loss_options(weight, wanted, logits);

@@ -332,25 +332,24 @@ Reduced reduce_rows_cpu(const Options& o, const Tensor& target, const OptionalTe
           not_wanted(target.options().dtype(stats))};
 }
 
-// The rows of class probabilities. To the sweeps their targets are classes of another shard.
+// The rows of class probabilities.
 struct ProbInputs {
   Inputs in;
   Tensor probabilities;
 
   ProbInputs(const Options& o, const Tensor& logits, const Tensor& probabilities_, const OptionalTensor& weight)
-      : in(o, logits, at::full({logits.size(0)}, logits.size(1), logits.options().dtype(at::kLong)), weight,
-           std::nullopt, /*check_targets=*/false) {
+      : in(o, logits, at::empty({0}, logits.options().dtype(at::kLong)), weight) {
     check_storages({{"probabilities", probabilities_}});
-    probabilities =
-        probabilities_.size(1) == 1 || probabilities_.stride(1) == 1 ? probabilities_ : probabilities_.contiguous();
-    in.logits = in.logits.size(1) == 1 || in.logits.stride(1) == 1 ? in.logits : in.logits.contiguous();
-    in.options.ignore_index = -1;
+    probabilities = readable(probabilities_);
   }
+  static int64_t n_rows(const Tensor& logits) { return logits.numel() / logits.size(-1); }
   template <typename scalar_t>
   Rows<scalar_t> rows() const {
     auto rows = in.rows<scalar_t>();
+    rows.target = nullptr;
+    rows.n_rows = n_rows(in.logits);
     rows.probabilities = const_data<scalar_t>(probabilities);
-    rows.probability_stride = probabilities.stride(0);
+    rows.probability_layout = layout_of(probabilities);
     return rows;
   }
 };
@@ -359,13 +358,12 @@ ProbStats prob_row_stats_cpu(const Options& o, const Tensor& logits, const Tenso
                              const OptionalTensor& weight) {
   check_prob_rows(o, logits, probabilities, weight);
   const ProbInputs given(o, logits, probabilities, weight);
-  const auto lse = at::empty({logits.size(0)}, given.in.stats_options());
-  const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), part_sum = at::empty_like(lse),
-             picked = at::empty_like(lse);
+  const auto lse = at::empty({ProbInputs::n_rows(logits)}, given.in.stats_options());
+  const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), part_sum = at::empty_like(lse);
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc = acc_t<scalar_t>;
-    const Stats<scalar_t> stats{data<acc>(lse), data<acc>(lse_low), data<acc>(picked), data<acc>(cross), nullptr,
+    const Stats<scalar_t> stats{data<acc>(lse), data<acc>(lse_low), nullptr, data<acc>(cross), nullptr,
                                 nullptr,        data<acc>(part_sum)};
     row_stats(kernels().of<scalar_t>(), given.rows<scalar_t>(), /*read_ignored=*/true, stats, Output<scalar_t>{},
               parallel_for_elements(logits.numel()));

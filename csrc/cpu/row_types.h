@@ -26,14 +26,14 @@ struct Rows {
   const scalar_t* logits;
   Layout layout;
   int64_t n_rows, n_cols;
-  const int64_t* target;               // [n_rows], each in [0, number of classes) or ignore_index
+  const int64_t* target;               // [n_rows], each in [0, number of classes) or ignore_index, or null
   const acc_t<scalar_t>* weight;       // of all classes, or null for all ones
   const acc_t<scalar_t>* temperature;  // of each row, or null for all ones
   // Class probabilities q of each row, or null. With them class c has the part v_c = w_c ((1 - e) q_c + e/C) in the
-  // loss, which takes the place of w_c in wsum and in the gradient; targets are beyond the classes; and the gradient
-  // needs part_sum, the sum of each row's parts.
+  // loss, which takes the place of w_c in wsum and in the gradient; there are no targets; and the gradient needs
+  // part_sum, the sum of each row's parts.
   const scalar_t* probabilities = nullptr;
-  int64_t probability_stride = 0;
+  Layout probability_layout{};  // of as many rows an image as the logits'
   const acc_t<scalar_t>* part_sum = nullptr;
 
   // A temperature divides the scale, the softcap, and the outermost factor of the gradient.
@@ -47,7 +47,8 @@ struct Rows {
 // One value per row.
 template <typename scalar_t>
 struct Stats {
-  acc_t<scalar_t>*lse, *lse_low, *picked;
+  acc_t<scalar_t>*lse, *lse_low;
+  acc_t<scalar_t>* picked;  // null without targets
   // Null: not wanted.
   acc_t<scalar_t>*wsum, *entropy;
   bool* top1;
@@ -83,7 +84,8 @@ constexpr int64_t kMaxTile = 16384;
 template <typename acc>
 struct TileMemory {
   // planes[c * lanes + i] is class c of row i. `rows` holds them row by row, with space for a vector behind them.
-  alignas(64) acc planes[kMaxTile];
+  // `parts` has the classes' parts in the loss of probabilities, in the order of planes.
+  alignas(64) acc planes[kMaxTile], parts[kMaxTile];
   alignas(64) acc rows[kMaxTile + 64];
   alignas(64) acc scale[kMaxLanes], softcap[kMaxLanes], kept[kMaxLanes], keep[kMaxLanes];
   alignas(64) acc max[kMaxLanes], sum[kMaxLanes], rounding[kMaxLanes], tilted[kMaxLanes], wsum[kMaxLanes];
@@ -92,7 +94,7 @@ struct TileMemory {
   alignas(64) double all_max[kMaxLanes], all_sum[kMaxLanes], all_tilted[kMaxLanes], all_wsum[kMaxLanes];
   alignas(64) double special[kMaxLanes], reference[kMaxLanes], log_sum[kMaxLanes], high[kMaxLanes], low[kMaxLanes];
   alignas(64) double a[kMaxLanes], b[kMaxLanes], s[kMaxLanes], u[kMaxLanes], h[kMaxLanes], entropy[kMaxLanes];
-  alignas(64) double weight[kMaxLanes], below[kMaxLanes], work[kMaxLanes];
+  alignas(64) double weight[kMaxLanes], below[kMaxLanes], work[kMaxLanes], part_sum[kMaxLanes], all_parts[kMaxLanes];
   alignas(64) int64_t target[kMaxLanes], column[kMaxLanes];
 };
 

@@ -114,8 +114,8 @@ bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
 // single stride. Not where there are few of them: a row has the same results in any batch.
 template <typename scalar_t>
 bool in_tiles(const Rows<scalar_t>& rows) {
-  return rows.layout.column != 1 || rows.layout.inner < rows.n_rows ||
-         (rows.n_cols <= kMaxTileClasses && !rows.probabilities);
+  return rows.n_cols <= kMaxTileClasses || rows.layout.inner < rows.n_rows || rows.layout.column != 1 ||
+         (rows.probabilities && rows.probability_layout.column != 1);
 }
 
 template <typename acc>
@@ -203,7 +203,7 @@ class Sweep {
     if (r_.probabilities == nullptr) {
       return weight(c);
     }
-    const scalar_t* q = r_.probabilities + n * r_.probability_stride + c * kChunk;
+    const scalar_t* q = r_.probabilities + n * r_.probability_layout.row + c * kChunk;
     const double e = r_.options.label_smoothing, per_class = e / static_cast<double>(r_.options.num_classes);
     if constexpr (std::is_same_v<acc, scalar_t>) {
       if (e == 0 && r_.weight == nullptr) {
@@ -214,11 +214,11 @@ class Sweep {
     k_.parts(q, weight(c), size(c), static_cast<acc>(1 - e), static_cast<acc>(per_class), scratch.parts);
     return scratch.parts;
   }
-  bool ignored(int64_t n) const { return r_.target[n] == r_.options.ignore_index; }
+  bool ignored(int64_t n) const { return r_.target && r_.target[n] == r_.options.ignore_index; }
   double target_weight(int64_t n) const { return r_.weight ? r_.weight[r_.target[n]] : acc(1); }
   // The target's column, or -1 for an ignored row or a class of another shard.
   int64_t target_column(int64_t n) const {
-    if (ignored(n)) {
+    if (r_.target == nullptr || ignored(n)) {
       return -1;
     }
     const int64_t column = r_.target[n] - r_.options.class_start;
@@ -254,7 +254,9 @@ class Sweep {
     }
     out.lse[n] = static_cast<acc>(lse.high);
     out.lse_low[n] = static_cast<acc>(lse.low);
-    out.picked[n] = static_cast<acc>(target_logit(n));
+    if (out.picked) {
+      out.picked[n] = static_cast<acc>(target_logit(n));
+    }
     if (out.wsum) {
       out.wsum[n] = static_cast<acc>(wsum);
     }
@@ -563,6 +565,13 @@ void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t
                       const acc_t<scalar_t>* grad_loss, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
                       const Output<scalar_t>& grad, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
+  if (in_tiles(rows)) {
+    const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
+    for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
+      kernels.tile.probability_grad(rows, tile, grad_loss, lse, lse_low, to, memory);
+    });
+    return;
+  }
   const Sweep<scalar_t> sweep(kernels, rows, parallel);
   const double kept = 1 - rows.options.label_smoothing;
   sweep.for_each_chunk([&](int64_t n, int64_t c) {
@@ -657,12 +666,15 @@ int64_t reduce_loss(const SumKernels<acc>& kernels, const RowOptions& options, c
     }
     return row;
   };
-  const bool plain = !none && !weight && options.label_smoothing == 0 && options.lse_square_scale == 0 && lse_low;
+  const bool plain = !none && !weight && options.lse_square_scale == 0 && lse_low;
+  const double share = 1 - options.label_smoothing;
+  const double per_class = options.label_smoothing / static_cast<double>(options.num_classes);
   const int64_t ignored = options.ignore_index;
   const int64_t bad =
       sum_over_rows(kernels, options, target, n_rows, parallel, total, [&](int64_t begin, int64_t end, RowLoss& sum) {
         if (plain) {
-          sum.loss = kernels.loss(target + begin, end - begin, ignored, lse + begin, lse_low + begin, picked + begin);
+          sum.loss = kernels.loss(target + begin, end - begin, ignored, share, per_class, lse + begin, lse_low + begin,
+                                  picked + begin, wsum ? wsum + begin : nullptr);
         } else {
           sum = sum_of<RowLoss>(begin, end, of_row);
         }

@@ -436,68 +436,65 @@ void test_shards(const ChunkKernels<T>& kernels) {
 template <typename T>
 void test_probabilities(const ChunkKernels<T>& kernels) {
   using acc = acc_t<T>;
-  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {5, 33}, {2, 4099}, {1, 8200}}) {
+  for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {40, 2}, {5, 33}, {2, 4099}, {1, 8200}}) {
     for (const Case& c : {kCases[0], kCases[2], kCases[4]}) {
-      describe<T>("probabilities", rows, cols, c);
-      Problem p = make_problem<T>(rows, cols, c);
-      const Truth t = truth_of(p);
-      std::vector<double> q;
-      for (int64_t i = 0; i < rows * cols; ++i) {
-        q.push_back(i % 3 == 1 ? 0 : Format<T>::load(Format<T>::store(static_cast<double>(i % 7 + 1) / 8)));
-      }
-      p.target.assign(rows, cols);
-      const auto weight = stored<acc>(p.weight);
-      const int64_t padding = cols % 2 == 0 ? 0 : 3;
-      Matrix<T> logits(rows, cols, padding, Order::rows, p.logits), probabilities(rows, cols, 1, Order::rows, q);
-      Matrix<acc> lse(1, rows, 0), low(1, rows, 0), picked(1, rows, 0), cross(1, rows, 0), part_sum(1, rows, 0);
-      Rows<T> given{p.options,
-                    logits.data(),
-                    logits.layout(),
-                    rows,
-                    cols,
-                    p.target.data(),
-                    weight.empty() ? nullptr : weight.data(),
-                    nullptr};
-      given.probabilities = probabilities.data();
-      given.probability_stride = probabilities.layout().row;
-      for (const int64_t threads : {1, 3}) {
-        const auto parallel = on_threads(threads);
-        row_stats(kernels, given, true,
-                  {lse.data(), low.data(), picked.data(), cross.data(), nullptr, nullptr, part_sum.data()}, Output<T>{},
-                  parallel);
-        const auto lses = lse.results("lse"), crosses = cross.results("cross"), sums = part_sum.results("part_sum");
-        const auto grad_loss = stored<acc>(std::vector<double>(rows, 0.75));
-        Matrix<T> grad(rows, cols, 5), grad_q(rows, cols, 0);
-        given.part_sum = part_sum.data();
-        const double ones[kTotals] = {1, 1, 1};
-        row_grad(kernels, given, ones, {grad_loss.data(), nullptr, nullptr, nullptr, 1, 0, 0, 0}, lse.data(),
-                 low.data(), static_cast<const acc*>(nullptr), grad.output(), parallel);
-        probability_grad(kernels, given, grad_loss.data(), lse.data(), low.data(), grad_q.output(), parallel);
-        const auto grads = grad.results("grad"), q_grads = grad_q.results("grad of the probabilities");
-        for (int64_t n = 0; n < rows; ++n) {
-          const double e = p.options.label_smoothing;
-          Sum expected, terms, all_parts;
-          std::vector<double> parts;
-          for (int64_t i = 0; i < cols; ++i) {
-            const int64_t at = n * cols + i;
-            const double w = p.weight.empty() ? 1 : p.weight[i], size = std::fabs(t.log_prob[at]) + std::fabs(t.lse[n]);
-            parts.push_back(w * ((1 - e) * q[at] + e / static_cast<double>(cols)));
-            all_parts.add(parts[i]);
-            expected.add(parts[i] * t.log_prob[at]);
-            terms.add(parts[i] * (size + 1));
-            check_near<T, acc>("grad of the probabilities", at, q_grads[at], -0.75 * (1 - e) * w * t.log_prob[at],
-                               (1 - e) * w * (size + 1), 1, 8);
-          }
-          check_near<acc, acc>("lse", n, lses[n], t.lse[n], 1 + std::fabs(t.lse[n]));
-          check_near<acc, acc>("cross", n, crosses[n], expected.value(), terms.value(), 1, 8);
-          check_near<acc, acc>("part_sum", n, sums[n], all_parts.value(), all_parts.value(), 1, 8);
-          for (int64_t i = 0; i < cols; ++i) {
-            const int64_t at = n * cols + i;
-            const double ratio = p.options.softcap == 0 ? 0 : mapped(p, n, p.logits[at]) / p.options.softcap;
-            const double factor = 0.75 * p.options.grad_scale * (1 - ratio * ratio);
-            const double prob = std::exp(t.log_prob[at]) * all_parts.value();
-            check_near<T, acc>("grad", at, grads[at], factor * (prob - parts[i]),
-                               2 * (prob * (5 + std::fabs(t.lse[n])) + parts[i]), 1, 8);
+      for (const Order order : {Order::rows, Order::planes}) {
+        describe<T>("probabilities", rows, cols, c);
+        Problem p = make_problem<T>(rows, cols, c);
+        const Truth t = truth_of(p);
+        std::vector<double> q;
+        for (int64_t i = 0; i < rows * cols; ++i) {
+          q.push_back(i % 3 == 1 ? 0 : Format<T>::load(Format<T>::store(static_cast<double>(i % 7 + 1) / 8)));
+        }
+        const auto weight = stored<acc>(p.weight);
+        const int64_t padding = cols % 2 == 0 ? 0 : 3;
+        Matrix<T> logits(rows, cols, padding, order, p.logits), probabilities(rows, cols, 1, order, q);
+        Matrix<acc> lse(1, rows, 0), low(1, rows, 0), cross(1, rows, 0), part_sum(1, rows, 0);
+        Rows<T> given{
+            p.options, logits.data(), logits.layout(), rows, cols, nullptr, weight.empty() ? nullptr : weight.data(),
+            nullptr};
+        given.probabilities = probabilities.data();
+        given.probability_layout = probabilities.layout();
+        for (const int64_t threads : {1, 3}) {
+          const auto parallel = on_threads(threads);
+          row_stats(kernels, given, true,
+                    {lse.data(), low.data(), nullptr, cross.data(), nullptr, nullptr, part_sum.data()}, Output<T>{},
+                    parallel);
+          const auto lses = lse.results("lse"), crosses = cross.results("cross"), sums = part_sum.results("part_sum");
+          const auto grad_loss = stored<acc>(std::vector<double>(rows, 0.75));
+          Matrix<T> grad(rows, cols, 5, order), grad_q(rows, cols, 0, order);
+          given.part_sum = part_sum.data();
+          const double ones[kTotals] = {1, 1, 1};
+          row_grad(kernels, given, ones, {grad_loss.data(), nullptr, nullptr, nullptr, 1, 0, 0, 0}, lse.data(),
+                   low.data(), static_cast<const acc*>(nullptr), grad.output(), parallel);
+          probability_grad(kernels, given, grad_loss.data(), lse.data(), low.data(), grad_q.output(), parallel);
+          const auto grads = grad.results("grad"), q_grads = grad_q.results("grad of the probabilities");
+          for (int64_t n = 0; n < rows; ++n) {
+            const double e = p.options.label_smoothing;
+            Sum expected, terms, all_parts;
+            std::vector<double> parts;
+            for (int64_t i = 0; i < cols; ++i) {
+              const int64_t at = n * cols + i;
+              const double w = p.weight.empty() ? 1 : p.weight[i],
+                           size = std::fabs(t.log_prob[at]) + std::fabs(t.lse[n]);
+              parts.push_back(w * ((1 - e) * q[at] + e / static_cast<double>(cols)));
+              all_parts.add(parts[i]);
+              expected.add(parts[i] * t.log_prob[at]);
+              terms.add(parts[i] * (size + 1));
+              check_near<T, acc>("grad of the probabilities", at, q_grads[at], -0.75 * (1 - e) * w * t.log_prob[at],
+                                 (1 - e) * w * (size + 1), 1, 8);
+            }
+            check_near<acc, acc>("lse", n, lses[n], t.lse[n], 1 + std::fabs(t.lse[n]));
+            check_near<acc, acc>("cross", n, crosses[n], expected.value(), terms.value(), 1, 8);
+            check_near<acc, acc>("part_sum", n, sums[n], all_parts.value(), all_parts.value(), 1, 8);
+            for (int64_t i = 0; i < cols; ++i) {
+              const int64_t at = n * cols + i;
+              const double ratio = p.options.softcap == 0 ? 0 : mapped(p, n, p.logits[at]) / p.options.softcap;
+              const double factor = 0.75 * p.options.grad_scale * (1 - ratio * ratio);
+              const double prob = std::exp(t.log_prob[at]) * all_parts.value();
+              check_near<T, acc>("grad", at, grads[at], factor * (prob - parts[i]),
+                                 2 * (prob * (5 + std::fabs(t.lse[n])) + parts[i]), 1, 8);
+            }
           }
         }
       }

@@ -418,11 +418,25 @@ double kept_rows(const int64_t* target, int64_t n, int64_t ignored) {
 }
 
 template <typename acc>
-double loss(const int64_t* target, int64_t n, int64_t ignored, const acc* lse, const acc* lse_low, const acc* picked) {
-  return sum_of<double>(0, n, [&](int64_t i) {
-    const double high = lse[i], row = (high - picked[i] + lse_low[i]) + (high - high);
-    return target[i] == ignored ? 0.0 : row;
-  });
+double loss(const int64_t* target, int64_t n, int64_t ignored, double share, double per_class, const acc* lse,
+            const acc* lse_low, const acc* picked, const acc* wsum) {
+  double sum = 0;
+  with_bools(
+      [&](auto shared, auto smoothed) {
+        sum = sum_of<double>(0, n, [&](int64_t i) {
+          const double high = lse[i];
+          double row = high - high;
+          if constexpr (shared) {
+            row += share * (high - picked[i] + lse_low[i]);
+          }
+          if constexpr (smoothed) {
+            row -= per_class * wsum[i];
+          }
+          return target[i] == ignored ? 0.0 : row;
+        });
+      },
+      share != 0, per_class != 0);
+  return sum;
 }
 
 template <typename scalar_t>

@@ -73,6 +73,8 @@ struct TileKernels {
                TileMemory<acc>& memory);
   void (*stats_grad)(const Rows<scalar_t>& rows, const Tile& tile, bool read_ignored, const double* totals,
                      const Stats<scalar_t>& out, const Output<scalar_t>& grad, TileMemory<acc>& memory);
+  void (*probability_grad)(const Rows<scalar_t>& rows, const Tile& tile, const acc* grad_loss, const acc* lse,
+                           const acc* lse_low, const Output<scalar_t>& grad, TileMemory<acc>& memory);
 };
 
 // The sum of value(i), as sums side by side, which fill a vector and need not wait for each other.
@@ -102,9 +104,10 @@ struct SumKernels {
   bool (*any_bad)(const RowOptions& options, const int64_t* target, int64_t n);
   // The number of targets that are not `ignored`.
   double (*kept_rows)(const int64_t* target, int64_t n, int64_t ignored);
-  // The sum of lse + lse_low - picked over the other rows; NaN if an lse is not finite.
-  double (*loss)(const int64_t* target, int64_t n, int64_t ignored, const acc* lse, const acc* lse_low,
-                 const acc* picked);
+  // The sum of share (lse + lse_low - picked) - per_class wsum over the other rows; NaN if an lse is not finite. A term
+  // whose factor is 0 is not read.
+  double (*loss)(const int64_t* target, int64_t n, int64_t ignored, double share, double per_class, const acc* lse,
+                 const acc* lse_low, const acc* picked, const acc* wsum);
 };
 
 // x: the chunk's logits; n > 0 of them; w: its class weights, or null for all ones; z: see LogitMap; slope: 1 or, with

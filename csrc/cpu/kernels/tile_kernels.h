@@ -148,17 +148,21 @@ class TileSweep {
         m_(memory) {
     auto& m = m_;
     const int64_t ignore = o_.ignore_index, start = o_.class_start;
-    std::copy_n(rows.target + tile.first, tile.rows, m.target);
-    std::fill(m.target + tile.rows, m.target + lanes_, start);
-    for_lanes(lanes_, [&](int64_t i) {
-      m.column[i] = m.target[i] == ignore ? -1 : m.target[i] - start;
-      m.kept[i] = m.target[i] == ignore ? acc(0) : acc(1);
-    });
-    int64_t ignored = 0;
-    for (int64_t i = 0; i < lanes_; ++i) {
-      ignored += m.target[i] == ignore ? 1 : 0;
+    if (rows.target) {
+      std::copy_n(rows.target + tile.first, tile.rows, m.target);
+      std::fill(m.target + tile.rows, m.target + lanes_, start);
+      for_lanes(lanes_, [&](int64_t i) {
+        m.column[i] = m.target[i] == ignore ? -1 : m.target[i] - start;
+        m.kept[i] = m.target[i] == ignore ? acc(0) : acc(1);
+      });
+      int64_t ignored = 0;
+      for (int64_t i = 0; i < lanes_; ++i) {
+        ignored += m.target[i] == ignore ? 1 : 0;
+      }
+      any_ignored_ = ignored != 0;
+    } else {
+      std::fill_n(m.kept, lanes_, acc(1));
     }
-    any_ignored_ = ignored != 0;
     const double scale = o_.logit_scale, softcap = o_.softcap, grad_scale = o_.grad_scale;
     if (!rows.temperature) {
       std::fill_n(m.scale, lanes_, static_cast<acc>(scale));
@@ -204,6 +208,15 @@ class TileSweep {
     any_skipped_ = any_ignored_;
     read(upstream.grad_loss, upstream.loss_stride, m.a);
     read(upstream.grad_z_loss, upstream.z_loss_stride, m.b);
+    if (r_.probabilities) {
+      read(r_.part_sum, 1, m.b);
+      for_lanes(lanes_, [&](int64_t i) {
+        m.offset[i] = static_cast<acc>(m.a[i] * m.u[i]);
+        m.a[i] = m.a[i] * m.b[i] + m.work[i];
+      });
+      write_grad(/*tilted=*/false, grad);
+      return;
+    }
     const bool mean = o_.reduction == Reduction::mean;
     // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
     const double divisor = mean && upstream.grad_loss ? totals[kKeptWeight] : 1;
@@ -240,6 +253,27 @@ class TileSweep {
       scale_exps(grad);
     } else {
       write_grad(/*tilted=*/false, grad);
+    }
+  }
+
+  void probability_grad(const acc* grad_loss, const acc* lse, const acc* lse_low, const Output<scalar_t>& grad) {
+    auto& m = m_;
+    const double kept = 1 - o_.label_smoothing;
+    const auto read = [&](const acc* values, double* to) { read_rows(values + t_.first, 1, t_.rows, lanes_, to); };
+    skip_ignored(false);
+    read(grad_loss, m.a);
+    read(lse, m.high);
+    read(lse_low, m.low);
+    for_lanes(lanes_, [&](int64_t i) {
+      m.factor[i] = static_cast<acc>(-m.a[i] * kept);
+      m.shift[i] = static_cast<acc>(std::abs(m.high[i]) < kInfinity ? m.high[i] : kQuietNaN);
+      m.offset[i] = static_cast<acc>(m.low[i]);
+    });
+    for (int64_t c = 0; c < r_.n_cols; c += t_.classes) {
+      load_planes(r_.logits, r_.layout, c, m.planes);
+      load_parts(c);
+      grad_of_parts(weight_from(c), classes(c));
+      store_classes(c, grad);
     }
   }
 
@@ -328,24 +362,56 @@ class TileSweep {
 
   // The planes of the classes from c on; zeros in the lanes that are skipped or beyond the rows.
   void load_classes(int64_t c) {
-    const scalar_t* x = r_.logits + c * r_.layout.column;
+    load_planes(r_.logits, r_.layout, c, m_.planes);
+    clear_skipped(classes(c));
+    if (r_.probabilities) {
+      load_parts(c);
+    }
+  }
+  // parts = w ((1 - e) q + e/C), and their sum.
+  void load_parts(int64_t c) {
+    load_planes(r_.probabilities, r_.probability_layout, c, m_.parts);
     const int64_t n = classes(c);
-    if (r_.layout.column == 1) {
-      load_rows(x, n);
+    const double e = o_.label_smoothing;
+    const Vec<acc> kept(static_cast<acc>(1 - e)), per_class(static_cast<acc>(e / static_cast<double>(o_.num_classes)));
+    const acc* w = weight_from(c);
+    for (int64_t i = 0; i < lanes_; i += kBlock<acc>) {
+      ExactSum<acc> sum;
+      for (int64_t k = 0; k < n; ++k) {
+        acc* p = m_.parts + k * lanes_ + i;
+        const Pair<acc> q = load_block(p);
+        const Vec<acc> weight(w ? w[k] : acc(1));
+        const Pair<acc> part{at::vec::fmadd(q.lo, kept, per_class) * weight,
+                             at::vec::fmadd(q.hi, kept, per_class) * weight};
+        store_block(p, part);
+        sum.add(part);
+      }
+      store_block(m_.sum + i, sum.high);
+      store_block(m_.rounding + i, sum.low);
+    }
+    for_lanes(lanes_, [&, &m = m_](int64_t i) {
+      m.part_sum[i] = static_cast<double>(m.sum[i]) + static_cast<double>(m.rounding[i]);
+    });
+  }
+  // The classes from c on of a tensor like the logits.
+  void load_planes(const scalar_t* x, const Layout& layout, int64_t c, acc* planes) {
+    const int64_t n = classes(c);
+    x += c * layout.column;
+    if (layout.column == 1) {
+      load_rows(x, layout, n, planes);
     } else if (one_image_) {
       for (int64_t j = 0; j < n; ++j) {
-        load_plane(x + r_.layout.row_start(t_.first) + j * r_.layout.column, m_.planes + j * lanes_);
+        load_plane(x + layout.row_start(t_.first) + j * layout.column, planes + j * lanes_);
       }
     } else {
-      std::fill_n(m_.planes, n * lanes_, acc(0));
+      std::fill_n(planes, n * lanes_, acc(0));
       for (int64_t i = 0; i < t_.rows; ++i) {
-        const scalar_t* row = x + r_.layout.row_start(t_.first + i);
+        const scalar_t* row = x + layout.row_start(t_.first + i);
         for (int64_t j = 0; j < n; ++j) {
-          m_.planes[j * lanes_ + i] = static_cast<acc>(*as_vec(row + j * r_.layout.column));
+          planes[j * lanes_ + i] = static_cast<acc>(*as_vec(row + j * layout.column));
         }
       }
     }
-    clear_skipped(n);
   }
   void load_plane(const scalar_t* x, acc* plane) {
     int64_t i = 0;
@@ -356,29 +422,29 @@ class TileSweep {
       store_block(plane + i, i < t_.rows ? load(x + i, t_.rows - i) : broadcast(acc(0)));
     }
   }
-  void load_rows(const scalar_t* x, int64_t n) {
+  void load_rows(const scalar_t* x, const Layout& layout, int64_t n, acc* planes) {
     if constexpr (std::is_same_v<scalar_t, acc>) {
       // Vectors past a row's end reach into the next rows, which must exist.
-      const int64_t rows_behind = r_.layout.inner - t_.first % r_.layout.inner - t_.rows;
-      if (one_image_ && t_.rows == lanes_ && rows_behind * r_.layout.row >= Vec<acc>::size()) {
-        transpose_rows(x + r_.layout.row_start(t_.first), r_.layout.row, n);
+      const int64_t rows_behind = layout.inner - t_.first % layout.inner - t_.rows;
+      if (one_image_ && t_.rows == lanes_ && rows_behind * layout.row >= Vec<acc>::size()) {
+        transpose_rows(x + layout.row_start(t_.first), layout.row, n, planes);
         return;
       }
     }
     const auto copy = [](const scalar_t* from, acc* to, int64_t count) {
       write_blocks(count, to, /*past_cache=*/false, [&](int64_t i, auto valid) { return load(from + i, valid); });
     };
-    if (one_image_ && r_.layout.row == n) {
-      copy(x + r_.layout.row_start(t_.first), m_.rows, t_.rows * n);
+    if (one_image_ && layout.row == n) {
+      copy(x + layout.row_start(t_.first), m_.rows, t_.rows * n);
     } else {
       for (int64_t i = 0; i < t_.rows; ++i) {
-        copy(x + r_.layout.row_start(t_.first + i), m_.rows + i * n, n);
+        copy(x + layout.row_start(t_.first + i), m_.rows + i * n, n);
       }
     }
     std::fill(m_.rows + t_.rows * n, m_.rows + lanes_ * n, acc(0));
-    transpose_rows(m_.rows, n, n);
+    transpose_rows(m_.rows, n, n, planes);
   }
-  void transpose_rows(const acc* x, int64_t row_stride, int64_t n) {
+  void transpose_rows(const acc* x, int64_t row_stride, int64_t n, acc* planes) {
     constexpr int64_t size = Vec<acc>::size();
     for (int64_t i = 0; i < lanes_; i += size) {
       for (int64_t c = 0; c < n; c += size) {
@@ -387,7 +453,7 @@ class TileSweep {
           v[k] = Vec<acc>::loadu(x + (i + k) * row_stride + c);  // elements past the row's end are unused
         }
         transpose<acc>(v);
-        acc* to = m_.planes + c * lanes_ + i;
+        acc* to = planes + c * lanes_ + i;
         if (c + size <= n) {
           for (int64_t k = 0; k < size; ++k) {
             v[k].store(to + k * lanes_);
@@ -485,15 +551,21 @@ class TileSweep {
     for (int64_t c = 0; c < r_.n_cols; c += t_.classes) {
       const int64_t n = classes(c);
       load_classes(c);
-      pick(c, n, m_.picked);
-      if (out.top1) {
-        find_rivals(c, n);
+      if (r_.probabilities) {
+        sum_exps</*need_wsum=*/true, /*need_tilted=*/false, /*parts=*/true>(nullptr, n);
+      } else {
+        pick(c, n, m_.picked);
+        if (out.top1) {
+          find_rivals(c, n);
+        }
+        with_bools([&](auto wsum, auto tilted) { sum_exps<wsum, tilted, false>(weight_from(c), n); },
+                   out.wsum != nullptr, out.entropy != nullptr);
       }
-      with_bools([&](auto wsum, auto tilted) { sum_exps<wsum, tilted>(weight_from(c), n); }, out.wsum != nullptr,
-                 out.entropy != nullptr);
       merge(c, n, out);
     }
-    map_picked();
+    if (out.picked) {
+      map_picked();
+    }
     store_stats(out);
   }
 
@@ -520,8 +592,9 @@ class TileSweep {
     }
   }
 
-  // ChunkStats of each lane: max is NaN for a lane with a NaN. The planes become exp(z - max).
-  template <bool need_wsum, bool need_tilted>
+  // ChunkStats of each lane: max is NaN for a lane with a NaN. The planes become exp(z - max). Each class has the
+  // weight w, or with `parts` its part.
+  template <bool need_wsum, bool need_tilted, bool parts>
   void sum_exps(const acc* w, int64_t n) {
     const Vec<acc> zero(0), infinity(std::numeric_limits<acc>::infinity());
     for_each_block([&](int64_t i, const auto& map) {
@@ -553,7 +626,11 @@ class TileSweep {
             few_tilted = {at::vec::fmadd(finite(y.lo), e.lo, few_tilted.lo),
                           at::vec::fmadd(finite(y.hi), e.hi, few_tilted.hi)};
           }
-          if constexpr (need_wsum) {
+          if constexpr (parts) {
+            const Pair<acc> part = load_block(m_.parts + c * lanes_ + i);
+            few_wsum = {few_wsum.lo + Vec<acc>::blendv(y.lo * part.lo, zero, part.lo == zero),
+                        few_wsum.hi + Vec<acc>::blendv(y.hi * part.hi, zero, part.hi == zero)};
+          } else if constexpr (need_wsum) {
             const acc weight = w ? w[c] : acc(1);
             if (weight != 0) {  // y may be -inf, and -inf * 0 would be NaN
               few_wsum = {at::vec::fmadd(y.lo, Vec<acc>(weight), few_wsum.lo),
@@ -585,15 +662,14 @@ class TileSweep {
   // Adds the statistics of a chunk of n classes, from c on, to those of the classes before.
   void merge(int64_t c, int64_t n, const Stats<scalar_t>& out) {
     auto& m = m_;
-    double weight = static_cast<double>(n);
-    if (out.wsum && r_.weight) {
+    if (out.wsum && !r_.probabilities) {
       const acc* w = weight_from(c);
-      weight = 0;
+      double weight = 0;
       for (int64_t k = 0; k < n; ++k) {
-        weight += w[k];
+        weight += w ? w[k] : acc(1);
       }
+      std::fill_n(m.part_sum, lanes_, weight);
     }
-    weight_ = c == 0 ? weight : weight_ + weight;
     if (c == 0) {
       for_lanes(lanes_, [&](int64_t i) {
         const double max = m.max[i], sum = static_cast<double>(m.sum[i]) + static_cast<double>(m.rounding[i]);
@@ -608,7 +684,8 @@ class TileSweep {
       });
       for_lanes(out.wsum ? lanes_ : 0, [&](int64_t i) {
         m.all_wsum[i] = m.wsum[i];
-        m.reference[i] = std::abs(m.all_max[i]) < kInfinity ? weight * m.all_max[i] : 0;
+        m.all_parts[i] = m.part_sum[i];
+        m.reference[i] = std::abs(m.all_max[i]) < kInfinity ? m.part_sum[i] * m.all_max[i] : 0;
       });
       return;
     }
@@ -635,7 +712,8 @@ class TileSweep {
     for_lanes(out.wsum ? lanes_ : 0, [&](int64_t i) {
       const double max = m.max[i];
       m.all_wsum[i] += m.wsum[i];
-      m.reference[i] += std::abs(max) < kInfinity ? weight * max : 0;
+      m.all_parts[i] += m.part_sum[i];
+      m.reference[i] += std::abs(max) < kInfinity ? m.part_sum[i] * max : 0;
     });
   }
 
@@ -661,13 +739,18 @@ class TileSweep {
     store_rows(out.lse, [&](int64_t i) { return m.high[i]; });
     store_rows(out.lse_low, [&](int64_t i) { return m.low[i]; });
     const int64_t n_cols = r_.n_cols;
-    store_rows(out.picked, [&](int64_t i) { return m.column[i] >= 0 && m.column[i] < n_cols ? m.picked[i] : acc(0); });
+    if (out.picked) {
+      store_rows(out.picked,
+                 [&](int64_t i) { return m.column[i] >= 0 && m.column[i] < n_cols ? m.picked[i] : acc(0); });
+    }
     if (out.wsum) {
-      const double weight = weight_;
       store_rows(out.wsum, [&](int64_t i) {
-        const double shift = (m.reference[i] - weight * m.high[i]) - weight * m.low[i];
+        const double weight = m.all_parts[i], shift = (m.reference[i] - weight * m.high[i]) - weight * m.low[i];
         return m.all_wsum[i] + (weight == 0 ? 0 : shift);
       });
+    }
+    if (out.part_sum) {
+      store_rows(out.part_sum, [&](int64_t i) { return m.all_parts[i]; });
     }
     if (out.entropy) {  // log S - T / S, with S = sum e^(z - m) and T = sum (z - m) e^(z - m): two terms >= 0
       store_rows(out.entropy, [&](int64_t i) {
@@ -761,11 +844,16 @@ class TileSweep {
     for (int64_t c = 0; c < r_.n_cols; c += t_.classes) {
       const int64_t n = classes(c);
       load_classes(c);
+      if (r_.probabilities) {
+        grad_of_classes</*with_tilt=*/false, /*with_offset=*/true, /*parts=*/true>(nullptr, n);
+        store_classes(c, grad);
+        continue;
+      }
       std::fill_n(m.picked, lanes_, acc(0));
       pick(c, n, m.picked);
       map_picked();
       grad_at_target(tilted);
-      with_bools([&](auto tilt, auto offset) { grad_of_classes<tilt, offset>(weight_from(c), n); }, tilted,
+      with_bools([&](auto tilt, auto offset) { grad_of_classes<tilt, offset, false>(weight_from(c), n); }, tilted,
                  o_.label_smoothing != 0);
       store_grad(c, grad);
     }
@@ -802,8 +890,8 @@ class TileSweep {
     });
   }
 
-  // planes = slope ((factor + tilt (z - shift)) exp(z - shift) - offset w)
-  template <bool with_tilt, bool with_offset>
+  // planes = slope ((factor + tilt (z - shift)) exp(z - shift) - offset w), with `parts` in place of w
+  template <bool with_tilt, bool with_offset, bool parts>
   void grad_of_classes(const acc* w, int64_t n) {
     for_each_block([&](int64_t i, const auto& map) {
       using Map = std::decay_t<decltype(map)>;
@@ -818,7 +906,10 @@ class TileSweep {
           k = {at::vec::fmadd(finite(y.lo), tilt.lo, k.lo), at::vec::fmadd(finite(y.hi), tilt.hi, k.hi)};
         }
         Pair<acc> g{exp(y.lo) * k.lo, exp(y.hi) * k.hi};
-        if constexpr (with_offset) {
+        if constexpr (parts) {
+          const Pair<acc> part = load_block(m_.parts + c * lanes_ + i);
+          g = {at::vec::fmadd(part.lo.neg(), offset.lo, g.lo), at::vec::fmadd(part.hi.neg(), offset.hi, g.hi)};
+        } else if constexpr (with_offset) {
           const Vec<acc> minus(w ? -w[c] : acc(-1));
           g = {at::vec::fmadd(minus, offset.lo, g.lo), at::vec::fmadd(minus, offset.hi, g.hi)};
         }
@@ -827,6 +918,25 @@ class TileSweep {
           g = {g.lo * ((one - base.lo) * (one + base.lo)), g.hi * ((one - base.hi) * (one + base.hi))};
         }
         store_block(p, g);
+      }
+    });
+  }
+
+  // planes = factor w (z - shift - offset), and 0 where a part is 0 and z is -inf
+  void grad_of_parts(const acc* w, int64_t n) {
+    const Vec<acc> zero(0), lowest(-std::numeric_limits<acc>::infinity());
+    const auto grad = [&](const Vec<acc>& y, const Vec<acc>& low, const Vec<acc>& factor, const Vec<acc>& part) {
+      return Vec<acc>::blendv((y - low) * factor, zero, (y == lowest) & (part == zero));
+    };
+    for_each_block([&](int64_t i, const auto& map) {
+      const Pair<acc> high = load_block(m_.shift + i), low = load_block(m_.offset + i);
+      const Pair<acc> factor = load_block(m_.factor + i);
+      for (int64_t c = 0; c < n; ++c) {
+        acc* p = m_.planes + c * lanes_ + i;
+        const Pair<acc> z = map.value(map.base(load_block(p))), part = load_block(m_.parts + c * lanes_ + i);
+        const Vec<acc> weight(w ? w[c] : acc(1));
+        store_block(p, Pair<acc>{grad(z.lo - high.lo, low.lo, factor.lo * weight, part.lo),
+                                 grad(z.hi - high.hi, low.hi, factor.hi * weight, part.hi)});
       }
     });
   }
@@ -850,7 +960,6 @@ class TileSweep {
   const bool one_image_;
   const bool scaled_;
   bool any_ignored_ = false, any_skipped_ = false;
-  double weight_ = 0;  // of the classes so far
   TileMemory<acc>& m_;
 };
 
@@ -874,8 +983,16 @@ void tile_stats_grad(const Rows<scalar_t>& rows, const Tile& tile, bool read_ign
 }
 
 template <typename scalar_t>
+void tile_probability_grad(const Rows<scalar_t>& rows, const Tile& tile, const acc_t<scalar_t>* grad_loss,
+                           const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low, const Output<scalar_t>& grad,
+                           TileMemory<acc_t<scalar_t>>& memory) {
+  TileSweep<scalar_t>(rows, tile, memory).probability_grad(grad_loss, lse, lse_low, grad);
+}
+
+template <typename scalar_t>
 constexpr TileKernels<scalar_t> tile_kernels() {
-  return {kBlock<acc_t<scalar_t>>, tile_stats<scalar_t>, tile_grad<scalar_t>, tile_stats_grad<scalar_t>};
+  return {kBlock<acc_t<scalar_t>>, tile_stats<scalar_t>, tile_grad<scalar_t>, tile_stats_grad<scalar_t>,
+          tile_probability_grad<scalar_t>};
 }
 
 }  // namespace
