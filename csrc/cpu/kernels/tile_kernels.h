@@ -720,8 +720,13 @@ class TileSweep {
   // lse as high + low, and the other requested statistics.
   void store_stats(const Stats<scalar_t>& out) {
     auto& m = m_;
-    std::copy_n(m.all_sum, lanes_, m.log_sum);
-    apply(m.log_sum, lanes_, [](const Vec<double>& x) { return x.log(); });
+    if constexpr (std::is_same_v<acc, double>) {
+      std::copy_n(m.all_sum, lanes_, m.log_sum);
+      apply(m.log_sum, lanes_, [](const Vec<double>& x) { return x.log(); });
+    } else {
+      for_lanes(lanes_, [&](int64_t i) { m.log_sum[i] = log_from_1(m.all_sum[i]); });
+      for_lanes(lanes_, [&](int64_t i) { m.log_sum[i] = m.all_sum[i] == 0 ? -kInfinity : m.log_sum[i]; });
+    }
     for_lanes(lanes_, [&](int64_t i) {
       const double rounded = static_cast<acc>(m.all_max[i] + m.log_sum[i]);
       m.high[i] = m.special[i] != 0 ? m.special[i] : rounded;

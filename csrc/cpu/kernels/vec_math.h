@@ -1,5 +1,8 @@
-// exp and tanh. Included only by chunk_kernels.cpp, and like it compiled once per instruction set.
+// exp, tanh and log. Included only by chunk_kernels.cpp, and like it compiled once per instruction set.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
 
 #include "cpu/kernels/vec_blocks.h"
 
@@ -39,6 +42,26 @@ inline Vec<float> exp(const Vec<float>& x) {
 #endif
 inline Vec<double> exp(const Vec<double>& x) {
   return x.exp();
+}
+
+// log(x) for x >= 1 (a number that means nothing for other x), with a relative error of 4e-14. Half the time of
+// at::vec's logarithm in loops, which compilers vectorise. x = 2^k m with m in [sqrt(1/2), sqrt(2)), and log m = 2
+// artanh(s).
+inline double log_from_1(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  constexpr uint64_t kSqrtHalf = 0x3FE6A09E667F3BCD;
+  const uint64_t k = (bits - kSqrtHalf) >> 52, bits_of_m = bits - (k << 52);
+  const uint64_t bits_of_shifted = k | 0x4330000000000000;  // 2^52 + k
+  double m, shifted;
+  std::memcpy(&m, &bits_of_m, sizeof(m));
+  std::memcpy(&shifted, &bits_of_shifted, sizeof(shifted));
+  const double s = (m - 1) / (m + 1), square = s * s;
+  double tail = 2. / 15;
+  for (const double term : {2. / 13, 2. / 11, 2. / 9, 2. / 7, 2. / 5, 2. / 3}) {
+    tail = tail * square + term;
+  }
+  return (shifted - 0x1p52) * 0.693147180559945309 + (2 * s + s * square * tail);
 }
 
 // y, or a number whose exponential is 0 too: y may be -inf, and -inf * 0 would be NaN.
