@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import check_loss_dtype, check_ranges, check_types
-from ._tensors import LOGITS, check_tensors, index_target
+from ._tensors import LOGITS, check_tensors, index_target, z_loss_like
 from .functional import CrossEntropyOutput
 
 __all__ = [
@@ -35,6 +35,8 @@ __all__ = [
     "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_token_log_probs",
 ]
+
+ALONE: Any = object()  # instead of a group, for _dtensor.py: this rank has all classes, so it gathers nothing
 
 _ops = torch.ops.npu_xent
 # The names in newer torch, where the older ones warn.
@@ -59,7 +61,8 @@ def vocab_parallel_cross_entropy(
     loss_dtype: torch.dtype = torch.float32,
     consume_logits: bool = False,
     return_lse: bool = False,
-    normalizer: Tensor | dist.ProcessGroup | None = None,
+    return_z_loss: bool = False,
+    normalizer: Tensor | dist.ProcessGroup | tuple[dist.ProcessGroup, ...] | None = None,
 ) -> Tensor | CrossEntropyOutput:
     """Cross entropy of logits whose classes are sharded over the ranks of a process group.
 
@@ -82,12 +85,14 @@ def vocab_parallel_cross_entropy(
         loss_dtype: float32, float64 (not on an NPU) or the dtype of logits.
         consume_logits: the backward overwrites the logits with their gradient.
         return_lse: also return logsumexp of every row over all classes. It is differentiable.
+        return_z_loss: also return the z-loss separately, for logging. The loss already includes it.
         normalizer: for "mean" and "sum", what the sum is divided by: a tensor of one value (it gets no gradient), or a
-            process group, over whose ranks the weights that "mean" divides by are summed.
+            process group, over whose ranks the weights that "mean" divides by are summed. Of a tuple of groups, over
+            each in turn: the dimensions of a mesh.
 
     Returns:
-        The loss, [...] for "none", else []; with return_lse a CrossEntropyOutput(loss, lse, None), lse [...] in float32
-        (float64 for float64 logits). Differentiable in the logits, once.
+        The loss, [...] for "none", else []; with return_lse or return_z_loss a CrossEntropyOutput(loss, lse, z_loss),
+        lse [...] in float32 (float64 for float64 logits). Differentiable in the logits, once.
 
     Raises:
         ValueError: a shape, a range of classes or an option that breaks the rules above. On the CPU also, on every
@@ -126,11 +131,15 @@ def vocab_parallel_cross_entropy(
         return_lse=return_lse,
     )
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(rows), normalizer)
-    loss, lse = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
+    loss, lse, z_loss = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, indices, weight, totals, shard, group, options, loss_dtype, return_lse, consume_logits
     )
     loss = loss.view(target.shape) if reduction == "none" else loss
-    return CrossEntropyOutput(loss, lse.view(target.shape), None) if return_lse else loss
+    if not (return_lse or return_z_loss):
+        return loss  # type: ignore[no-any-return]
+    return CrossEntropyOutput(
+        loss, lse.view(target.shape) if return_lse else None, z_loss_like(loss, z_loss) if return_z_loss else None
+    )
 
 
 def vocab_parallel_token_log_probs(
@@ -205,7 +214,7 @@ def vocab_parallel_linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype = torch.float32,
-    normalizer: Tensor | dist.ProcessGroup | None = None,
+    normalizer: Tensor | dist.ProcessGroup | tuple[dist.ProcessGroup, ...] | None = None,
 ) -> Tensor:
     """Cross entropy of a linear layer's output whose classes are sharded, without materializing the logits.
 
@@ -341,6 +350,8 @@ def _shard_of(
 
 def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """The number of ranks, and this rank."""
+    if group is ALONE:
+        return 1, 0
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"npu_xent.{name}: group must be a torch.distributed.ProcessGroup, but is a {type(group).__name__}; of a "
@@ -359,7 +370,9 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
         return
     if reduction == "none":
         raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
-    if not (isinstance(normalizer, dist.ProcessGroup) or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
+    groups = normalizer if isinstance(normalizer, tuple) and normalizer else (normalizer,)
+    are_groups = all(isinstance(group, dist.ProcessGroup) for group in groups)
+    if not (are_groups or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
         what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"
         raise TypeError(
             f"npu_xent.{name}: normalizer must be a tensor of one value or a process group, but is {what}; for a "
@@ -372,6 +385,10 @@ def _check_weight(name: str, weight: Tensor | None, shard: _Shard) -> None:
         raise ValueError(
             f"npu_xent.{name}: weight must have one value for each of the {shard.num_classes} classes of all ranks, "
             f"but has shape {list(weight.shape)}"
+        )
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
 
 
@@ -413,7 +430,7 @@ def _rows_of(
 
 def _compare(name: str, group: dist.ProcessGroup | None, **facts: Any) -> None:
     """With NPU_XENT_DEBUG=1, raise ValueError on every rank if ranks differ in a fact."""
-    if torch.compiler.is_compiling() or os.environ.get("NPU_XENT_DEBUG") != "1":
+    if group is ALONE or torch.compiler.is_compiling() or os.environ.get("NPU_XENT_DEBUG") != "1":
         return
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, facts, group=group)
@@ -429,7 +446,7 @@ def _totals(
     shard: _Shard,
     options: dict[str, Any],
     dtype: torch.dtype,
-    normalizer: Tensor | dist.ProcessGroup | None,
+    normalizer: Tensor | dist.ProcessGroup | tuple[dist.ProcessGroup, ...] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The totals of reduce_rows with the caller's normalizer, and the options with which it divides by them."""
     of_all = {"num_classes": shard.num_classes, "loss_dtype": dtype}
@@ -440,7 +457,8 @@ def _totals(
         divisors = normalizer.detach().to(totals).reshape(1).expand(2)
     else:
         divisors = totals[:2].clone()
-        dist.all_reduce(divisors, group=normalizer)
+        for group in normalizer if isinstance(normalizer, tuple) else (normalizer,):
+            dist.all_reduce(divisors, group=group)
     return torch.cat((divisors, totals[2:])), options | {"reduction": "mean"}
 
 
@@ -487,6 +505,8 @@ def _gather(
 
     On the CPU, what ranks must agree on comes along, and each rank compares it. On other devices that would wait.
     """
+    if group is ALONE:
+        return lambda: _Statistics(mine["lse"], mine["lse_low"], mine["picked"], mine.get("wsum"), None, None)
     compares = target.is_cpu and not torch.compiler.is_compiling()
     if compares:
         facts = (*shard, _checksum(target))
@@ -623,7 +643,7 @@ def _row_grad(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss and lse of rows."""
+    """The loss, lse and z-loss of rows."""
 
     @staticmethod
     def forward(
@@ -638,10 +658,10 @@ class _CrossEntropy(torch.autograd.Function):
         loss_dtype: torch.dtype,
         need_lse: bool,
         consume: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         wanted = _Wanted(need_wsum=options["label_smoothing"] != 0, read_ignored=need_lse)
         stats = _statistics(logits, target, weight, shard, group, options, wanted)
-        loss, _, _ = _ops.reduce_rows(
+        loss, z_loss, _ = _ops.reduce_rows(
             target,
             weight,
             *stats[:4],
@@ -654,12 +674,11 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.shard, ctx.options, ctx.consume = shard, options, consume
         ctx.set_materialize_grads(False)
         lse = stats.lse.clone()
-        if not need_lse:
-            ctx.mark_non_differentiable(lse)
-        return loss, lse
+        ctx.mark_non_differentiable(z_loss, *(() if need_lse else (lse,)))
+        return loss, lse, z_loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         logits, target, weight, totals, *stats = ctx.saved_tensors
         if grad_loss is None and grad_lse is None:
             return (None,) * 10

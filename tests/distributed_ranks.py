@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +35,7 @@ LOSSES = pairwise(
         *("dtype", "reduction", "weighted", "label_smoothing", "lse_square_scale", "softcap", "logit_scale"),
         size=tuple(SIZES),
         return_lse=(False, True),
+        return_z_loss=(False, True),
         padding=(0, 3),
         consume=(False, True),
     )
@@ -128,16 +129,18 @@ def loss(at: Rank, case: dict[str, Any]) -> list[Tensor]:
             **named,
             loss_dtype=torch.float32 if dtype != torch.float64 else dtype,
             return_lse=case["return_lse"],
+            return_z_loss=case["return_z_loss"],
             consume_logits=case["consume"],
         )
     )
     smoothed = named["label_smoothing"] != 0
     assert sent == [N * (3 + smoothed) + smoothed + 4], f"sent {sent} values"
-    mine, lse = (out.loss, out.lse) if case["return_lse"] else (out, None)
+    mine, lse, z_loss = (out, None, None) if isinstance(out, Tensor) else out
+    assert (lse is not None, z_loss is not None) == (case["return_lse"], case["return_z_loss"])
 
     whole = logits.double().requires_grad_()
     expected = npu_xent.cross_entropy(
-        whole, target, None if weight is None else weight.double(), **named, return_lse=True
+        whole, target, None if weight is None else weight.double(), **named, return_lse=True, return_z_loss=True
     )
     upstream = torch.linspace(0.5, 2.0, N) if named["reduction"] == "none" else torch.tensor(1.5)
     scalars = [(mine.double() * upstream).sum(), (expected.loss * upstream).sum()]
@@ -150,8 +153,10 @@ def loss(at: Rank, case: dict[str, Any]) -> list[Tensor]:
     close("loss", mine, expected.loss, exact, size)
     if lse is not None:
         close("lse", lse, expected.lse, exact, float(logits.abs().max()))
+    if z_loss is not None:
+        close("z_loss", z_loss, expected.z_loss, exact, size)
     close("gradient", grad, true[:, begin:end], dtype, float(true.abs().max()))
-    return [mine] if lse is None else [mine, lse]
+    return [x for x in (mine, lse, z_loss) if x is not None]
 
 
 def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
@@ -294,7 +299,9 @@ def normalizers(at: Rank, _: Any) -> list[Tensor]:
     out = []
     sums = npu_xent.cross_entropy(logits.double(), target, weight.double(), reduction="sum", label_smoothing=0.1)
     kept = weight[target[target >= 0]].double().sum()
-    for normalizer, divisor in ((torch.tensor(7.0), 7.0), (dist.group.WORLD, float(kept) * at.ranks)):
+    alone = float(kept) * at.ranks
+    world = dist.group.WORLD
+    for normalizer, divisor in ((torch.tensor(7.0), 7.0), (world, alone), ((world, world), alone * at.ranks)):
         for reduction in ("mean", "sum"):
             mine = distributed.vocab_parallel_cross_entropy(
                 shard, target, weight, reduction=reduction, label_smoothing=0.1, normalizer=normalizer, num_classes=60
@@ -427,11 +434,13 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "normalizer": (ValueError, 'with reduction "none" leave it out', {"normalizer": torch.tensor(1.0)}),
     "a number": (TypeError, "for a number pass torch.tensor", {"normalizer": 3, "reduction": "sum"}),
     "two numbers": (TypeError, "but is shape [2]", {"normalizer": torch.ones(2), "reduction": "sum"}),
+    "no groups": (TypeError, "but is a tuple", {"normalizer": (), "reduction": "sum"}),
     "group": (TypeError, "group must be a torch.distributed.ProcessGroup, but is a str", {"group": "tp"}),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
     "weight": (ValueError, "weight must have one value for each of the 60 classes of all", {"weight": torch.ones(59)}),
+    "trained weight": (RuntimeError, "pass weight.detach()", {"weight": torch.ones(60, requires_grad=True)}),
     "shape": (ValueError, "target must have the shape of logits", {"target": torch.zeros(3, dtype=torch.long)}),
     "dtype": (TypeError, "logits must be float32", {"logits": torch.zeros(N, 60, dtype=torch.int64)}),
     "softcap": (ValueError, "softcap must lie in", {"softcap": 0.0}),
@@ -503,21 +512,22 @@ def bits(tensors: list[Tensor]) -> str:
     ).hexdigest()
 
 
-def main(rank: int, ranks: int, store: str, out: str) -> None:
+def main(cases: Mapping[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]], arguments: list[str]) -> None:
     """Run all cases twice over: the second time for the same bits."""
+    rank, ranks, store, out = int(arguments[0]), int(arguments[1]), *arguments[2:]
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", f"file://{store}", rank=rank, world_size=ranks, timeout=datetime.timedelta(seconds=10)
     )
     at, found = Rank(rank, ranks), {}
-    for name, (function, case) in CASES.items():
+    for name, (function, case) in cases.items():
         try:
             digests = [bits(function(at, case)) for _ in range(2)]
             found[name] = {
                 "error": "" if digests[0] == digests[1] else "other bits in a second run",
                 "bits": digests[0],
             }
-        except Exception:
+        except (Exception, pytest.fail.Exception):  # the second is no Exception
             found[name] = {"error": traceback.format_exc(), "bits": ""}
             print(rank, name, found[name]["error"], flush=True)
     Path(out).write_text(json.dumps(found))
@@ -525,4 +535,4 @@ def main(rank: int, ranks: int, store: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(CASES, sys.argv[1:])
