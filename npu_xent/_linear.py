@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from ._loading import prepare
 from ._options import check_types
-from ._tensors import check_tensors, index_target, require_storage, transformed, z_loss_like
+from ._tensors import check_tensors, has_dtensor, index_target, require_storage, transformed, z_loss_like
 from .functional import CrossEntropyOutput, cross_entropy
 
 
@@ -74,6 +74,8 @@ def linear_cross_entropy(
     `cross_entropy`. ("mean" and "sum" compute the gradients in the forward, of those tensors that need one, and scale
     them in the backward: Liger Kernel, https://arxiv.org/abs/2410.10989, sec. 3.2. "none", float16, and hooks on saved
     tensors such as activation checkpointing recompute the logits in the backward.)
+
+    Of DTensors the loss is a DTensor: the page of npu_xent.distributed has the placements, and a warning about FSDP2.
 
     Args:
         input: [..., H], any number of leading dimensions, N rows in all; float32, bfloat16, float16 or float64.
@@ -139,6 +141,13 @@ def linear_cross_entropy(
         weight=weight,
     )
     check_types("linear_cross_entropy", options | {"chunk_rows": chunk_rows})
+    if has_dtensor(input, linear_weight, target, linear_bias, weight):
+        from . import _dtensor
+
+        options |= {"chunk_rows": chunk_rows, "return_lse": return_lse, "return_z_loss": return_z_loss}
+        return _dtensor.linear_cross_entropy(
+            input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options
+        )
     probabilities = target.is_floating_point()
     expected = input.shape[:-1] + (linear_weight.shape[:1] if probabilities else ())
     if input.dim() == 0 or target.shape != expected:

@@ -10,7 +10,16 @@ from torch.nn.functional import linear
 
 from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
-from ._tensors import INTEGERS, LOGITS, check_overwritable, check_tensors, index_target, require_storage, transformed
+from ._tensors import (
+    INTEGERS,
+    LOGITS,
+    check_overwritable,
+    check_tensors,
+    has_dtensor,
+    index_target,
+    require_storage,
+    transformed,
+)
 
 
 class TokenLogProbs(NamedTuple):
@@ -66,6 +75,8 @@ def token_log_probs(
 
         log_probs_n = lp[n, target_n]        entropy_n = -sum_c exp(lp[n, c]) lp[n, c]
 
+    Of DTensors the outputs are DTensors: the page of npu_xent.distributed has the placements.
+
     Args:
         logits: [..., C], C > 0, float32, bfloat16, float16 or float64, classes last. They are copied once if the
             classes are not adjacent in memory.
@@ -105,6 +116,20 @@ def token_log_probs(
             was freed or shrunk; a second or a forward-mode derivative.
     """
     check_tensors(LOG_PROBS, logits=logits, target=target)
+    if has_dtensor(logits, target, temperature):
+        from . import _dtensor
+
+        return _dtensor.token_log_probs(
+            logits,
+            target,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            return_entropy=return_entropy,
+            return_top1=return_top1,
+            consume_logits=consume_logits,
+        )
     if logits.dim() == 0 or target.shape != logits.shape[:-1]:
         second = logits.dim() > 2 and target.shape == logits.shape[:1] + logits.shape[2:]
         hint = "; for classes in dimension 1 pass logits.movedim(1, -1)" if second else ""

@@ -20,6 +20,7 @@ from ._tensors import (
     check_overwritable,
     check_tensors,
     forward_mode,
+    has_dtensor,
     index_target,
     require_storage,
     transformed,
@@ -96,6 +97,8 @@ def cross_entropy(
         "none": l_n      "sum": sum of l_n      "mean": sum of l_n / sum of k_n w[target_n]
 
     With class probabilities q: q' = (1 - e) q + e/C, l_n = -sum_c w_c q'[n, c] lp[n, c], and "mean" divides by N.
+
+    Of DTensors the loss is a DTensor: the page of npu_xent.distributed has the placements.
 
     Args:
         input: logits, [N, C], [C] or [N, C, d1, ...], C > 0, float32, bfloat16, float16 or float64. Rows may be
@@ -187,6 +190,11 @@ def cross_entropy(
     }
     check_tensors("cross_entropy", input=input, target=target, weight=weight)
     check_types("cross_entropy", options)
+    if has_dtensor(input, target, weight):
+        from . import _dtensor
+
+        options |= {"return_lse": return_lse, "return_z_loss": return_z_loss, "consume_logits": consume_logits}
+        return _dtensor.cross_entropy(input, target, weight, **options)
     _check_shapes(input, target)
     overwrite = consume_logits and input.requires_grad and torch.is_grad_enabled()
     if target.is_floating_point() or transformed():

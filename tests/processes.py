@@ -1,6 +1,17 @@
-"""How processes end that tests start."""
+"""Processes that tests start: the ranks of torch.distributed, and how they end."""
 
 from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SECONDS = 180  # of all ranks together
 
 
 def aborted_at_exit(code: int, output: str) -> bool:
@@ -10,3 +21,27 @@ def aborted_at_exit(code: int, output: str) -> bool:
     run of 16 with torch alone. Whether the work was done is for the caller to check.
     """
     return code == 1 and "terminate called without an active exception" in output and "SIGABRT" in output
+
+
+def run_ranks(program: Path, ranks: int, folder: Path) -> list[dict[str, Any]]:
+    """Run `program RANK RANKS STORE OUT` on each rank, and return what each wrote to OUT as JSON."""
+    outs = [folder / f"{rank}.json" for rank in range(ranks)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", program, str(rank), str(ranks), folder / "store", out],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        for process in started:
+            said, _ = process.communicate(timeout=SECONDS)
+            assert process.returncode == 0 or aborted_at_exit(process.returncode, said), said[-5000:]
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return [json.loads(out.read_text()) for out in outs]

@@ -532,8 +532,9 @@ import sys
 import npu_xent
 assert "torch_npu" not in sys.modules
 assert "torch._dynamo" not in sys.modules
+assert "torch.distributed.tensor" not in sys.modules
 """
 
 
-def test_importing_imports_neither_torch_npu_nor_the_compiler() -> None:
+def test_importing_imports_neither_torch_npu_nor_the_compiler_nor_dtensor() -> None:
     subprocess.run([sys.executable, "-c", IMPORT], check=True)
