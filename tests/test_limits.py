@@ -17,8 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
-from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor import DeviceMesh, DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn import functional as F
 
 import npu_xent
@@ -82,13 +81,12 @@ def nested(layout: torch.layout) -> None:
     cross_entropy(logits, target)
 
 
+def one_rank_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (1,))
+
+
 def distributed(tensor: Tensor, *placements: Replicate | Shard) -> DTensor:
-    return distribute_tensor(tensor, init_device_mesh("cpu", (1,)), placements)
-
-
-def in_loss_parallel() -> None:
-    with loss_parallel():
-        cross_entropy(distributed(LOGITS, Shard(1)), distributed(TARGET, Replicate()))
+    return distribute_tensor(tensor, one_rank_mesh(), placements)
 
 
 def sharded_head() -> None:
@@ -176,16 +174,23 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         lambda: linear_cross_entropy(HIDDEN.to(torch.complex64), WEIGHT.to(torch.complex64), TARGET),
     ],
     "`torch.masked.MaskedTensor`": [masked_logits],
-    "DTensor logits and target": [
-        *(
-            lambda where=where: cross_entropy(distributed(leaf(LOGITS), where), distributed(TARGET, Replicate()))
-            for where in (Replicate(), Shard(0), Shard(1))
-        ),
-        in_loss_parallel,
+    "Partial logits": [lambda: cross_entropy(DTensor.from_local(LOGITS, one_rank_mesh(), [Partial()]), TARGET)],
+    "logits with sharded rows": [lambda: cross_entropy(distributed(leaf(LOGITS), Shard(0)), TARGET)],
+    "plain logits and": [lambda: cross_entropy(LOGITS, distributed(TARGET, Replicate()))],
+    "DTensors with class probabilities": [lambda: cross_entropy(distributed(LOGITS, Shard(1)), LOGITS.softmax(1))],
+    "a DTensor input": [lambda: linear_cross_entropy(distributed(HIDDEN, Replicate()), WEIGHT, TARGET)],
+    "`return_lse` and `return_z_loss`": [
+        lambda name=name: linear_cross_entropy(
+            distributed(HIDDEN, Replicate()), distributed(WEIGHT, Shard(0)), TARGET, **{name: True}
+        )
+        for name in ("return_lse", "return_z_loss")
     ],
-    "DTensor and plain": [
-        lambda: cross_entropy(distributed(leaf(LOGITS), Shard(0)), TARGET),
-        lambda: linear_cross_entropy(HIDDEN, distributed(leaf(WEIGHT), Shard(0)), TARGET),
+    "DTensors to `linear_token_log_probs`": [
+        lambda: npu_xent.linear_token_log_probs(*(distributed(t, Replicate()) for t in (HIDDEN, WEIGHT, TARGET))),
+        lambda: contract(*(distributed(t, Shard(0)) for t in (LOGITS, TARGET))),
+    ],
+    "DTensors to `selected_log_probs`": [
+        lambda: npu_xent.selected_log_probs(*(distributed(t, Shard(0)) for t in (LOGITS, TARGET.unsqueeze(1))))
     ],
     "classes sharded, the shard": [lambda: cross_entropy(*SHARD)],
     "FSDP2, `linear_cross_entropy` with the weight of a module": [sharded_head],
