@@ -82,7 +82,8 @@ def absolute(text: str) -> Path:
     return Path(text).expanduser().resolve()
 
 
-def build_parser(description: str) -> argparse.ArgumentParser:
+def common_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that the training programs share."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
         description=description,
@@ -104,28 +105,45 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     add("--context", type=count, default=128, help="tokens in a window")
 
     add = parser.add_argument_group("training").add_argument
-    losses = "npu_xent.cross_entropy, npu_xent.npu_cross_entropy_loss or F.cross_entropy"
-    add("--loss", choices=("npu_xent", "npu_xent_strict", "torch"), default="npu_xent", help=losses)
     devices = (
         "cpu, npu or cuda, or one of several: npu:1; an NPU is simulated on the host by "
-        "python -m cann_sim examples/train_lm.py --device npu"
+        "python -m cann_sim examples/%(prog)s --device npu"
     )
     add("--device", default="cpu", help=devices)
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="bf16 runs under autocast")
-    steps = (
-        "optimizer steps in all, over which the learning rate falls to a tenth of --lr; with --resume, a larger number "
-        "extends the run: from there on the rate is that of a run of so many steps, so it rises once more"
-    )
+    steps = "optimizer steps in all, over which the learning rate falls to a tenth of --lr"
     add("--steps", type=count, default=300, help=steps)
-    add("--batch", type=count, default=16, help="windows a step, on each rank")
+    add("--batch", type=count, default=16, help="windows a step, for each copy of the model")
     add("--lr", type=positive(float), default=2e-3, help="peak learning rate")
     add("--seed", type=seed, default=0, help="of the initial weights and the order of the data")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--out", type=absolute, default="runs/train_lm", help="folder of this run")
-    add("--save-every", type=count, default=100, help="steps between checkpoints")
-    add("--resume", action="store_true", help="go on from OUT/checkpoint.pt, with its settings; --steps may differ")
     return parser
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The flags of train_lm.py."""
+    parser = common_parser(description)
+    add = parser.add_argument_group("loss and output").add_argument
+    losses = "npu_xent.cross_entropy, npu_xent.npu_cross_entropy_loss or F.cross_entropy"
+    add("--loss", choices=("npu_xent", "npu_xent_strict", "torch"), default="npu_xent", help=losses)
+    add("--out", type=absolute, default="runs/train_lm", help="folder of this run")
+    add("--save-every", type=positive(int), default=100, help="steps between checkpoints")
+    resume = (
+        "go on from OUT/checkpoint.pt, with its settings; a larger --steps extends the run: from there on the learning "
+        "rate is that of a run of so many steps, so it rises once more"
+    )
+    add("--resume", action="store_true", help=resume)
+    return parser
+
+
+def check(settings: Settings) -> None:
+    """Raises SettingError for flags that do not go together."""
+    if settings.width % settings.heads:
+        raise SettingError(f"--width {settings.width}: not a multiple of --heads {settings.heads}; change one of them")
+    if settings.vocab_size < SMALLEST_VOCAB:
+        raise SettingError(
+            f"--vocab-size {settings.vocab_size}: the 256 bytes and {END_OF_TEXT} alone "
+            f"are {SMALLEST_VOCAB} tokens; ask for more"
+        )
 
 
 def read_settings(
@@ -161,11 +179,5 @@ def read_settings(
                 f"--steps {settings.steps}: the run in {settings.out} has taken {checkpoint['step']} already; ask for "
                 "more, or start a new run in another --out"
             )
-    if settings.width % settings.heads:
-        raise SettingError(f"--width {settings.width}: not a multiple of --heads {settings.heads}; change one of them")
-    if settings.vocab_size < SMALLEST_VOCAB:
-        raise SettingError(
-            f"--vocab-size {settings.vocab_size}: the 256 bytes and {END_OF_TEXT} alone "
-            f"are {SMALLEST_VOCAB} tokens; ask for more"
-        )
+    check(settings)
     return settings, checkpoint
