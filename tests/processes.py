@@ -45,3 +45,27 @@ def run_ranks(program: Path, ranks: int, folder: Path) -> list[dict[str, Any]]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     return [json.loads(out.read_text()) for out in outs]
+
+
+def finish(process: subprocess.Popen[str], seconds: float) -> str:
+    """What a process prints. It must end well within so many seconds; its children do not outlive it."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        stop(process)
+    assert process.returncode == 0 or aborted_at_exit(process.returncode, output), output[-5000:]
+    return output
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Ends a process that was started with start_new_session, and its process group.
+
+    The ranks of torchrun have sessions of their own: it ends them when it gets SIGTERM.
+    """
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,4 +1,7 @@
-"""The short examples: what they print is right, and what docs/padded_labels.md says. (train_lm.py has its own file.)"""
+"""The short examples: what they print is right, and what docs/padded_labels.md says.
+
+train_lm.py and train_tp.py have files of their own.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modules of train_lm.py.
+"""The modules of train_lm.py and train_tp.py.
 
 settings    the command line                         data        text -> token ids -> windows
 processes   ranks, devices, signals                  model       the transformer
