@@ -101,8 +101,9 @@ def vocab_parallel_cross_entropy(
             without it, these are not compared, and the collective may hang or give wrong results.
         TypeError: an argument of a wrong type or dtype.
         IndexError: a target that is out of range, on the CPU.
-        RuntimeError: no process group; a second derivative; a second backward after consume_logits. An error that only
-            one rank raises leaves the others waiting until the group's timeout.
+        RuntimeError: no process group; a second derivative; a second backward after consume_logits; from the backend,
+            if another rank has died or hangs. An error that only one rank raises leaves the others waiting until its
+            process ends, or until the group's timeout.
     """
     name = "vocab_parallel_cross_entropy"
     check_tensors(name, logits=logits, target=target, weight=weight)
