@@ -1,6 +1,6 @@
-"""One rank of test_distributed.py, like distributed_ranks.py: the losses of DTensors.
+"""The ranks of test_distributed.py, like distributed_ranks.py: the losses of DTensors.
 
-python dtensor_ranks.py RANK RANKS STORE OUT
+python dtensor_ranks.py RANKS FOLDER [CASE ...]
 """
 
 from __future__ import annotations
@@ -562,4 +562,4 @@ CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
 }
 
 if __name__ == "__main__":
-    main(CASES, sys.argv[1:])
+    main(CASES, *sys.argv[1:])

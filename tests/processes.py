@@ -23,28 +23,17 @@ def aborted_at_exit(code: int, output: str) -> bool:
     return code == 1 and "terminate called without an active exception" in output and "SIGABRT" in output
 
 
-def run_ranks(program: Path, ranks: int, folder: Path) -> list[dict[str, Any]]:
-    """Run `program RANK RANKS STORE OUT` on each rank, and return what each wrote to OUT as JSON."""
-    outs = [folder / f"{rank}.json" for rank in range(ranks)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", program, str(rank), str(ranks), folder / "store", out],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        for process in started:
-            said, _ = process.communicate(timeout=SECONDS)
-            assert process.returncode == 0 or aborted_at_exit(process.returncode, said), said[-5000:]
-    finally:
-        for process in started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-    return [json.loads(out.read_text()) for out in outs]
+def run_ranks(program: str | None, ranks: int, folder: Path, *cases: str) -> list[dict[str, Any]]:
+    """Run `program RANKS FOLDER [CASE ...]`, and return what each rank wrote as JSON: what it found, by case."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(program), str(ranks), folder, *cases],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    finish(process, SECONDS)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def finish(process: subprocess.Popen[str], seconds: float) -> str:

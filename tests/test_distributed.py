@@ -27,7 +27,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """What each rank found, by program and case. All cases of a program and a number of ranks share one launch."""
     programs = (distributed_ranks, dtensor_ranks)
     return {
-        program.__name__: run_ranks(Path(program.__file__), request.param, tmp_path_factory.mktemp(program.__name__))
+        program.__name__: run_ranks(program.__file__, request.param, tmp_path_factory.mktemp(program.__name__))
         for program in programs
     }
 
