@@ -38,7 +38,15 @@ PAGES = (
     ("When something fails", ("docs/errors", "docs/limits", "docs/environment")),
     (
         "How it works",
-        ("docs/design", "docs/numerics", "docs/benchmarks", "docs/vendor", "docs/device_kernels", "cann_sim/README"),
+        (
+            "docs/design",
+            "docs/numerics",
+            "docs/benchmarks",
+            "docs/scaling",
+            "docs/vendor",
+            "docs/device_kernels",
+            "cann_sim/README",
+        ),
     ),
     ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/distributed", "docs/api/integrations")),
     ("Project", ("CHANGELOG", "CONTRIBUTING", "docs/stability")),

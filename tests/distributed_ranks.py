@@ -23,6 +23,7 @@ import torch.distributed as dist
 from option_values import factors, keywords
 from reference import case_id, make_weight, pairwise
 from torch import Tensor
+from traffic import traffic
 
 import npu_xent
 from npu_xent import distributed
@@ -315,6 +316,33 @@ def normalizers(at: Rank, _: Any) -> list[Tensor]:
     return out
 
 
+def data_parallel(at: Rank, _: Any) -> list[Tensor]:
+    """Two by two ranks, as in docs/scaling.md: shares sum to the mean, and averaged gradients need the factor."""
+    if at.ranks != 4:
+        return []
+    groups = [dist.new_group(ranks) for ranks in ([0, 1], [2, 3], [0, 2], [1, 3])]
+    tp, dp = groups[at.rank // 2], groups[2 + at.rank % 2]
+    logits, target = problem(60, torch.float32)
+    hidden = torch.randn(N, 8, generator=torch.Generator().manual_seed(5))
+    head = torch.randn(60, 8, generator=torch.Generator().manual_seed(6))
+    whole = head.clone().requires_grad_()
+    mean = npu_xent.cross_entropy(logits + hidden @ whole.T, target)
+    # 20 rows and 17, of which unequally many are kept
+    rows = slice(0, 20) if at.rank < 2 else slice(20, N)
+    columns = slice(0, 30) if at.rank % 2 == 0 else slice(30, 60)
+    leaf = head[columns].clone().requires_grad_()
+    mine = distributed.vocab_parallel_cross_entropy(
+        logits[rows, columns] + hidden[rows] @ leaf.T, target[rows], group=tp, reduction="mean", normalizer=dp
+    )
+    (mine * dist.get_world_size(dp)).backward()
+    total, averaged = mine.detach().clone(), leaf.grad
+    dist.all_reduce(total, group=dp)
+    dist.all_reduce(averaged, group=dp)
+    torch.testing.assert_close(total, mean.detach())
+    torch.testing.assert_close(averaged / dist.get_world_size(dp), torch.autograd.grad(mean, whole)[0][columns])
+    return [total]
+
+
 def more_dimensions(at: Rank, _: Any) -> list[Tensor]:
     """[batch, time, C_local], of equal shards without a number of classes."""
     logits = torch.randn(3, 4, 12 * at.ranks, generator=torch.Generator().manual_seed(2))
@@ -496,6 +524,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 SINGLE = (
     *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
     *(compiled, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
+    *(data_parallel, traffic),
 )
 CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
     **{f"loss-{case_id(case)}": (loss, case) for case in LOSSES},

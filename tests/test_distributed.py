@@ -13,6 +13,7 @@ import dtensor_ranks
 import pytest
 import torch.distributed as dist
 from processes import run_ranks
+from traffic import MOST, documented, formulas
 
 pytestmark = [
     pytest.mark.cpu,
@@ -47,3 +48,16 @@ def test_sharded(case: str, found: Found) -> None:
 @pytest.mark.parametrize("case", dtensor_ranks.CASES)
 def test_dtensor(case: str, found: Found) -> None:
     check(case, found["dtensor_ranks"])
+
+
+def test_the_traffic_of_eight_ranks(tmp_path: Path) -> None:
+    """As the page says; the test above compares that of fewer ranks."""
+    for rank, of_rank in enumerate(run_ranks(distributed_ranks.__file__, MOST, tmp_path, "traffic")):
+        assert of_rank["traffic"]["error"] == "", f"rank {rank}: {of_rank['traffic']['error'][-3000:]}"
+
+
+def test_the_page_has_the_traffic_of_more_ranks() -> None:
+    """By the formulas that the ranks are compared with."""
+    page = documented()
+    assert list(page) == [1, 2, 3, 4, 8, 16, 64, 256, 1024]
+    assert page == {ranks: formulas(ranks) for ranks in page}
