@@ -71,6 +71,14 @@ def test_a_method_that_is_not_there_is_reported(ran: tuple[Path, str]) -> None:
     assert "cut-cross-entropy is not measured: " in said
 
 
+def test_the_sharded_losses_agree_and_are_timed() -> None:
+    """On two ranks; the benchmark raises if losses or gradients differ."""
+    said = run("sharded.py", "--tiny", "--memory", "malloc")
+    for case in ("64 x 100 a rank, float32", "64 x 100 a rank, bfloat16", "linear 64 x 16 x 100 a rank, float32"):
+        assert re.search(rf"^{case}, malloc: npu_xent [\d.]+ ms", said, flags=re.MULTILINE), said
+    assert len(re.findall(r"^\| loss_parallel \| [\d.]+ ms \|( [\d.]+ \|){1,2} - \|$", said, flags=re.MULTILINE)) == 3
+
+
 def test_each_target_has_its_line(ran: tuple[Path, str]) -> None:
     _, said = ran
     for target in targets.TARGETS:

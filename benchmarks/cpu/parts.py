@@ -91,13 +91,17 @@ def cross_entropy(plan: Plan, threads: int) -> Figures:
                 yield from timed_elsewhere(steps, method, environment, shape, name, plan, threads)
 
 
+def jemalloc() -> dict[str, str]:
+    """The environment of a process under jemalloc, with all freed memory kept, in huge pages. Empty: not installed."""
+    library = next(Path("/usr/lib").glob("*/libjemalloc.so.2"), None)
+    always = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,thp:always"
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": always} if library else {}
+
+
 def elsewhere(threads: int) -> Iterator[tuple[str, str, dict[str, str] | str]]:
     """Steps of child.ELSEWHERE, their main method, and their environment or why there is none."""
     yield "huge_page_steps", EAGER_THP, {"THP_MEM_ALLOC_ENABLE": "1", "NPU_XENT_KEEP_MEMORY": "0"}
-    library = next(Path("/usr/lib").glob("*/libjemalloc.so.2"), None)
-    always = "dirty_decay_ms:-1,muzzy_decay_ms:-1,oversize_threshold:0,thp:always"
-    preloaded = {"LD_PRELOAD": str(library), "MALLOC_CONF": always}
-    yield "jemalloc_steps", EAGER_JEMALLOC, preloaded if library else "apt-get install libjemalloc2"
+    yield "jemalloc_steps", EAGER_JEMALLOC, jemalloc() or "apt-get install libjemalloc2"
     yield "jax_steps", JAX, {"NPROC": str(threads), "PJRT_NPROC": str(threads), "JAX_PLATFORMS": "cpu"}
 
 
