@@ -317,6 +317,45 @@ def test_any_order_of_memory_of_probabilities(shape: tuple[int, ...], order: str
 
 
 @pytest.mark.cpu
+@pytest.mark.isa
+def test_parts_whose_sum_is_0(device: torch.device) -> None:
+    """As the difference of two targets has them, in more classes than a tile holds at once."""
+    logits, target = k_dimensional((2, 300, 20), torch.float32, device)
+    rows, target = as_rows(logits), target.flatten().clamp(min=0)
+    other = (target + 150) % 300
+    q = F.one_hot(target, 300).float() - F.one_hot(other, 300).float()
+    expected = rows.gather(1, other[:, None]) - rows.gather(1, target[:, None])
+    loss = npu_xent.cross_entropy(logits, q.view(2, 20, 300).movedim(-1, 1).contiguous(), reduction="none")
+    torch.testing.assert_close(loss.flatten(), expected.flatten())
+
+
+@pytest.mark.cpu
+def test_images_whose_classes_are_adjacent(device: torch.device) -> None:
+    """As hooks on saved tensors may return them, and operators may be called: outputs have adjacent rows."""
+    logits = make_logits(7, 300, torch.float32, device)
+    target = make_target(7, 300, device)
+    q = logits.flip(1).softmax(1)
+    log_prob = ops.row_stats(logits[None], target, need_log_prob=True)[4]
+    torch.testing.assert_close(log_prob[0], logits.log_softmax(1))
+    for targets, call in ((target, ops.cross_entropy), (q, ops.prob_cross_entropy)):
+        leaf = logits[None].clone().requires_grad_()
+        (grad,) = torch.autograd.grad(call(leaf, targets if targets.dim() == 1 else targets[None])[0], leaf)
+        expected = loss_and_grad(npu_xent.cross_entropy, logits, targets)[1]
+        torch.testing.assert_close(grad[0], expected)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("shape", [(7, 5), (7, 300), (2, 5, 9)], ids=str)
+def test_expanded_logits_and_probabilities(shape: tuple[int, ...], device: torch.device) -> None:
+    """Tensors whose rows or classes are all the same memory."""
+    full = make_logits(math.prod(shape), 1, torch.float32, device).view(shape)
+    for dim in (0, 1):
+        x = full.narrow(dim, 0, 1).expand(shape)
+        for logits, q in ((x, full.softmax(1)), (full, x), (x, x)):
+            assert_same_bits(npu_xent.cross_entropy(logits, q), npu_xent.cross_entropy(logits.clone(), q.clone()))
+
+
+@pytest.mark.cpu
 def test_images_of_probabilities_cost_no_copy(device: torch.device, allocations: Any) -> None:
     logits = k_dimensional((2, 50, 40, 40), torch.bfloat16, device)[0].requires_grad_()
     q = logits.detach().softmax(1)

@@ -342,12 +342,11 @@ struct ProbInputs {
     check_storages({{"probabilities", probabilities_}});
     probabilities = readable(probabilities_);
   }
-  static int64_t n_rows(const Tensor& logits) { return logits.numel() / logits.size(-1); }
   template <typename scalar_t>
   Rows<scalar_t> rows() const {
     auto rows = in.rows<scalar_t>();
     rows.target = nullptr;
-    rows.n_rows = n_rows(in.logits);
+    rows.n_rows = n_rows(in.logits).expect_int();
     rows.probabilities = const_data<scalar_t>(probabilities);
     rows.probability_layout = layout_of(probabilities);
     return rows;
@@ -358,7 +357,7 @@ ProbStats prob_row_stats_cpu(const Options& o, const Tensor& logits, const Tenso
                              const OptionalTensor& weight) {
   check_prob_rows(o, logits, probabilities, weight);
   const ProbInputs given(o, logits, probabilities, weight);
-  const auto lse = at::empty({ProbInputs::n_rows(logits)}, given.in.stats_options());
+  const auto lse = at::empty({n_rows(logits).expect_int()}, given.in.stats_options());
   const auto lse_low = at::empty_like(lse), cross = at::empty_like(lse), part_sum = at::empty_like(lse);
   with_storage_type(logits.scalar_type(), [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;

@@ -110,12 +110,12 @@ bool goes_past_cache(const Rows<scalar_t>& rows, const scalar_t* out) {
   return out != rows.logits && is_large(rows);
 }
 
-// Whether rows go in tiles: where they have few classes, where their classes are not adjacent, and where they have no
-// single stride. Not where there are few of them: a row has the same results in any batch.
+// Whether rows go in tiles: where they have few classes, where the classes of a tensor are not adjacent, and where rows
+// have no single stride. Not where there are few of them: a row has the same results in any batch.
 template <typename scalar_t>
-bool in_tiles(const Rows<scalar_t>& rows) {
+bool in_tiles(const Rows<scalar_t>& rows, const Output<scalar_t>& out) {
   return rows.n_cols <= kMaxTileClasses || rows.layout.inner < rows.n_rows || rows.layout.column != 1 ||
-         (rows.probabilities && rows.probability_layout.column != 1);
+         (rows.probabilities && rows.probability_layout.column != 1) || (out.data && out.layout.column != 1);
 }
 
 template <typename acc>
@@ -406,7 +406,7 @@ template <typename scalar_t>
 void row_stats(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, bool read_ignored,
                const Stats<scalar_t>& out, const Output<scalar_t>& log_prob, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  if (in_tiles(rows)) {
+  if (in_tiles(rows, log_prob)) {
     const Output<scalar_t> to{log_prob.data, log_prob.layout, goes_past_cache(rows, log_prob.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.stats(rows, tile, read_ignored, out, to, memory);
@@ -454,7 +454,7 @@ template <typename scalar_t>
 void row_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>& rows, const double* totals,
               const Upstream<scalar_t>& upstream, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
               const acc_t<scalar_t>* entropy, const Output<scalar_t>& grad, const Parallel& parallel) {
-  if (in_tiles(rows)) {
+  if (in_tiles(rows, grad)) {
     const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.grad(rows, tile, totals, upstream, lse, lse_low, entropy, to, memory);
@@ -500,7 +500,7 @@ void row_stats_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t>&
                     const double* totals, const Stats<scalar_t>& out, const Output<scalar_t>& grad,
                     const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  if (in_tiles(rows)) {
+  if (in_tiles(rows, grad)) {
     const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.stats_grad(rows, tile, read_ignored, totals, out, to, memory);
@@ -565,7 +565,7 @@ void probability_grad(const ChunkKernels<scalar_t>& kernels, const Rows<scalar_t
                       const acc_t<scalar_t>* grad_loss, const acc_t<scalar_t>* lse, const acc_t<scalar_t>* lse_low,
                       const Output<scalar_t>& grad, const Parallel& parallel) {
   using acc = acc_t<scalar_t>;
-  if (in_tiles(rows)) {
+  if (in_tiles(rows, grad)) {
     const Output<scalar_t> to{grad.data, grad.layout, goes_past_cache(rows, grad.data)};
     for_each_tile(kernels, rows, parallel, [&](const Tile& tile, auto& memory) {
       kernels.tile.probability_grad(rows, tile, grad_loss, lse, lse_low, to, memory);

@@ -132,7 +132,8 @@ void read_rows(const T* values, int64_t stride, int64_t rows, int64_t lanes, dou
   std::fill(to + rows, to + lanes, 0.0);
 }
 
-// The sweeps over one tile. The lanes beyond its rows have logits 0 and a valid target; nothing is stored for them.
+// The sweeps over one tile. The lanes beyond its rows have logits 0 and, where there are targets, a valid one; nothing
+// is stored for them.
 template <typename scalar_t>
 class TileSweep {
  public:
@@ -260,7 +261,6 @@ class TileSweep {
     auto& m = m_;
     const double kept = 1 - o_.label_smoothing;
     const auto read = [&](const acc* values, double* to) { read_rows(values + t_.first, 1, t_.rows, lanes_, to); };
-    skip_ignored(false);
     read(grad_loss, m.a);
     read(lse, m.high);
     read(lse_low, m.low);
@@ -271,7 +271,7 @@ class TileSweep {
     });
     for (int64_t c = 0; c < r_.n_cols; c += t_.classes) {
       load_planes(r_.logits, r_.layout, c, m.planes);
-      load_parts(c);
+      load_parts</*need_sum=*/false>(c);
       grad_of_parts(weight_from(c), classes(c));
       store_classes(c, grad);
     }
@@ -364,11 +364,9 @@ class TileSweep {
   void load_classes(int64_t c) {
     load_planes(r_.logits, r_.layout, c, m_.planes);
     clear_skipped(classes(c));
-    if (r_.probabilities) {
-      load_parts(c);
-    }
   }
-  // parts = w ((1 - e) q + e/C), and their sum.
+  // parts = w ((1 - e) q + e/C), and on request their sum.
+  template <bool need_sum>
   void load_parts(int64_t c) {
     load_planes(r_.probabilities, r_.probability_layout, c, m_.parts);
     const int64_t n = classes(c);
@@ -384,12 +382,14 @@ class TileSweep {
         const Pair<acc> part{at::vec::fmadd(q.lo, kept, per_class) * weight,
                              at::vec::fmadd(q.hi, kept, per_class) * weight};
         store_block(p, part);
-        sum.add(part);
+        if constexpr (need_sum) {
+          sum.add(part);
+        }
       }
       store_block(m_.sum + i, sum.high);
       store_block(m_.rounding + i, sum.low);
     }
-    for_lanes(lanes_, [&, &m = m_](int64_t i) {
+    for_lanes(need_sum ? lanes_ : 0, [&, &m = m_](int64_t i) {
       m.part_sum[i] = static_cast<double>(m.sum[i]) + static_cast<double>(m.rounding[i]);
     });
   }
@@ -552,6 +552,7 @@ class TileSweep {
       const int64_t n = classes(c);
       load_classes(c);
       if (r_.probabilities) {
+        load_parts</*need_sum=*/true>(c);
         sum_exps</*need_wsum=*/true, /*need_tilted=*/false, /*parts=*/true>(nullptr, n);
       } else {
         pick(c, n, m_.picked);
@@ -751,7 +752,7 @@ class TileSweep {
     if (out.wsum) {
       store_rows(out.wsum, [&](int64_t i) {
         const double weight = m.all_parts[i], shift = (m.reference[i] - weight * m.high[i]) - weight * m.low[i];
-        return m.all_wsum[i] + (weight == 0 ? 0 : shift);
+        return m.all_wsum[i] + (weight == 0 ? m.reference[i] : shift);  // not 0 * inf
       });
     }
     if (out.part_sum) {
@@ -850,6 +851,7 @@ class TileSweep {
       const int64_t n = classes(c);
       load_classes(c);
       if (r_.probabilities) {
+        load_parts</*need_sum=*/false>(c);
         grad_of_classes</*with_tilt=*/false, /*with_offset=*/true, /*parts=*/true>(nullptr, n);
         store_classes(c, grad);
         continue;
