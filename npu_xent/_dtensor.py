@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from . import _linear, _log_probs, distributed, functional
 from ._options import CROSS_ENTROPY, LINEAR, LOG_PROBS
+from ._tensors import check_not_leaf
 
 _Placements = tuple[Placement, ...]
 
@@ -27,11 +28,17 @@ def cross_entropy(
 ) -> Tensor | functional.CrossEntropyOutput:
     """npu_xent.cross_entropy of DTensors."""
     axis = min(input.dim() - 1, 1)
-    logits, layout = _logits(CROSS_ENTROPY, "input", input, target, axis, options["consume_logits"])
-    indices = _local(CROSS_ENTROPY, "target", target, layout.mesh, layout.rows)
-    weight = _local(CROSS_ENTROPY, "weight", weight, layout.mesh, layout.replicated)
+    logits, layout = _logits(CROSS_ENTROPY, "input", input, target, axis)
+    indices = _local(CROSS_ENTROPY, "target", target, layout.shape, layout.mesh, layout.rows)
+    weight = _local(CROSS_ENTROPY, "weight", weight, input.shape[axis : axis + 1], layout.mesh, layout.replicated)
     compute: Callable[..., Any] = functional.cross_entropy
-    if layout.needs_others(options["reduction"]):
+    needs_others = layout.needs_others(options["reduction"])
+    if options["consume_logits"] and input.requires_grad and torch.is_grad_enabled():
+        # A refusal of some ranks alone would leave the others waiting: [N, C, d] with d = 1 is contiguous.
+        if needs_others and axis != input.dim() - 1:
+            raise ValueError("npu_xent.cross_entropy: consume_logits needs contiguous logits; leave it off")
+        _note_overwriting(CROSS_ENTROPY, input, logits)
+    if needs_others:
         compute, logits = distributed.vocab_parallel_cross_entropy, logits.movedim(axis, -1)
         loss_dtype = _loss_dtype(loss_dtype, logits)
         options |= layout.shard(input.shape[axis]) | layout.normalizer(options["reduction"])
@@ -47,8 +54,8 @@ def token_log_probs(
     logits: Tensor, target: Tensor, *, temperature: float | Tensor, **options: Any
 ) -> Tensor | _log_probs.TokenLogProbs:
     """npu_xent.token_log_probs of DTensors."""
-    rows, layout = _logits(LOG_PROBS, "logits", logits, target, logits.dim() - 1, options["consume_logits"])
-    indices = _local(LOG_PROBS, "target", target, layout.mesh, layout.rows)
+    rows, layout = _logits(LOG_PROBS, "logits", logits, target, logits.dim() - 1)
+    indices = _local(LOG_PROBS, "target", target, layout.shape, layout.mesh, layout.rows)
     compute: Callable[..., Any] = _log_probs.token_log_probs
     by_row: float | Tensor | None = temperature
     if isinstance(temperature, Tensor):
@@ -57,8 +64,10 @@ def token_log_probs(
                 "npu_xent.token_log_probs: temperature must be a number where a DTensor's classes are sharded; divide "
                 "the logits by it"
             )
-        placed = layout.rows if temperature.dim() else layout.replicated
-        by_row = _local(LOG_PROBS, "temperature", temperature, layout.mesh, placed)
+        shape, placed = (layout.shape, layout.rows) if temperature.dim() else (torch.Size(), layout.replicated)
+        by_row = _local(LOG_PROBS, "temperature", temperature, shape, layout.mesh, placed)
+    if options["consume_logits"] and logits.requires_grad and torch.is_grad_enabled():
+        _note_overwriting(LOG_PROBS, logits, rows)
     if layout.class_dim is not None:
         compute = distributed.vocab_parallel_token_log_probs
         options |= layout.shard(logits.shape[-1])
@@ -93,10 +102,11 @@ def linear_cross_entropy(
     x = input.to_local(grad_placements=tuple(Partial() if i == classes else p for i, p in enumerate(input.placements)))  # type: ignore[attr-defined]
     placed = tuple(Shard(0) if i == classes else Replicate() for i in range(mesh.ndim))
     summed = tuple(Partial() if row.is_shard() else p for row, p in zip(rows, placed, strict=True))
-    layer = _local(LINEAR, "linear_weight", linear_weight, mesh, placed, summed)
-    bias = _local(LINEAR, "linear_bias", linear_bias, mesh, placed, summed)
-    indices = _local(LINEAR, "target", target, mesh, rows)
-    weight = _local(LINEAR, "weight", weight, mesh, layout.replicated)
+    classes_shape = linear_weight.shape[:1]
+    layer = _local(LINEAR, "linear_weight", linear_weight, linear_weight.shape, mesh, placed, summed)
+    bias = _local(LINEAR, "linear_bias", linear_bias, classes_shape, mesh, placed, summed)
+    indices = _local(LINEAR, "target", target, layout.shape, mesh, rows)
+    weight = _local(LINEAR, "weight", weight, classes_shape, mesh, layout.replicated)
     compute: Callable[..., Tensor] = _linear.linear_cross_entropy
     if layout.needs_others(options["reduction"]):
         compute, loss_dtype = distributed.vocab_parallel_linear_cross_entropy, _loss_dtype(loss_dtype, x)
@@ -149,9 +159,7 @@ class _Layout(NamedTuple):
         return DTensor.from_local(value, self.mesh, self.rows, run_check=False, shape=self.shape, stride=stride)
 
 
-def _logits(
-    function: str, argument: str, logits: Tensor, target: Tensor, axis: int, consume: bool
-) -> tuple[Tensor, _Layout]:
+def _logits(function: str, argument: str, logits: Tensor, target: Tensor, axis: int) -> tuple[Tensor, _Layout]:
     """The local logits, and the layout of rows whose classes are dimension `axis`."""
     if not isinstance(logits, DTensor):
         raise ValueError(
@@ -170,14 +178,16 @@ def _logits(
         for p in logits.placements
     )
     shape = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if consume and logits.requires_grad and torch.is_grad_enabled():
-        if logits.is_leaf:
-            raise ValueError(
-                f"npu_xent.{function}: consume_logits would overwrite a leaf of the autograd graph; leave it off, or "
-                "pass the output of an operation"
-            )
-        torch.autograd.graph.increment_version(logits)  # the local tensor's own version is not seen by autograd
     return logits.to_local(), _Layout(logits.device_mesh, shape, rows, class_dims[0] if class_dims else None)
+
+
+def _note_overwriting(function: str, logits: Tensor, local: Tensor) -> None:
+    """Let operations that save the DTensor raise: autograd sees its version, not that of the local tensor."""
+    check_not_leaf(function, logits)
+    if torch.compiler.is_compiling():  # functionalization keeps what was saved
+        return
+    torch.autograd.graph.increment_version(logits)
+    local.register_hook(lambda _: torch.autograd.graph.increment_version(logits))  # the backward may be what overwrites
 
 
 def _linear_layout(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor) -> _Layout:
@@ -186,6 +196,11 @@ def _linear_layout(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
         raise ValueError(
             "npu_xent.linear_cross_entropy: linear_weight and linear_bias must be DTensors if input or target is one, "
             "which says how their gradients are summed; pass DTensor.from_local(linear_weight, mesh, [Replicate()])"
+        )
+    if isinstance(input, DTensor) and any(p.is_shard(input.dim() - 1) for p in input.placements):
+        raise ValueError(
+            f"npu_xent.linear_cross_entropy: input must have whole rows on each rank, but has the placements "
+            f"{list(input.placements)}; pass input.redistribute(placements=...)"
         )
     by_row = isinstance(input, DTensor) and any(
         p.is_shard() and not q.is_replicate() for p, q in zip(input.placements, linear_weight.placements, strict=False)
@@ -201,12 +216,6 @@ def _linear_layout(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
         )
     _check_placements(LINEAR, "input", input, target)
     _check_placements(LINEAR, "linear_weight", linear_weight, target)
-    axis = input.dim() - 1
-    if any(p.is_shard(axis) for p in input.placements):
-        raise ValueError(
-            f"npu_xent.linear_cross_entropy: input must have whole rows on each rank, but has the placements "
-            f"{list(input.placements)}; pass input.redistribute(placements=...)"
-        )
     class_dims = [i for i, p in enumerate(linear_weight.placements) if p.is_shard(0)]
     rows = tuple(p if p.is_shard() else Replicate() for p in input.placements)
     return _Layout(input.device_mesh, input.shape[:-1], rows, class_dims[0] if class_dims else None)
@@ -216,8 +225,7 @@ def _check_placements(function: str, argument: str, tensor: DTensor, target: Ten
     """What holds for logits and for the tensors that they are computed from."""
     if tensor.device_mesh.get_coordinate() is None:
         raise ValueError(f"npu_xent.{function}: this rank is not in the mesh of {argument}")
-    # _StridedShard has a split_factor; releases of torch differ in whether it is a Shard.
-    if not all(p.is_replicate() or (p.is_shard() and not hasattr(p, "split_factor")) for p in tensor.placements):
+    if not all(type(p) in (Replicate, Shard) for p in tensor.placements):  # nor _StridedShard
         raise ValueError(
             f"npu_xent.{function}: {argument} must be Replicate() or Shard(dim) on each dimension of the mesh, but has "
             f"the placements {list(tensor.placements)}; pass {argument}.redistribute(placements=...)"
@@ -233,25 +241,33 @@ def _local(
     function: str,
     argument: str,
     tensor: Tensor | None,
+    shape: torch.Size,
     mesh: DeviceMesh,
     placements: _Placements,
     grad_placements: _Placements | None = None,
 ) -> Tensor | None:
-    """The local part of a tensor that must be placed so. A plain tensor counts as replicated."""
+    """The local part of a tensor that must have that shape and be placed so. A plain tensor counts as replicated."""
+    if tensor is None:
+        return None
     if isinstance(tensor, DTensor):
-        if tensor.device_mesh == mesh and tensor.placements == placements:
-            return tensor.to_local(grad_placements=grad_placements)
+        fits = tensor.device_mesh == mesh and tensor.placements == placements
         seen = f"has {list(tensor.placements)} on {tensor.device_mesh}"
         remedy = f"{argument}.redistribute(mesh, placements)"
-    elif tensor is None or all(p.is_replicate() for p in placements):
-        return tensor
     else:
+        fits = all(p.is_replicate() for p in placements)
         seen = "is a plain tensor"
         remedy = f"DTensor.from_local({argument}, mesh, placements) of this rank's rows"
-    raise ValueError(
-        f"npu_xent.{function}: {argument} must have the placements {list(placements)} on {mesh}, which follow from the "
-        f"other arguments', but {seen}; pass {remedy}"
-    )
+    if not fits:
+        raise ValueError(
+            f"npu_xent.{function}: {argument} must have the placements {list(placements)} on {mesh}, which follow from "
+            f"the other arguments', but {seen}; pass {remedy}"
+        )
+    if tensor.shape != shape:  # before any collective: local shapes may fit on some ranks
+        raise ValueError(
+            f"npu_xent.{function}: {argument} must have shape {list(shape)} (of all ranks), but has "
+            f"{list(tensor.shape)}"
+        )
+    return tensor.to_local(grad_placements=grad_placements) if isinstance(tensor, DTensor) else tensor
 
 
 def _loss_dtype(loss_dtype: torch.dtype | None, logits: Tensor) -> torch.dtype:

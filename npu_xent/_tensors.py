@@ -70,6 +70,16 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def check_not_leaf(function: str, logits: Tensor) -> None:
+    """Raise ValueError if consume_logits would overwrite a leaf, or what a view shows of one."""
+    base = logits._base
+    if logits.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            f"npu_xent.{function}: consume_logits would overwrite a leaf of the autograd graph; leave it off, or pass "
+            "the output of an operation"
+        )
+
+
 def check_overwritable(function: str, argument: str, logits: Tensor, overwrite: bool) -> None:
     """Raise ValueError where consume_logits cannot write over the logits; the operator checks their memory."""
     if not overwrite:

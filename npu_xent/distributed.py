@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import check_loss_dtype, check_ranges, check_types
-from ._tensors import LOGITS, check_tensors, index_target, z_loss_like
+from ._tensors import LOGITS, check_not_leaf, check_tensors, index_target, z_loss_like
 from .functional import CrossEntropyOutput
 
 __all__ = [
@@ -120,7 +120,7 @@ def vocab_parallel_cross_entropy(
     check_ranges(options)
     check_loss_dtype(loss_dtype, logits)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
-    _check_weight(name, weight, shard)
+    weight = _class_weight(name, weight, shard, rows)
     indices = index_target(target).reshape(-1)
     _compare(
         name,
@@ -277,7 +277,7 @@ def vocab_parallel_linear_cross_entropy(
     check_loss_dtype(loss_dtype, input)
     ranks, rank = _place(name, group)
     shard = _shard_of(name, linear_weight.shape[0], ranks, rank, num_classes, class_range)
-    _check_weight(name, weight, shard)
+    weight = _class_weight(name, weight, shard, input)
     rows = input.reshape(-1, input.shape[-1])
     expected = [len(rows) * ranks] if sequence_parallel else list(input.shape[:-1])
     if list(target.shape) != expected or target.device != input.device:
@@ -376,12 +376,13 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
     if not (are_groups or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
         what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"
         raise TypeError(
-            f"npu_xent.{name}: normalizer must be a tensor of one value or a process group, but is {what}; for a "
-            "number pass torch.tensor(number)"
+            f"npu_xent.{name}: normalizer must be a tensor of one value, a process group or a tuple of these, but is "
+            f"{what}; for a number pass torch.tensor(number)"
         )
 
 
-def _check_weight(name: str, weight: Tensor | None, shard: _Shard) -> None:
+def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor) -> Tensor | None:
+    """The checked weight. As in the plain functions, it may have any floating-point dtype under autocast."""
     if weight is not None and weight.shape != (shard.num_classes,):
         raise ValueError(
             f"npu_xent.{name}: weight must have one value for each of the {shard.num_classes} classes of all ranks, "
@@ -391,6 +392,9 @@ def _check_weight(name: str, weight: Tensor | None, shard: _Shard) -> None:
         raise RuntimeError(
             "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
+    if weight is None or not (torch.is_autocast_enabled(like.device.type) and weight.is_floating_point()):
+        return weight
+    return weight.to(_stats_dtype(like))
 
 
 def _rows_of(
@@ -418,11 +422,7 @@ def _rows_of(
     if shard.num_classes == 0:
         raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if consume_logits and logits.requires_grad and torch.is_grad_enabled():
-        if logits.is_leaf:
-            raise ValueError(
-                f"npu_xent.{name}: consume_logits would overwrite a leaf of the autograd graph; leave it off, or pass "
-                "the output of an operation"
-            )
+        check_not_leaf(name, logits)
         if not logits.is_contiguous():
             raise ValueError(f"npu_xent.{name}: consume_logits needs contiguous logits; leave it off")
     prepare(logits)

@@ -423,6 +423,24 @@ def overwritten(at: Rank, _: Any) -> list[Tensor]:
             assert torch.equal(kept, logits.to_local())
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss(logits, of_rows).full_tensor().sum().backward()
+        if reduction == "none":  # overwritten in the backward: what has saved them after the loss raises too
+            logits = leaf * 1
+            total = loss(logits, of_rows).full_tensor().sum()
+            squares = logits.square()
+            total.backward(retain_graph=True)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                squares.sum().backward()
+    return []
+
+
+def partial_backward(at: Rank, _: Any) -> list[Tensor]:
+    """Backward of a Partial loss without a gradient of its own."""
+    logits, target = problem(60, torch.float32)
+    mesh, whole = mesh_of(at.ranks, 1), logits.clone().requires_grad_()
+    leaf = leaf_of(logits, mesh, Shard(0))
+    npu_xent.cross_entropy(leaf, distribute_tensor(target, mesh, [Shard(0)])).backward()
+    F.cross_entropy(whole, target).backward()
+    torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad)
     return []
 
 
@@ -478,6 +496,17 @@ def fsdp2(at: Rank, _: Any) -> list[Tensor]:
     gathered = layer.weight.full_tensor(grad_placements=[Partial()])
     (npu_xent.linear_cross_entropy(mine, gathered, of_mine, reduction="sum") / at.ranks).backward()
     torch.testing.assert_close(layer.weight.grad.full_tensor(), whole.grad)
+    layer, trunk = head(), nn.Linear(5, 5, bias=False)  # the whole model, whose gradients FSDP2 averages
+    nn.init.eye_(trunk.weight)
+    true_trunk = torch.eye(5).requires_grad_()
+    true_head = weight.clone().requires_grad_()
+    F.cross_entropy(F.linear(x @ true_trunk.T, true_head), target).backward()
+    fully_shard(trunk, mesh=mesh)
+    gathered = layer.weight.full_tensor(grad_placements=[Partial()])
+    gathered.register_hook(lambda grad: grad / at.ranks)
+    npu_xent.linear_cross_entropy(trunk(mine), gathered, of_mine).backward()
+    torch.testing.assert_close(layer.weight.grad.full_tensor(), true_head.grad)
+    torch.testing.assert_close(trunk.weight.grad.full_tensor(), true_trunk.grad)
     layer = head()
     (npu_xent.linear_cross_entropy(mine, layer.weight.full_tensor(), of_mine, reduction="sum") / at.ranks).backward()
     assert at.ranks == 1 or not torch.allclose(layer.weight.grad.full_tensor(), whole.grad)
@@ -492,6 +521,7 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
     x, layer = distribute_tensor(h, mesh, [Replicate()]), distribute_tensor(w, mesh, [Shard(0)])
     whole = distribute_tensor(y, mesh, [Replicate()])
     partial = DTensor.from_local(plain, mesh, [Partial()])
+    apart = leaf_of(plain.unsqueeze(2), mesh, Shard(1)) * 1
     twice = distribute_tensor(plain, two, [Shard(1), Shard(1)])
     ce, lp, linear_loss = npu_xent.cross_entropy, npu_xent.token_log_probs, npu_xent.linear_cross_entropy
     among = "is a plain tensor among DTensors; pass DTensor.from_local("
@@ -506,6 +536,9 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
         (placements, lambda: ce(rows, y)),
         ("but is a plain tensor; pass DTensor.from_local(target, mesh, placements)", lambda: ce(rows, y)),
         (placements, lambda: lp(rows, whole)),
+        ("target must have shape [6] (of all ranks), but has [5]", lambda: ce(rows, rows_of(y[:5], mesh))),
+        ("consume_logits needs contiguous logits", lambda: ce(apart, y[:, None], consume_logits=True)),
+        ("consume_logits would overwrite a leaf", lambda: lp(leaf_of(plain, mesh, Shard(1)), y, consume_logits=True)),
         ("but has [Replicate()] on ", lambda: ce(rows, whole)),
         ("pass target.redistribute(mesh, placements)", lambda: ce(rows, whole)),
         ("target must have the placements", lambda: ce(columns, distribute_tensor(y, two, [Replicate()] * 2))),
@@ -513,7 +546,7 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
         ("target must hold class indices if input is a DTensor, but is torch.float32", lambda: ce(columns, plain)),
         (
             "consume_logits would overwrite a leaf",
-            lambda: ce(leaf_of(plain, mesh, Shard(0)), whole, consume_logits=True),
+            lambda: ce(leaf_of(plain, mesh, Shard(1)), whole, consume_logits=True),
         ),
         ("temperature must be a number where", lambda: lp(columns, y, temperature=torch.ones(6))),
         ("temperature must have the placements", lambda: lp(rows, rows_of(y, mesh), temperature=torch.ones(6))),
@@ -523,6 +556,10 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
         ("but input has other rows on each rank. If FSDP2", lambda: linear_loss(rows_of(h, mesh), layer, y)),
         ("linear_weight and linear_bias must be DTensors if", lambda: linear_loss(x, w, y)),
         ("linear_weight and linear_bias must be DTensors if", lambda: linear_loss(x, layer, y, linear_bias=w[:, 0])),
+        (
+            "linear_bias must have shape [8] (of all ranks), but has [7]",
+            lambda: linear_loss(x, layer, y, linear_bias=leaf_of(w[:7, 0], mesh, Shard(0))),
+        ),
         (
             "linear_bias must have the placements",
             lambda: linear_loss(x, layer, y, linear_bias=leaf_of(w[:, 0], mesh, Replicate())),
@@ -551,7 +588,7 @@ def rows_of(tensor: Tensor, mesh: DeviceMesh) -> DTensor:
 
 
 SINGLE = (
-    *(one_row, other_orders, without_kept_rows, dtypes, module, overwritten, compiled),
+    *(one_row, other_orders, without_kept_rows, dtypes, module, overwritten, partial_backward, compiled),
     *(fsdp2, refusals),
 )
 CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
