@@ -225,7 +225,8 @@ def _check_placements(function: str, argument: str, tensor: DTensor, target: Ten
     """What holds for logits and for the tensors that they are computed from."""
     if tensor.device_mesh.get_coordinate() is None:
         raise ValueError(f"npu_xent.{function}: this rank is not in the mesh of {argument}")
-    if not all(type(p) in (Replicate, Shard) for p in tensor.placements):  # nor _StridedShard
+    # _StridedShard has a split_factor; releases of torch differ in whether it is a Shard.
+    if not all(p.is_replicate() or (p.is_shard() and not hasattr(p, "split_factor")) for p in tensor.placements):
         raise ValueError(
             f"npu_xent.{function}: {argument} must be Replicate() or Shard(dim) on each dimension of the mesh, but has "
             f"the placements {list(tensor.placements)}; pass {argument}.redistribute(placements=...)"
