@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import check_loss_dtype, check_ranges, check_types
-from ._tensors import LOGITS, check_not_leaf, check_tensors, index_target, z_loss_like
+from ._tensors import LOGITS, check_not_leaf, check_tensors, has_dtensor, index_target, z_loss_like
 from .functional import CrossEntropyOutput
 
 __all__ = [
@@ -75,7 +75,7 @@ def vocab_parallel_cross_entropy(
         weight: one weight for each class of the whole vocabulary, [num_classes], the same on all ranks.
         group: the ranks that share the classes, in the order of the classes. Default: all.
         num_classes: the number of classes of all ranks. None: C_local times the number of ranks, which then must have
-            equally many.
+            equally many; where they have not, a rank may take a target for one out of range, and raise alone.
         class_range: (begin, end), the classes of this rank. None: if C_local is the size of this rank's chunk of
             torch.chunk(vocabulary, ranks), that chunk; otherwise, if all ranks together have room for num_classes,
             classes from rank * C_local on. Columns from end or num_classes on are padding: they are not read, and get
@@ -106,6 +106,7 @@ def vocab_parallel_cross_entropy(
             process ends, or until the group's timeout.
     """
     name = "vocab_parallel_cross_entropy"
+    _check_plain(name, logits=logits, target=target, weight=weight)
     check_tensors(name, logits=logits, target=target, weight=weight)
     _check_normalizer(name, normalizer, reduction)
     options = {
@@ -173,6 +174,7 @@ def vocab_parallel_token_log_probs(
         As vocab_parallel_cross_entropy.
     """
     name = "vocab_parallel_token_log_probs"
+    _check_plain(name, logits=logits, target=target)
     check_tensors(name, logits=logits, target=target)
     options = {
         "ignore_index": ignore_index,
@@ -243,6 +245,7 @@ def vocab_parallel_linear_cross_entropy(
         As vocab_parallel_cross_entropy.
     """
     name = "vocab_parallel_linear_cross_entropy"
+    _check_plain(name, input=input, linear_weight=linear_weight, target=target)
     check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     _check_normalizer(name, normalizer, reduction)
     if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
@@ -377,8 +380,18 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
         what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"
         raise TypeError(
             f"npu_xent.{name}: normalizer must be a tensor of one value, a process group or a tuple of these, but is "
-            f"{what}; for a number pass torch.tensor(number)"
+            f"{what}; for a number pass torch.tensor(number), for a mesh mesh.get_group(dim)"
         )
+
+
+def _check_plain(name: str, **tensors: Any) -> None:
+    """Raise ValueError for a DTensor, which the plain functions take."""
+    for argument, tensor in tensors.items():
+        if has_dtensor(tensor):
+            raise ValueError(
+                f"npu_xent.{name}: {argument} is a DTensor; call npu_xent.{name.removeprefix('vocab_parallel_')} with "
+                f"it, or pass {argument}.to_local()"
+            )
 
 
 def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor) -> Tensor | None:

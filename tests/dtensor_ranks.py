@@ -27,6 +27,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 
 import npu_xent
+from npu_xent import distributed
 
 # What each dimension of the mesh shards.
 ONE = ("replicate",), ("rows",), ("classes",)
@@ -536,6 +537,10 @@ def refusals(at: Rank, _: Any) -> list[Tensor]:
         (placements, lambda: ce(rows, y)),
         ("but is a plain tensor; pass DTensor.from_local(target, mesh, placements)", lambda: ce(rows, y)),
         (placements, lambda: lp(rows, whole)),
+        (
+            "logits is a DTensor; call npu_xent.cross_entropy",
+            lambda: distributed.vocab_parallel_cross_entropy(columns, y),
+        ),
         ("target must have shape [6] (of all ranks), but has [5]", lambda: ce(rows, rows_of(y[:5], mesh))),
         ("consume_logits needs contiguous logits", lambda: ce(apart, y[:, None], consume_logits=True)),
         ("consume_logits would overwrite a leaf", lambda: lp(leaf_of(plain, mesh, Shard(1)), y, consume_logits=True)),
