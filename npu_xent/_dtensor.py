@@ -212,7 +212,8 @@ def _linear_layout(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
             f"{list(linear_weight.placements)}, but {what}. If FSDP2 shards it, call the loss in the forward of the "
             "module that has it, or after module.unshard(); or pass "
             "linear_weight.full_tensor(grad_placements=[Partial()] * mesh.ndim), since plain full_tensor() loses the "
-            "gradients of other ranks, and divide its gradient by mesh.size(). In tensor parallelism pass an input with Replicate() on that dimension of the mesh"
+            "gradients of other ranks, and divide its gradient by mesh.size(). In tensor parallelism pass an input "
+            "with Replicate() on that dimension of the mesh"
         )
     _check_placements(LINEAR, "input", input, target)
     _check_placements(LINEAR, "linear_weight", linear_weight, target)

@@ -52,16 +52,6 @@ def forward_mode(loss: Callable[[Tensor], Tensor], x: Tensor) -> None:
         loss(forward_ad.make_dual(x, torch.ones_like(x)))
 
 
-def batched(loss: Tensor, x: Tensor) -> None:
-    torch.autograd.grad(loss, x, torch.ones(3), is_grads_batched=True)
-
-
-def compiled_autograd() -> None:
-    loss = cross_entropy(leaf(LOGITS), TARGET)
-    with torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager")):
-        loss.backward()
-
-
 def script() -> None:
     def loss(x: Tensor, y: Tensor) -> Tensor:
         return npu_xent.cross_entropy(x, y)
@@ -142,11 +132,6 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "`consume_logits` under": [
         lambda: torch.func.grad(lambda x: cross_entropy(x * 1, TARGET, consume_logits=True))(LOGITS)
     ],
-    '`is_grads_batched=True`, "mean"': [
-        lambda: batched(cross_entropy(x := leaf(LOGITS), TARGET), x),
-        lambda: batched(linear_cross_entropy(x := leaf(HIDDEN), WEIGHT, TARGET, reduction="sum"), x),
-    ],
-    "compiled autograd": [compiled_autograd],
     "`torch.jit.script` of `cross_entropy`": [script],
     "`torch.jit.script` of `CrossEntropyLoss`": [lambda: torch.jit.script(npu_xent.CrossEntropyLoss())],
     "`torch.fx.symbolic_trace`": [lambda: torch.fx.symbolic_trace(Loss())],
@@ -278,13 +263,3 @@ def test_a_head_that_computes_its_loss_works_in_fsdp2() -> None:
     fully_shard(head, mesh=init_device_mesh("cpu", (1,)))
     head(HIDDEN, TARGET).backward()
     torch.testing.assert_close(head.weight.grad.full_tensor(), expected)
-
-
-def test_the_jacobian_of_none_works_batched() -> None:
-    x, y = leaf(LOGITS), leaf(LOGITS)
-    losses = cross_entropy(x, TARGET, reduction="none"), F.cross_entropy(y, TARGET, reduction="none")
-    seen, expected = (
-        torch.autograd.grad(loss, at, torch.eye(N), is_grads_batched=True)[0]
-        for loss, at in zip(losses, (x, y), strict=True)
-    )
-    torch.testing.assert_close(seen, expected)

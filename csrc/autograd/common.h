@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -55,6 +56,10 @@ inline Options by_row(Options o, c10::SymInt num_classes, const char* name) {
 // The gradient times `upstream`. With `copy`, `grad` stays unchanged for a second backward.
 inline Tensor scaled(const Tensor& grad, const Tensor& upstream, bool copy) {
   at::AutoDispatchBelowADInplaceOrView below;
+  if (upstream.key_set().has_any(
+          c10::DispatchKeySet({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched}))) {
+    return grad.mul(upstream);  // is_grads_batched: many results of one gradient
+  }
   const auto result = copy ? grad.clone() : grad;
   if (cpu::unobserved(result, upstream)) {
     cpu::scale(result, upstream);
@@ -73,10 +78,54 @@ inline OptionalTensor autocast_weight(const OptionalTensor& weight, at::ScalarTy
   return weight->to(stats_dtype(logits));
 }
 
-// Whether this backward may be followed by another one.
+// Whether this backward may be followed by another one. Compiled autograd, which has no current node, does not tell.
 inline bool keeps_graph() {
-  return torch::autograd::get_current_graph_task_keep_graph();
+  return !torch::autograd::get_current_node() || torch::autograd::get_current_graph_task_keep_graph();
 }
+
+// The results of a Function. Those without a gradient leave it beside its outputs, not among them, since compiled
+// autograd does not support mark_non_differentiable.
+template <size_t n>
+struct Results {
+  using List = torch::autograd::variable_list;
+
+  std::array<bool, n> differentiable;
+  std::array<Tensor, n> all{};
+
+  // In the forward: what it returns.
+  template <typename SavedData>
+  List outputs(SavedData& saved) const {
+    List list;
+    c10::List<bool> flags;
+    for (size_t i = 0; i < n; ++i) {
+      flags.push_back(differentiable[i]);
+      if (differentiable[i]) {
+        list.push_back(all[i]);
+      }
+    }
+    saved["differentiable"] = flags;
+    return list;
+  }
+  // After it: all of them, the outputs with their history.
+  std::array<Tensor, n> with(const List& outputs) && {
+    auto next = outputs.begin();
+    for (size_t i = 0; i < n; ++i) {
+      all[i] = differentiable[i] ? *next++ : all[i];
+    }
+    return std::move(all);
+  }
+  // In the backward: the upstream gradient of each.
+  template <typename SavedData>
+  static List upstream(const SavedData& saved, const List& grads) {
+    const auto flags = saved.at("differentiable").toBoolList();
+    List list(n);
+    auto next = grads.begin();
+    for (size_t i = 0; i < n; ++i) {
+      list[i] = flags.get(i) ? *next++ : Tensor();
+    }
+    return list;
+  }
+};
 
 // A saved tensor or an upstream gradient; nullopt if undefined.
 inline OptionalTensor optional(const Tensor& t) {

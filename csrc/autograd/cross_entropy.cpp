@@ -26,8 +26,12 @@ constexpr char kDoubleBackward[] =
 template <bool inplace>
 class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
  public:
+  static constexpr bool is_traceable = !inplace;
+
+  // loss, z_loss, lse, log_prob
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
-                               const OptionalTensor& weight, const Options& options, const Wanted& wanted) {
+                               const OptionalTensor& weight, const Options& options, const Wanted& wanted,
+                               Results<4>* results) {
     // Detached above autograd's key, so that it shares the logits' version counter and in-place writes are detected.
     const auto over_logits = inplace ? logits.detach() : Tensor();
     at::AutoDispatchBelowADInplaceOrView below;
@@ -68,25 +72,21 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
       save(o, saved);
       ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
     }
-    variable_list constants{out.log_prob};
     if (!wanted.lse) {
       out.lse = directly ? out.lse : not_wanted(out.lse.options());
-      constants.push_back(out.lse);
     }
-    if (!wanted.differentiable_z_loss || o.lse_square_scale == 0) {
-      constants.push_back(out.z_loss);
-    }
-    ctx->mark_non_differentiable(constants);
-    return {out.loss, out.z_loss, out.lse, out.log_prob};
+    results->all = {out.loss, out.z_loss, out.lse, out.log_prob};
+    return results->outputs(saved);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    const auto grads = Results<4>::upstream(ctx->saved_data, upstream);
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) {
-      return {Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
+      return variable_list(6);
     }
     const bool was_made = ctx->saved_data["one_sweep"].toBool() && !grads[2].defined();
     const auto grad = was_made ? scaled_grad(ctx, grads[0]) : swept_grad(ctx, grads);
-    return {grad, Tensor(), Tensor(), Tensor(), Tensor()};
+    return {grad, Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
   }
 
  private:
@@ -170,8 +170,9 @@ Loss cross_entropy_autograd(const Options& o, const Tensor& logits, const Tensor
     check_consumable(logits);
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    const auto out = CrossEntropy<inplace>::apply(logits, target, weight, o, wanted);
-    return {out[0], out[1], out[2], out[3]};
+    Results<4> results{{true, differentiable_z_loss && o.lse_square_scale != 0, need_lse, false}};
+    const auto outputs = CrossEntropy<inplace>::apply(logits, target, weight, o, wanted, &results);
+    return std::tuple_cat(std::move(results).with(outputs));
   }
   at::AutoDispatchBelowADInplaceOrView below;
   const bool one_number = o.reduction != Reduction::none && !need_log_prob;

@@ -25,11 +25,13 @@ constexpr std::array<const char*, 3> kGrads{"grad_input", "grad_linear_weight", 
 
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
  public:
+  static constexpr bool is_traceable = true;
+
   // Differentiable arguments come first, so that an argument's index is the index of its edge.
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight,
                                const OptionalTensor& linear_bias, const Tensor& target, const OptionalTensor& weight,
                                std::optional<int64_t> chunk_rows, const Options& options, const Wanted& wanted,
-                               std::array<bool, 3> output_mask) {
+                               std::array<bool, 3> output_mask, Results<3>* results) {
     at::AutoDispatchBelowADInplaceOrView below;
     const auto o = of_classes(options, linear_weight.sym_size(0));
     ctx->set_materialize_grads(false);
@@ -62,17 +64,13 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       ctx->save_for_backward({input, linear_weight, linear_bias.value_or(Tensor()), target, weight.value_or(Tensor()),
                               out.lse, out.lse_low, out.totals});
     }
-    variable_list constants{out.z_loss};
-    if (!wanted.lse) {
-      out.lse = not_wanted(out.lse.options());
-      constants.push_back(out.lse);
-    }
-    ctx->mark_non_differentiable(constants);
-    return {out.loss, out.z_loss, out.lse};
+    results->all = {out.loss, out.z_loss, wanted.lse ? out.lse : not_wanted(out.lse.options())};
+    return results->outputs(saved);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list grads(9);
+  static variable_list backward(AutogradContext* ctx, const variable_list& of_outputs) {
+    variable_list grads(10);
+    const auto upstream = Results<3>::upstream(ctx->saved_data, of_outputs);
     if (ctx->saved_data["one_sweep"].toBool() && !upstream[2].defined()) {
       if (upstream[0].defined()) {
         hand_over(ctx, upstream[0], grads);
@@ -159,9 +157,10 @@ LossWithLse linear_cross_entropy_autograd(const Options& o, const Tensor& input,
   if (at::GradMode::is_enabled() && any([](const Tensor& t) { return t.requires_grad(); })) {
     const std::array<bool, 3> output_mask{input.requires_grad(), linear_weight.requires_grad(),
                                           linear_bias && linear_bias->requires_grad()};
-    const auto out = LinearCrossEntropy::apply(input, linear_weight, linear_bias, target, weight, chunk_rows, o, wanted,
-                                               output_mask);
-    return {out[0], out[1], out[2]};
+    Results<3> results{{true, false, need_lse}};
+    const auto outputs = LinearCrossEntropy::apply(input, linear_weight, linear_bias, target, weight, chunk_rows, o,
+                                                   wanted, output_mask, &results);
+    return std::tuple_cat(std::move(results).with(outputs));
   }
   at::AutoDispatchBelowADInplaceOrView below;
   const auto out = loss_by_reading(o, rows, wanted);

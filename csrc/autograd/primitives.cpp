@@ -14,8 +14,7 @@ using torch::jit::Stack;
 void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, Stack* stack) {
   const auto& schema = op.schema();
   const size_t n_arguments = schema.arguments().size();
-  std::vector<at::Tensor> differentiable;
-  bool mutates = false;
+  std::vector<at::Tensor> differentiable, written;
   for (size_t i = 0; i < n_arguments; ++i) {
     const auto& value = torch::jit::peek(*stack, i, n_arguments);
     if (!value.isTensor() || !value.toTensor().defined()) {
@@ -27,7 +26,9 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
     if (at::GradMode::is_enabled() && tensor.requires_grad()) {
       differentiable.push_back(tensor);
       const auto* alias = schema.arguments()[i].alias_info();
-      mutates |= alias != nullptr && alias->isWrite();
+      if (alias != nullptr && alias->isWrite()) {
+        written.push_back(tensor);
+      }
     }
   }
   const auto message = schema.operator_name().name +
@@ -35,7 +36,9 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
                        "derivative comes from the functions of npu_xent, such as npu_xent.cross_entropy. Use "
                        "torch.nn.functional.cross_entropy where a second derivative is needed, without "
                        "npu_xent.patch_torch(), which replaces it.";
-  TORCH_CHECK(!mutates, message);
+  for (const auto& tensor : written) {
+    TORCH_CHECK(!tensor.is_leaf(), message);
+  }
   {
     at::AutoDispatchBelowAutograd below;
     op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -49,6 +52,12 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
     if (output.defined() && at::isFloatingType(output.scalar_type())) {
       set_refusing_history(output, message, edges);
     }
+  }
+  // Traces of a forward and its backward write over a gradient that they take for differentiable.
+  for (const auto& tensor : written) {
+    const auto node = make_node<torch::autograd::Error>(message, edges);
+    node->add_input_metadata(tensor);
+    torch::autograd::impl::rebase_history(tensor, torch::autograd::Edge(node, 0));
   }
 }
 

@@ -35,26 +35,25 @@ ProbLoss prob_loss(const Options& o, const Tensor& logits, const Tensor& probabi
 
 class ProbCrossEntropy : public torch::autograd::Function<ProbCrossEntropy> {
  public:
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& probabilities,
-                               const OptionalTensor& weight, const Options& o, const Wanted& wanted) {
+                               const OptionalTensor& weight, const Options& o, const Wanted& wanted,
+                               Results<3>* results) {
     at::AutoDispatchBelowADInplaceOrView below;
     ctx->set_materialize_grads(false);
     auto out = prob_loss(o, logits, probabilities, weight, wanted);
     save(o, ctx->saved_data);
     ctx->save_for_backward({logits, probabilities, weight.value_or(Tensor()), out.lse, out.lse_low, out.part_sum});
     // An output must not be a saved tensor below autograd.
-    const auto lse = wanted.lse ? out.lse.clone() : not_wanted(out.lse.options());
-    variable_list constants{out.z_loss};
-    if (!wanted.lse) {
-      constants.push_back(lse);
-    }
-    ctx->mark_non_differentiable(constants);
-    return {out.loss, out.z_loss, lse};
+    results->all = {out.loss, out.z_loss, wanted.lse ? out.lse.clone() : not_wanted(out.lse.options())};
+    return results->outputs(ctx->saved_data);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& of_outputs) {
     const auto tensors = ctx->get_saved_variables();
-    variable_list grads(5);
+    const auto upstream = Results<3>::upstream(ctx->saved_data, of_outputs);
+    variable_list grads(6);
     if (!upstream[0].defined() && !upstream[2].defined()) {
       return grads;
     }
@@ -111,8 +110,9 @@ LossWithLse prob_cross_entropy_autograd(const Options& options, const Tensor& lo
   check_no_forward_mode(probabilities, "cross_entropy");
   const auto o = of_classes(options, logits.sym_size(-1));
   if (at::GradMode::is_enabled() && (logits.requires_grad() || probabilities.requires_grad())) {
-    const auto out = ProbCrossEntropy::apply(logits, probabilities, weight, o, wanted);
-    return {out[0], out[1], out[2]};
+    Results<3> results{{true, false, need_lse}};
+    const auto outputs = ProbCrossEntropy::apply(logits, probabilities, weight, o, wanted, &results);
+    return std::tuple_cat(std::move(results).with(outputs));
   }
   at::AutoDispatchBelowADInplaceOrView below;
   const auto out = prob_loss(o, logits, probabilities, weight, wanted);

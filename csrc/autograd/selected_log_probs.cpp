@@ -95,6 +95,8 @@ Tensor sums_of_equal(const Tensor& x, const Tensor& sorted) {
 
 class SelectedLogProbs : public torch::autograd::Function<SelectedLogProbs> {
  public:
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& logits, const Tensor& index,
                         const OptionalTensor& row_temperature, const Options& o) {
     at::AutoDispatchBelowADInplaceOrView below;

@@ -52,20 +52,17 @@ RowResults results_of(const Options& o, const LinearRows& rows, const OptionalTe
   return {o, rows.target, lse, lse_low, picked, entropy, top1};
 }
 
-// Saves what the backward needs besides its first `tensors`.
-void save_results(AutogradContext* ctx, const Options& o, variable_list tensors, const OptionalTensor& row_temperature,
-                  const RowResults& results, bool need_entropy) {
+// Saves what the backward needs besides its first `tensors`. Returns the forward's outputs.
+variable_list save_results(AutogradContext* ctx, const Options& o, variable_list tensors,
+                           const OptionalTensor& row_temperature, const RowResults& out, Results<3>* results) {
   save(o, ctx->saved_data);
   // A copy of the entropy, so that callers may change theirs in place.
-  tensors.insert(tensors.end(), {results.lse, results.lse_low, row_temperature.value_or(Tensor()),
-                                 need_entropy ? results.entropy.clone() : Tensor()});
+  tensors.insert(tensors.end(), {out.lse, out.lse_low, row_temperature.value_or(Tensor()),
+                                 results->differentiable[1] ? out.entropy.clone() : Tensor()});
   ctx->save_for_backward(std::move(tensors));
   ctx->set_materialize_grads(false);
-  variable_list constants{results.top1};
-  if (!need_entropy) {
-    constants.push_back(results.entropy);
-  }
-  ctx->mark_non_differentiable(constants);
+  results->all = {out.log_probs, out.entropy, out.top1};
+  return results->outputs(ctx->saved_data);
 }
 // The same, from the saved tensor number `begin` on, and the upstream gradients.
 ForGrad saved_operands(const variable_list& tensors, size_t begin, const variable_list& upstream) {
@@ -87,17 +84,19 @@ ForGrad saved_operands(const variable_list& tensors, size_t begin, const variabl
 template <bool inplace>
 class TokenLogProbsOfLogits : public torch::autograd::Function<TokenLogProbsOfLogits<inplace>> {
  public:
+  static constexpr bool is_traceable = !inplace;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
                                const OptionalTensor& row_temperature, const Options& o, bool need_entropy,
-                               bool need_top1) {
+                               bool need_top1, Results<3>* results) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto out = results_of(o, logits, target, row_temperature, wanted_stats(need_entropy, need_top1));
-    save_results(ctx, o, {logits, target}, row_temperature, out, need_entropy);
-    return {out.log_probs, out.entropy, out.top1};
+    return save_results(ctx, o, {logits, target}, row_temperature, out, results);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list grads(6);
+  static variable_list backward(AutogradContext* ctx, const variable_list& of_outputs) {
+    const auto upstream = Results<3>::upstream(ctx->saved_data, of_outputs);
+    variable_list grads(7);
     if (!upstream[0].defined() && !upstream[1].defined()) {
       return grads;
     }
@@ -126,22 +125,24 @@ class TokenLogProbsOfLogits : public torch::autograd::Function<TokenLogProbsOfLo
 
 class TokenLogProbsOfInput : public torch::autograd::Function<TokenLogProbsOfInput> {
  public:
+  static constexpr bool is_traceable = true;
+
   // Differentiable arguments come first, so that an argument's index is the index of its edge.
   static variable_list forward(AutogradContext* ctx, const Tensor& input, const Tensor& linear_weight,
                                const OptionalTensor& linear_bias, const Tensor& target,
                                const OptionalTensor& row_temperature, std::optional<int64_t> chunk_rows,
-                               const Options& o, bool need_entropy, bool need_top1) {
+                               const Options& o, bool need_entropy, bool need_top1, Results<3>* results) {
     at::AutoDispatchBelowADInplaceOrView below;
     const LinearRows rows{input, linear_weight, linear_bias, target, std::nullopt, chunk_rows};
     auto out = results_of(o, rows, row_temperature, wanted_stats(need_entropy, need_top1));
-    save_results(ctx, o, {input, linear_weight, linear_bias.value_or(Tensor()), target}, row_temperature, out,
-                 need_entropy);
     ctx->saved_data["chunk_rows"] = chunk_rows;
-    return {out.log_probs, out.entropy, out.top1};
+    return save_results(ctx, o, {input, linear_weight, linear_bias.value_or(Tensor()), target}, row_temperature, out,
+                        results);
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    variable_list grads(9);
+  static variable_list backward(AutogradContext* ctx, const variable_list& of_outputs) {
+    const auto upstream = Results<3>::upstream(ctx->saved_data, of_outputs);
+    variable_list grads(10);
     if (!upstream[0].defined() && !upstream[1].defined()) {
       return grads;
     }
@@ -178,8 +179,10 @@ TokenLogProbs token_log_probs_autograd(const Options& options, const Tensor& log
     check_consumable(logits);
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
-    const auto out = TokenLogProbsOfLogits<inplace>::apply(logits, target, row_temperature, o, need_entropy, need_top1);
-    return {out[0], out[1], out[2]};
+    Results<3> results{{true, need_entropy, false}};
+    const auto outputs =
+        TokenLogProbsOfLogits<inplace>::apply(logits, target, row_temperature, o, need_entropy, need_top1, &results);
+    return std::tuple_cat(std::move(results).with(outputs));
   }
   at::AutoDispatchBelowADInplaceOrView below;
   const auto out = results_of(o, logits, target, row_temperature, wanted_stats(need_entropy, need_top1));
@@ -200,9 +203,10 @@ TokenLogProbs linear_token_log_probs_autograd(const Options& options, const Tens
     needs_grad |= t && t->requires_grad();
   }
   if (at::GradMode::is_enabled() && needs_grad) {
-    const auto out = TokenLogProbsOfInput::apply(input, linear_weight, linear_bias, target, row_temperature, chunk_rows,
-                                                 o, need_entropy, need_top1);
-    return {out[0], out[1], out[2]};
+    Results<3> results{{true, need_entropy, false}};
+    const auto outputs = TokenLogProbsOfInput::apply(input, linear_weight, linear_bias, target, row_temperature,
+                                                     chunk_rows, o, need_entropy, need_top1, &results);
+    return std::tuple_cat(std::move(results).with(outputs));
   }
   at::AutoDispatchBelowADInplaceOrView below;
   const auto out = results_of(o, rows, row_temperature, wanted_stats(need_entropy, need_top1));

@@ -1,0 +1,209 @@
+"""What torch's compilers of backwards see: compiled autograd, joint graphs, make_fx, batched gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func
+from reference import make_logits, make_target
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import npu_xent
+
+pytestmark = pytest.mark.cpu
+
+N, C, H = 6, 5, 4
+
+
+def inputs(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets of which one is ignored, and a layer of H classes."""
+    return make_logits(N, C, torch.float32, device), make_target(N, C, device), torch.ones(H, C, device=device)
+
+
+def losses(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Functions of logits, by name, as one number."""
+    x, y, layer = inputs(device)
+    ce, classes = npu_xent.cross_entropy, y.clamp(min=0)
+    few = y.where(y < H, -100)
+
+    def with_lse(z: Tensor) -> Tensor:
+        out = ce(z, y, return_lse=True)
+        return out.loss + out.lse.sum()
+
+    def with_entropy(z: Tensor) -> Tensor:
+        out = npu_xent.token_log_probs(z, y, return_entropy=True, return_top1=True)
+        return (out.log_probs + out.entropy).sum()
+
+    return {
+        "mean": lambda z: ce(z, y),
+        "scaled": lambda z: ce(z, y) * 2,
+        "none": lambda z: ce(z, y, reduction="none").sum(),
+        "lse": with_lse,
+        "z-loss": lambda z: ce(z, y, lse_square_scale=0.1, return_z_loss=True).loss,
+        "smoothed": lambda z: ce(z, y, torch.arange(1.0, C + 1), label_smoothing=0.1),
+        "contract": lambda z: npu_xent.npu_cross_entropy_loss(z, y)[0].sum(),
+        "probabilities": lambda z: ce(z, x.softmax(1)),
+        "log-probs": lambda z: npu_xent.token_log_probs(z, y).sum(),
+        "entropy": with_entropy,
+        "linear": lambda z: npu_xent.linear_cross_entropy(z, layer, few),
+        "linear none": lambda z: npu_xent.linear_cross_entropy(z, layer, few, reduction="none").sum(),
+        "linear log-probs": lambda z: npu_xent.linear_token_log_probs(z, layer, few).sum(),
+        "selected": lambda z: npu_xent.selected_log_probs(z, classes[:, None]).sum(),
+    }
+
+
+LOSSES = list(losses(torch.device("cpu")))
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(function(leaf * 1), leaf)
+    return grad
+
+
+def names(graph: torch.fx.Graph) -> list[str]:
+    """The operators of npu_xent, also those that functionalization has wrapped."""
+    found = []
+    for node in graph.nodes:
+        for target in (node.target, *node.args[:1]):
+            if isinstance(target, torch._ops.OpOverload) and target.namespace == "npu_xent":
+                found.append(target.name())
+    return found
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_autograd(name: str, device: torch.device) -> None:
+    """One graph of the backward, which holds our operators; the gradient has the bits of eager mode."""
+    torch._dynamo.reset()  # or a graph of another case serves, and is not seen
+    torch._dynamo.compiled_autograd.reset()
+    function, x, seen = losses(device)[name], inputs(device)[0], []
+    expected = gradient(function, x)
+
+    def record(module: torch.fx.GraphModule, _: Any) -> Any:
+        seen.extend(names(module.graph))
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(fw_compiler=record)
+    leaf = x.clone().requires_grad_()
+    loss = function(leaf * 1)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
+        loss.backward()
+    assert torch.equal(leaf.grad, expected)
+    assert seen, "none of our operators is in the graph"
+
+
+def test_compiled_autograd_keeps_the_gradient(device: torch.device) -> None:
+    """With retain_graph=True a second backward gives the same."""
+    x, y, _ = inputs(device)
+    leaf = x.clone().requires_grad_()
+    loss = npu_xent.cross_entropy(leaf * 1, y) * 2
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward(retain_graph=True)
+        first, leaf.grad = leaf.grad, None
+        loss.backward()
+    assert torch.equal(leaf.grad, first)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiled_autograd_of_consumed_logits(reduction: str, device: torch.device) -> None:
+    """Outside of the graph, so that a second backward raises as in eager mode."""
+    x, y, _ = inputs(device)
+
+    def loss(z: Tensor, consume: bool = True) -> Tensor:
+        return npu_xent.cross_entropy(z, y, reduction=reduction, consume_logits=consume).sum() * 2
+
+    leaf = x.clone().requires_grad_()
+    total = loss(leaf * 1)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        total.backward(retain_graph=True)
+        assert torch.equal(leaf.grad, gradient(lambda z: loss(z, False), x))
+        with pytest.raises(RuntimeError, match=r"consume_logits|modified by an inplace operation"):
+            total.backward()
+
+
+class Model(nn.Module):
+    """A layer, and its loss."""
+
+    def __init__(self, reduction: str, linear: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, H * C).view(H, C))
+        self.reduction, self.linear = reduction, linear
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor]:
+        if self.linear:
+            loss = npu_xent.linear_cross_entropy(x, self.weight, y, reduction=self.reduction)
+        else:
+            loss = npu_xent.cross_entropy(x @ self.weight.T, y, reduction=self.reduction)
+        return (loss.sum(),)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_joint_graphs(reduction: str, linear: bool, device: torch.device) -> None:
+    """Forward and backward in one graph, which gives the gradient of eager mode."""
+    from torch._functorch.aot_autograd import aot_export_module
+
+    x, y, _ = inputs(device)
+    y = y.where(y < H, -100)
+    model = Model(reduction, linear)
+    module, _ = aot_export_module(model, (x, y), trace_joint=True, output_loss_index=0)
+    assert any("row_" in name for name in names(module.graph))
+    loss, grad = module(model.weight, x, y)
+    (expected,) = model(x, y)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, model.weight)[0])
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_traced_step(name: str, mode: str, device: torch.device) -> None:
+    """make_fx of a forward and a backward, with inputs that require a gradient."""
+    function, x = losses(device)[name], inputs(device)[0]
+
+    def step(leaf: Tensor) -> Tensor:
+        return torch.autograd.grad(function(leaf * 1), leaf)[0]
+
+    traced = make_fx(step, tracing_mode=mode, _allow_non_fake_inputs=True)(x.clone().requires_grad_())
+    assert names(traced.graph)
+    torch.testing.assert_close(traced(x.clone().requires_grad_()), gradient(function, x))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_batched_gradients(reduction: str, linear: bool, device: torch.device) -> None:
+    x, y, layer = inputs(device)
+    y = y.where(y < H, -100)
+
+    def function(z: Tensor) -> Tensor:
+        if linear:
+            return npu_xent.linear_cross_entropy(z, layer.to(z.dtype), y, reduction=reduction)
+        return npu_xent.cross_entropy(z, y, reduction=reduction)
+
+    leaf = x.clone().requires_grad_()
+    loss = function(leaf)
+    upstream = torch.arange(1.0, 3 * loss.numel() + 1).view(3, *loss.shape)
+    (batch,) = torch.autograd.grad(loss, leaf, upstream, is_grads_batched=True, retain_graph=True)
+    for grads, one in zip(batch, upstream, strict=True):
+        torch.testing.assert_close(grads, torch.autograd.grad(loss, leaf, one, retain_graph=True)[0])
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(function, x, vectorize=True), jacobian(function, x))
+    assert torch.autograd.gradcheck(function, x.double().requires_grad_(), check_batched_grad=True)
+
+
+def test_a_second_derivative_of_a_traced_step_is_refused(device: torch.device) -> None:
+    x, y, _ = inputs(device)
+    leaf = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(npu_xent.cross_entropy(leaf, y) * 2, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        grad.sum().backward()
+    with pytest.raises(RuntimeError, match="is not differentiable"):
+        torch.ops.npu_xent.scale_(x.clone().requires_grad_(), torch.tensor(2.0))
+    written = x.clone().requires_grad_() * 1
+    torch.ops.npu_xent.scale_(written, torch.tensor(2.0))
+    with pytest.raises(RuntimeError, match="scale_ is not differentiable"):
+        written.sum().backward()
