@@ -21,7 +21,7 @@ from . import _loading
 
 _loading.load_operators()
 
-from . import compat, integrations  # noqa: E402
+from . import _flops, compat, integrations  # noqa: E402, F401
 from ._build import VERSION  # noqa: E402
 from ._constraints import ConstraintError  # noqa: E402
 from ._linear import linear_cross_entropy  # noqa: E402

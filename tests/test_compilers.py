@@ -207,3 +207,24 @@ def test_a_second_derivative_of_a_traced_step_is_refused(device: torch.device) -
     torch.ops.npu_xent.scale_(written, torch.tensor(2.0))
     with pytest.raises(RuntimeError, match="scale_ is not differentiable"):
         written.sum().backward()
+
+
+def test_flops_of_linear_losses(device: torch.device) -> None:
+    """Those of F.linear and its gradients; where the backward makes the logits again, those of one more product."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    rows, features, classes = 64, 20, 50
+    x, layer = torch.randn(rows, features).requires_grad_(), torch.randn(classes, features).requires_grad_()
+    y = make_target(rows, classes, device)
+
+    def counted(function: Callable[[], Tensor]) -> int:
+        with FlopCounterMode(display=False) as counter:
+            function().sum().backward()
+        return counter.get_total_flops()
+
+    product = 2 * rows * features * classes
+    plain = counted(lambda: nn.functional.cross_entropy(nn.functional.linear(x, layer), y))
+    assert plain == counted(lambda: npu_xent.linear_cross_entropy(x, layer, y)) == 3 * product
+    assert counted(lambda: npu_xent.linear_cross_entropy(x, layer, y, reduction="none")) == 4 * product
+    assert counted(lambda: npu_xent.linear_token_log_probs(x, layer, y)) == 4 * product
+    assert counted(lambda: npu_xent.linear_cross_entropy(x.detach(), layer, y)) == 2 * product
