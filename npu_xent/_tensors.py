@@ -108,7 +108,12 @@ def index_target(target: Tensor) -> Tensor:
 
 def transformed() -> bool:
     """Whether a torch.func transform is active. The C++ autograd functions do not support them."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active()
+
+
+# A constant to Dynamo, which compiles a transform with the transform active. torch.compiler.assume_constant_result does
+# this too, but takes a second to import torch._dynamo.
+transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def forward_mode() -> bool:

@@ -11,6 +11,7 @@ from functorch.compile import make_boxed_func
 from reference import make_logits, make_target
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import npu_xent
@@ -228,3 +229,62 @@ def test_flops_of_linear_losses(device: torch.device) -> None:
     assert counted(lambda: npu_xent.linear_cross_entropy(x, layer, y, reduction="none")) == 4 * product
     assert counted(lambda: npu_xent.linear_token_log_probs(x, layer, y)) == 4 * product
     assert counted(lambda: npu_xent.linear_cross_entropy(x.detach(), layer, y)) == 2 * product
+
+
+TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {
+    "grad": lambda f, x: torch.func.grad(f)(x),
+    "grad_and_value": lambda f, x: torch.func.grad_and_value(f)(x)[0],
+    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.tensor(2.0))[0],
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "hessian": lambda f, x: torch.func.hessian(f)(x),
+    "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(f))(x.expand(2, -1, -1)),
+}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_compiled_transforms(transform: str, linear: bool, device: torch.device) -> None:
+    """Transforms of torch.func inside a compiled function, by torch operations as in eager mode."""
+    x, y, layer = inputs(device)
+    y = y.where(y < H, -100)
+
+    def loss(z: Tensor) -> Tensor:
+        return npu_xent.linear_cross_entropy(z, layer, y) if linear else npu_xent.cross_entropy(z, y)
+
+    call = TRANSFORMS[transform]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda z: call(loss, z), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), call(loss, x))
+
+
+def test_compiled_code_without_transforms_has_the_operator_alone(device: torch.device) -> None:
+    """The check for transforms leaves nothing in the graph."""
+    x, y, _ = inputs(device)
+    backend = EagerAndRecordGraphs()
+    torch._dynamo.reset()
+    torch.compile(lambda z: npu_xent.cross_entropy(z, y), backend=backend, fullgraph=True)(x)
+    called = [n.target for n in backend.graphs[0].graph.nodes if n.op == "call_function"]
+    assert torch.ops.npu_xent.cross_entropy.default in called
+    assert torch._C._are_functorch_transforms_active not in called
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_an_ignore_index_that_varies_compiles_twice_at_most(linear: bool, device: torch.device) -> None:
+    x, y, layer = inputs(device)
+    y = y.where((y < H) & (y >= 0), 0)
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def loss(z: Tensor, ignored: int) -> Tensor:
+        if linear:
+            return npu_xent.linear_cross_entropy(z, layer, y, ignore_index=ignored)
+        return npu_xent.cross_entropy(z, y, ignore_index=ignored)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
+    for ignored in (-100, *range(4), -7):
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(compiled(leaf, ignored), leaf)
+        torch.testing.assert_close(grad, gradient(lambda z, i=ignored: loss(z, i), x))
+    assert counter.frame_count <= 2
