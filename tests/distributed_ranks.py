@@ -21,9 +21,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from option_values import factors, keywords
+from rank_traffic import traffic
 from reference import case_id, make_weight, pairwise
 from torch import Tensor
-from traffic import traffic
 
 import npu_xent
 from npu_xent import distributed

@@ -13,7 +13,7 @@ import dtensor_ranks
 import pytest
 import torch.distributed as dist
 from processes import run_ranks
-from traffic import MOST, documented, formulas
+from rank_traffic import MOST, documented, formulas
 
 pytestmark = [
     pytest.mark.cpu,
