@@ -34,7 +34,7 @@ def run(script: str, *arguments: str | Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
     command = [sys.executable, BENCHMARKS / script, *map(str, arguments)]
     out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert out.returncode == 0, out.stderr
+    assert out.returncode == 0, out.stdout + out.stderr
     return out.stdout
 
 
