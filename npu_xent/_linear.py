@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ._func import fused_gradient, one_gradient
 from ._loading import prepare
 from ._options import check_types
 from ._tensors import check_tensors, has_dtensor, index_target, require_storage, transformed, z_loss_like
@@ -82,7 +83,8 @@ def linear_cross_entropy(
         linear_weight: [C, H], C > 0, in the dtype of input.
         target: class indices in [0, C) or ignore_index, any integer dtype, in the shape of input without H; or class
             probabilities, floating point, in the shape of the logits. Probabilities, which are as large as the logits,
-            and the transforms of torch.func use F.linear and `cross_entropy`, with all logits in memory.
+            and the transforms of torch.func use F.linear and `cross_entropy`, with all logits in memory (but not for
+            one gradient of "mean" and "sum").
         linear_bias: [C], in the dtype of input.
         weight: one weight per class, [C], float32 or the dtype of input. It must not require a gradient.
         reduction: "mean", "sum" or "none".
@@ -159,6 +161,15 @@ def linear_cross_entropy(
         )
     shape = input.shape[:-1]
     loss: Tensor
+    extras = probabilities or return_lse or return_z_loss or reduction == "none" or input.dtype == torch.float16
+    if transformed() and not extras and one_gradient(input, linear_weight, linear_bias, weight):
+        return fused_gradient(
+            lambda x, layer, y, bias, w: linear_cross_entropy(
+                x, layer, y, linear_bias=bias, weight=w, chunk_rows=chunk_rows, **options
+            ),
+            (input, linear_weight, target, linear_bias, weight),
+            class_dim=0,
+        )
     if input.dim() != 2:
         require_storage("input", input)
         require_storage("target", target)

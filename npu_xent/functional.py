@@ -12,6 +12,7 @@ from torch.nn.functional import nll_loss
 
 from . import _C
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
+from ._func import fused_gradient, one_gradient
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
 from ._tensors import (
@@ -142,7 +143,7 @@ def cross_entropy(
         The loss, [] or for "none" [N] (input's shape without C), in loss_dtype. With return_lse or return_z_loss, a
         CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss in the shape of
         the loss. Loss and lse are differentiable, once; a second derivative raises. (Class probabilities, and the
-        transforms of torch.func, which run on torch operations, support all derivatives.)
+        transforms of torch.func support all derivatives: one gradient is fused, the others run on torch operations.)
 
         Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
         "mean" is NaN, with gradient 0. A row that is not ignored is NaN if it has a NaN, or, without softcap, a +inf or
@@ -204,6 +205,10 @@ def cross_entropy(
                 "the fused operator can write over the logits; leave it off"
             )
         check_ranges(options)
+        extras = return_lse or return_z_loss or input.dtype not in (torch.float32, torch.bfloat16, torch.float64)
+        if not (target.is_floating_point() or extras) and one_gradient(input, weight):
+            tensors, class_dim = (input, target, weight), min(input.dim() - 1, 1)
+            return fused_gradient(lambda *of_level: cross_entropy(*of_level, **options), tensors, class_dim)
         fused = input.dtype == target.dtype and input.dtype in LOGITS
         fused = fused and not (torch._C._are_functorch_transforms_active() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations

@@ -288,3 +288,80 @@ def test_an_ignore_index_that_varies_compiles_twice_at_most(linear: bool, device
         (grad,) = torch.autograd.grad(compiled(leaf, ignored), leaf)
         torch.testing.assert_close(grad, gradient(lambda z, i=ignored: loss(z, i), x))
     assert counter.frame_count <= 2
+
+
+ONE_GRADIENT = ("grad", "grad_and_value", "vjp")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["mean", "sum", "none", "options", "images", "linear", "linear sum"])
+@pytest.mark.parametrize("transform", ONE_GRADIENT)
+def test_one_gradient_of_torch_func_is_fused(
+    transform: str, name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By no torch operations over the logits, with the gradient of autograd."""
+    x, y, layer = inputs(device)
+    x, layer, few = x.to(dtype), layer.to(dtype), y.where(y < H, -100)
+    weight = torch.arange(1.0, C + 1, dtype=torch.float32).to(
+        torch.float64 if dtype == torch.float64 else torch.float32
+    )
+    ce, upstream = npu_xent.cross_entropy, torch.linspace(0.5, 2.0, N, dtype=dtype)
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "mean": lambda z: ce(z, y),
+        "sum": lambda z: ce(z, y, reduction="sum") * 2,
+        "none": lambda z: (ce(z, y, reduction="none") * upstream).sum(),
+        "options": lambda z: ce(z, y, weight, label_smoothing=0.1, lse_square_scale=0.1, softcap=5.0, logit_scale=0.7),
+        "images": lambda z: ce(z.T[None], y[None], reduction="none").sum(),
+        "linear": lambda z: npu_xent.linear_cross_entropy(z, layer, few, linear_bias=layer[:, 0]),
+        "linear sum": lambda z: npu_xent.linear_cross_entropy(z, layer, few, reduction="sum") * 2,
+    }
+    expected = gradient(functions[name], x)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("by torch operations")
+
+    monkeypatch.setattr("npu_xent.functional._by_torch_operations", refuse)
+    grad = TRANSFORMS[transform](functions[name], x)
+    scale = 2 if transform == "vjp" else 1
+    tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(grad, expected * scale, rtol=tolerance, atol=tolerance)
+
+
+def test_all_gradients_of_a_linear_loss_by_torch_func(device: torch.device) -> None:
+    x, y, layer = inputs(device)
+    y, bias = y.where(y < H, -100), torch.linspace(-1, 1, H)
+
+    def loss(x: Tensor, layer: Tensor, bias: Tensor) -> Tensor:
+        return npu_xent.linear_cross_entropy(x, layer, y, linear_bias=bias)
+
+    leaves = [t.clone().requires_grad_() for t in (x, layer, bias)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    for actual, true in zip(torch.func.grad(loss, argnums=(0, 1, 2))(x, layer, bias), expected, strict=True):
+        torch.testing.assert_close(actual, true)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_derivatives_around_a_gradient_of_torch_func(linear: bool, device: torch.device) -> None:
+    """Autograd around grad, grad of grad, and forward mode of it: the second derivative, by torch operations."""
+    x, y, layer = (t.double() if t.is_floating_point() else t for t in inputs(device))
+    y, direction = y.where(y < H, -100), torch.linspace(-1, 1, N * C, dtype=torch.float64).view(N, C)
+
+    def ours(z: Tensor) -> Tensor:
+        return npu_xent.linear_cross_entropy(z, layer, y) if linear else npu_xent.cross_entropy(z, y)
+
+    def truth(z: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(nn.functional.linear(z, layer) if linear else z, y)
+
+    def second(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def of_gradient(z: Tensor) -> Tensor:
+            return (torch.func.grad(function)(z) * direction).sum()
+
+        leaf = x.clone().requires_grad_()
+        (around,) = torch.autograd.grad(of_gradient(leaf), leaf)
+        return [around, torch.func.grad(of_gradient)(x), torch.func.jvp(of_gradient, (x,), (direction,))[1]]
+
+    for actual, expected in zip(second(ours), second(truth), strict=True):
+        torch.testing.assert_close(actual, expected)
+    with torch.no_grad():  # nothing records around it
+        leaf = x.clone().requires_grad_()
+        torch.testing.assert_close(torch.func.grad(ours)(leaf), torch.func.grad(truth)(leaf))

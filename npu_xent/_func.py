@@ -1,0 +1,73 @@
+"""One gradient of torch.func (grad, vjp, grad_and_value) with the fused operators, whose C++ functions refuse it.
+
+Inside other transforms the losses run by torch operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def one_gradient(*tensors: Tensor | None) -> bool:
+    """Whether torch.func takes one gradient of these tensors, and nothing else can differentiate that."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    from torch._C._functorch import TransformType, get_unwrapped, is_gradtrackingtensor
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    levels = retrieve_all_functorch_interpreters()
+    if len(levels) != 1 or levels[0].key() != TransformType.Grad:
+        return False
+    tracked = [get_unwrapped(t) for t in tensors if t is not None and is_gradtrackingtensor(t)]
+    plain = [t for t in tensors if t is not None and not is_gradtrackingtensor(t)]
+    recorded = levels[0].prev_grad_mode() and any(t.requires_grad for t in (*tracked, *plain))  # type: ignore[attr-defined]
+    return bool(tracked) and not recorded
+
+
+def fused_gradient(loss: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], class_dim: int) -> Tensor:
+    """loss(*tensors), differentiable in those that torch.func tracks.
+
+    A loss for each row is differentiable in logits, whose classes are dimension class_dim.
+    """
+    from torch._C._functorch import is_gradtrackingtensor
+
+    wanted = tuple(t is not None and is_gradtrackingtensor(t) and t.is_floating_point() for t in tensors)
+    value: Tensor
+    value, *_ = _Fused.apply(loss, wanted, class_dim, *tensors)  # type: ignore[no-untyped-call]
+    return value
+
+
+class _Fused(torch.autograd.Function):
+    """The forward also computes the gradient, for an upstream gradient of 1."""
+
+    @staticmethod
+    def forward(
+        loss: Callable[..., Tensor], wanted: tuple[bool, ...], class_dim: int, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            given = [
+                t.detach().requires_grad_() if t is not None and needed else t
+                for t, needed in zip(tensors, wanted, strict=True)
+            ]
+            value = loss(*given)
+            grads = torch.autograd.grad(
+                value.sum(), [t for t, needed in zip(given, wanted, strict=True) if t is not None and needed]
+            )
+        return value.detach(), *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, ctx.wanted, ctx.class_dim, *_ = inputs
+        ctx.save_for_backward(*output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        factor = upstream.unsqueeze(ctx.class_dim) if upstream.dim() else upstream
+        grads = ((grad * factor).to(grad.dtype) for grad in ctx.saved_tensors)
+        return None, None, None, *(next(grads) if needed else None for needed in ctx.wanted)
