@@ -356,7 +356,9 @@ def test_overwriting_what_is_differentiated_raises_in_words(name: str, device: t
     arguments = call(name, problem(device))
     first = next(iter(arguments))
     before = arguments[first].clone()
-    arguments[first] = arguments[first].requires_grad_() * 1
+    arguments[first] = arguments[first].requires_grad_()
+    if name != "scale_":  # which traces of backwards call; its result then refuses
+        arguments[first] = arguments[first] * 1
     with pytest.raises(RuntimeError, match=f"npu_xent::{name} is not differentiable"):
         getattr(ops, name)(**arguments)
     assert_same_bits(arguments[first], before)

@@ -36,8 +36,10 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
                        "derivative comes from the functions of npu_xent, such as npu_xent.cross_entropy. Use "
                        "torch.nn.functional.cross_entropy where a second derivative is needed, without "
                        "npu_xent.patch_torch(), which replaces it.";
+  // Traces of a forward and its backward scale a gradient that they take for differentiable.
+  const bool scales = schema.operator_name().name == "npu_xent::scale_";
   for (const auto& tensor : written) {
-    TORCH_CHECK(!tensor.is_leaf(), message);
+    TORCH_CHECK(scales && !tensor.is_leaf(), message);
   }
   {
     at::AutoDispatchBelowAutograd below;
@@ -53,7 +55,6 @@ void refuse_gradient(const c10::OperatorHandle& op, c10::DispatchKeySet keys, St
       set_refusing_history(output, message, edges);
     }
   }
-  // Traces of a forward and its backward write over a gradient that they take for differentiable.
   for (const auto& tensor : written) {
     const auto node = make_node<torch::autograd::Error>(message, edges);
     node->add_input_metadata(tensor);
