@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from ._tensors import forward_mode
 
 
 def one_gradient(*tensors: Tensor | None) -> bool:
     """Whether torch.func takes one gradient of these tensors, and nothing else can differentiate that."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    if torch.compiler.is_compiling() or forward_mode():
         return False
     from torch._C._functorch import TransformType, get_unwrapped, is_gradtrackingtensor
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
@@ -23,10 +24,10 @@ def one_gradient(*tensors: Tensor | None) -> bool:
     levels = retrieve_all_functorch_interpreters()
     if len(levels) != 1 or levels[0].key() != TransformType.Grad:
         return False
-    tracked = [get_unwrapped(t) for t in tensors if t is not None and is_gradtrackingtensor(t)]
-    plain = [t for t in tensors if t is not None and not is_gradtrackingtensor(t)]
-    recorded = levels[0].prev_grad_mode() and any(t.requires_grad for t in (*tracked, *plain))  # type: ignore[attr-defined]
-    return bool(tracked) and not recorded
+    given = [t for t in tensors if t is not None]
+    below = [get_unwrapped(t) if is_gradtrackingtensor(t) else t for t in given]
+    recorded = levels[0].prev_grad_mode() and any(t.requires_grad for t in below)  # type: ignore[attr-defined]
+    return any(map(is_gradtrackingtensor, given)) and not recorded
 
 
 def fused_gradient(loss: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], class_dim: int) -> Tensor:

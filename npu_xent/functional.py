@@ -142,8 +142,9 @@ def cross_entropy(
     Returns:
         The loss, [] or for "none" [N] (input's shape without C), in loss_dtype. With return_lse or return_z_loss, a
         CrossEntropyOutput(loss, lse, z_loss): lse [N] in float32 (float64 for float64 input), z_loss in the shape of
-        the loss. Loss and lse are differentiable, once; a second derivative raises. (Class probabilities, and the
-        transforms of torch.func support all derivatives: one gradient is fused, the others run on torch operations.)
+        the loss. Loss and lse are differentiable, once; a second derivative raises. (Class probabilities and
+        transforms of torch.func support all derivatives. Of the latter, one gradient is fused, and all else runs on
+        torch operations.)
 
         Statistics are accumulated in float32 (float64 for float64) and rounded once. If all rows are ignored, or N = 0,
         "mean" is NaN, with gradient 0. A row that is not ignored is NaN if it has a NaN, or, without softcap, a +inf or
