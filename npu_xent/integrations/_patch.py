@@ -1,11 +1,14 @@
-"""Replaces a function in a module, and undoes it."""
+"""Replaces functions in modules, and undoes it."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 _lock = threading.Lock()
 _active: list[PatchHandle] = []  # all patches, in the order of creation
@@ -52,3 +55,96 @@ class PatchHandle:
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+class Replacement(NamedTuple):
+    """What takes the place of a framework's function: make(the function).
+
+    Names and order of its parameters must be `parameters`, or those and more (with defaults) after them.
+    """
+
+    module: str
+    name: str
+    parameters: tuple[str, ...]
+    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class FrameworkPatch:
+    """A patch of functions of a framework, in all its modules. `remove()` or the end of a `with` statement undoes it.
+
+    A module that took a function with `from ... import` has a name of its own for it, which is replaced too, now and
+    on removal, also in modules that are imported later.
+    """
+
+    def __init__(self, function: str, package: str, tried: str, replacements: Iterable[Replacement]) -> None:
+        """Check all signatures, then patch.
+
+        Args:
+            function: the public function that patches, for messages.
+            package: the framework's package. Names in its modules are replaced.
+            tried: its versions that were tried, for messages.
+            replacements: what to replace.
+
+        Raises:
+            RuntimeError: the package is not installed, or lacks a function, or has it with another signature.
+        """
+        self._package, self._handles = package, list[PatchHandle]()
+        self._pairs: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = []
+        for module, name, parameters, make in replacements:
+            original = _original(function, package, tried, module, name, parameters)
+            self._pairs.append((name, original, make(original)))
+        for name, original, replacement in self._pairs:
+            for loaded in self._modules():
+                if loaded.__dict__.get(name) is original:
+                    self._handles.append(PatchHandle(loaded, name, replacement))
+
+    def remove(self) -> None:
+        """Restore the functions, as PatchHandle.remove does."""
+        if not self._handles:
+            return
+        for handle in reversed(self._handles):
+            handle.remove()
+        self._handles.clear()
+        for name, original, replacement in self._pairs:
+            for module in self._modules():  # imported since
+                if module.__dict__.get(name) is replacement:
+                    setattr(module, name, original)
+
+    def _modules(self) -> list[ModuleType]:
+        """The loaded modules of the package."""
+        loaded = [m for name, m in list(sys.modules.items()) if name.partition(".")[0] == self._package]
+        return [m for m in loaded if isinstance(m, ModuleType)]
+
+    def __enter__(self) -> FrameworkPatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def _original(
+    function: str, package: str, tried: str, module: str, name: str, parameters: tuple[str, ...]
+) -> Callable[..., Any]:
+    """The framework's function, of which the signature is as expected."""
+    try:
+        version = getattr(importlib.import_module(package), "__version__", "of unknown version")
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise RuntimeError(f"npu_xent.{function}: {package} is not installed, so there is nothing to patch") from None
+    try:
+        found: Callable[..., Any] | None = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise
+        found = None
+    seen = None if found is None else tuple(inspect.signature(found).parameters.values())
+    extra = [p for p in seen[len(parameters) :] if p.default is p.empty and p.kind < p.VAR_POSITIONAL] if seen else []
+    if found is None or seen is None or tuple(p.name for p in seen[: len(parameters)]) != parameters or extra:
+        has = f"has no {module}.{name}" if seen is None else f"has {module}.{name}({', '.join(p.name for p in seen)})"
+        raise RuntimeError(
+            f"npu_xent.{function}: {package} {version} {has}, but this patch replaces "
+            f"{name}({', '.join(parameters)}); it was tried with {package} {tried}. Install such a version, or call "
+            "npu_xent's functions yourself"
+        )
+    return found
