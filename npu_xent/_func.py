@@ -30,17 +30,18 @@ def one_gradient(*tensors: Tensor | None) -> bool:
     return any(map(is_gradtrackingtensor, given)) and not recorded
 
 
-def fused_gradient(loss: Callable[..., Tensor], tensors: tuple[Tensor | None, ...], class_dim: int) -> Tensor:
-    """loss(*tensors), differentiable in those that torch.func tracks.
+def fused_gradient(
+    loss: Callable[..., tuple[Tensor, ...]], tensors: tuple[Tensor | None, ...], class_dim: int
+) -> tuple[Tensor, ...]:
+    """loss(*tensors), of which the first output is differentiable in those tensors that torch.func tracks.
 
     A loss for each row is differentiable in logits, whose classes are dimension class_dim.
     """
     from torch._C._functorch import is_gradtrackingtensor
 
     wanted = tuple(t is not None and is_gradtrackingtensor(t) and t.is_floating_point() for t in tensors)
-    value: Tensor
-    value, *_ = _Fused.apply(loss, wanted, class_dim, *tensors)  # type: ignore[no-untyped-call]
-    return value
+    outputs: tuple[Tensor, ...] = _Fused.apply(loss, wanted, class_dim, *tensors)  # type: ignore[no-untyped-call]
+    return outputs[sum(wanted) :]
 
 
 class _Fused(torch.autograd.Function):
@@ -48,27 +49,29 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        loss: Callable[..., Tensor], wanted: tuple[bool, ...], class_dim: int, *tensors: Tensor | None
+        loss: Callable[..., tuple[Tensor, ...]], wanted: tuple[bool, ...], class_dim: int, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             given = [
                 t.detach().requires_grad_() if t is not None and needed else t
                 for t, needed in zip(tensors, wanted, strict=True)
             ]
-            value = loss(*given)
+            outputs = loss(*given)
             grads = torch.autograd.grad(
-                value.sum(), [t for t, needed in zip(given, wanted, strict=True) if t is not None and needed]
+                outputs[0].sum(), [t for t, needed in zip(given, wanted, strict=True) if t is not None and needed]
             )
-        return value.detach(), *grads
+        return *grads, *(t.detach() for t in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.wanted, ctx.class_dim, *_ = inputs
-        ctx.save_for_backward(*output[1:])
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.n_grads = sum(ctx.wanted)
+        ctx.save_for_backward(*output[: ctx.n_grads])
+        ctx.mark_non_differentiable(*output[: ctx.n_grads], *output[ctx.n_grads + 1 :])
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        factor = upstream.unsqueeze(ctx.class_dim) if upstream.dim() else upstream
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        factor = upstream[ctx.n_grads]
+        factor = factor.unsqueeze(ctx.class_dim) if factor.dim() else factor
         grads = ((grad * factor).to(grad.dtype) for grad in ctx.saved_tensors)
         return None, None, None, *(next(grads) if needed else None for needed in ctx.wanted)

@@ -7,10 +7,12 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.overrides import has_torch_function_variadic
 
 from ._func import fused_gradient, one_gradient
 from ._loading import prepare
 from ._options import check_types
+from ._overrides import not_scriptable, overridden
 from ._tensors import check_tensors, has_dtensor, index_target, require_storage, transformed, z_loss_like
 from .functional import CrossEntropyOutput, cross_entropy
 
@@ -50,6 +52,7 @@ def linear_cross_entropy(
     return_lse: bool = ..., return_z_loss: bool = ...,
 ) -> Tensor | CrossEntropyOutput: ...
 # fmt: on
+@not_scriptable("linear_cross_entropy")
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -125,6 +128,12 @@ def linear_cross_entropy(
         RuntimeError: weight requires a gradient; a second backward without retain_graph=True in the first; a second or
             a forward-mode derivative. (The transforms of torch.func support all derivatives.)
     """
+    if (
+        has_torch_function_variadic(input, linear_weight, target, linear_bias, weight)
+        and not torch.compiler.is_compiling()
+    ):
+        output: Tensor | CrossEntropyOutput = overridden(linear_cross_entropy, locals())
+        return output
     options: dict[str, Any] = {
         "reduction": reduction,
         "ignore_index": -100 if ignore_index is None else ignore_index,
@@ -163,13 +172,14 @@ def linear_cross_entropy(
     loss: Tensor
     extras = probabilities or return_lse or return_z_loss or reduction == "none" or input.dtype == torch.float16
     if transformed() and not extras and one_gradient(input, linear_weight, linear_bias, weight):
-        return fused_gradient(
-            lambda x, layer, y, bias, w: linear_cross_entropy(
-                x, layer, y, linear_bias=bias, weight=w, chunk_rows=chunk_rows, **options
+        (loss,) = fused_gradient(
+            lambda x, layer, y, bias, w, o=options, chunk=chunk_rows: (
+                linear_cross_entropy(x, layer, y, linear_bias=bias, weight=w, chunk_rows=chunk, **o),
             ),
             (input, linear_weight, target, linear_bias, weight),
             class_dim=0,
         )
+        return loss
     if input.dim() != 2:
         require_storage("input", input)
         require_storage("target", target)

@@ -7,9 +7,11 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.overrides import has_torch_function_variadic
 
 from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
+from ._overrides import from_iterable, not_scriptable, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
@@ -22,6 +24,7 @@ from ._tensors import (
 )
 
 
+@from_iterable
 class TokenLogProbs(NamedTuple):
     """Output of token_log_probs with return_entropy or return_top1. An output that was not requested is None."""
 
@@ -57,6 +60,7 @@ def token_log_probs(
     return_top1: bool = ..., consume_logits: bool = ...,
 ) -> Tensor | TokenLogProbs: ...
 # fmt: on
+@not_scriptable("token_log_probs")
 def token_log_probs(
     logits: Tensor,
     target: Tensor,
@@ -115,6 +119,9 @@ def token_log_probs(
         RuntimeError: temperature requires a gradient; a second backward after consume_logits; a tensor whose storage
             was freed or shrunk; a second or a forward-mode derivative.
     """
+    if has_torch_function_variadic(logits, target, temperature) and not torch.compiler.is_compiling():
+        output: Tensor | TokenLogProbs = overridden(token_log_probs, locals())
+        return output
     check_tensors(LOG_PROBS, logits=logits, target=target)
     if has_dtensor(logits, target, temperature):
         from . import _dtensor
@@ -187,6 +194,7 @@ def linear_token_log_probs(
     return_entropy: bool = ..., return_top1: bool = ..., chunk_rows: int | None = ...,
 ) -> Tensor | TokenLogProbs: ...
 # fmt: on
+@not_scriptable("linear_token_log_probs")
 def linear_token_log_probs(
     input: Tensor,
     linear_weight: Tensor,
@@ -224,6 +232,12 @@ def linear_token_log_probs(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as `token_log_probs` and `linear_cross_entropy` do.
     """
+    if (
+        has_torch_function_variadic(input, linear_weight, target, linear_bias, temperature)
+        and not torch.compiler.is_compiling()
+    ):
+        output: Tensor | TokenLogProbs = overridden(linear_token_log_probs, locals())
+        return output
     check_tensors(LINEAR_LOG_PROBS, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias)
     if input.dim() == 0 or target.shape != input.shape[:-1]:
         raise ValueError(
@@ -254,6 +268,7 @@ def linear_token_log_probs(
     return _returned(outputs, target, return_entropy, return_top1)
 
 
+@not_scriptable("selected_log_probs")
 def selected_log_probs(
     logits: Tensor,
     index: Tensor,
@@ -282,6 +297,9 @@ def selected_log_probs(
         IndexError: an index out of range, on the CPU in eager mode. Elsewhere the log-probability is NaN, and so is the
             gradient of its row.
     """
+    if has_torch_function_variadic(logits, index, temperature) and not torch.compiler.is_compiling():
+        output: Tensor = overridden(selected_log_probs, locals())
+        return output
     check_tensors(SELECTED, logits=logits, index=index)
     if logits.dim() == 0 or index.dim() == 0 or index.shape[:-1] != logits.shape[:-1]:
         raise ValueError(

@@ -23,10 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.overrides import has_torch_function_variadic
 
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import check_loss_dtype, check_ranges, check_types
+from ._overrides import overridden
 from ._tensors import LOGITS, check_not_leaf, check_tensors, has_dtensor, index_target, z_loss_like
 from .functional import CrossEntropyOutput
 
@@ -105,6 +107,9 @@ def vocab_parallel_cross_entropy(
             if another rank has died or hangs. An error that only one rank raises leaves the others waiting until its
             process ends, or until the group's timeout.
     """
+    if has_torch_function_variadic(logits, target, weight) and not torch.compiler.is_compiling():
+        output: Tensor | CrossEntropyOutput = overridden(vocab_parallel_cross_entropy, locals())
+        return output
     name = "vocab_parallel_cross_entropy"
     _check_plain(name, logits=logits, target=target, weight=weight)
     check_tensors(name, logits=logits, target=target, weight=weight)
@@ -173,6 +178,9 @@ def vocab_parallel_token_log_probs(
     Raises:
         As vocab_parallel_cross_entropy.
     """
+    if has_torch_function_variadic(logits, target, temperature) and not torch.compiler.is_compiling():
+        output: Tensor | TokenLogProbs = overridden(vocab_parallel_token_log_probs, locals())
+        return output
     name = "vocab_parallel_token_log_probs"
     _check_plain(name, logits=logits, target=target)
     check_tensors(name, logits=logits, target=target)
@@ -244,6 +252,12 @@ def vocab_parallel_linear_cross_entropy(
     Raises:
         As vocab_parallel_cross_entropy.
     """
+    if (
+        has_torch_function_variadic(input, linear_weight, target, linear_bias, weight)
+        and not torch.compiler.is_compiling()
+    ):
+        output: Tensor = overridden(vocab_parallel_linear_cross_entropy, locals())
+        return output
     name = "vocab_parallel_linear_cross_entropy"
     _check_plain(name, input=input, linear_weight=linear_weight, target=target)
     check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
+from torch.overrides import has_torch_function_variadic
 
 from . import _C
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._func import fused_gradient, one_gradient
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
+from ._overrides import from_iterable, not_scriptable, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
@@ -29,6 +32,7 @@ from ._tensors import (
 )
 
 
+@from_iterable
 class CrossEntropyOutput(NamedTuple):
     """Output of cross_entropy with return_lse or return_z_loss. An output that was not requested is None."""
 
@@ -72,6 +76,7 @@ def cross_entropy(
     consume_logits: bool = ...,
 ) -> Tensor | CrossEntropyOutput: ...
 # fmt: on
+@not_scriptable("cross_entropy")
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -166,6 +171,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
+        size_average = reduce = None
     if not (return_lse or return_z_loss or consume_logits or torch.compiler.is_compiling()):
         usual: Tensor | None = _C.cross_entropy(
             input,
@@ -181,6 +187,9 @@ def cross_entropy(
         )
         if usual is not None:
             return usual
+    if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
+        output: Tensor | CrossEntropyOutput = overridden(cross_entropy, locals())
+        return output
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
@@ -209,27 +218,29 @@ def cross_entropy(
         extras = return_lse or return_z_loss or input.dtype not in (torch.float32, torch.bfloat16, torch.float64)
         if not (target.is_floating_point() or extras) and one_gradient(input, weight):
             tensors, class_dim = (input, target, weight), min(input.dim() - 1, 1)
-            return fused_gradient(lambda *of_level: cross_entropy(*of_level, **options), tensors, class_dim)
+            (loss,) = fused_gradient(lambda *t, o=options: (cross_entropy(*t, **o),), tensors, class_dim)
+            return loss
         fused = input.dtype == target.dtype and input.dtype in LOGITS
         fused = fused and not (torch._C._are_functorch_transforms_active() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations
-        return compute(input, target, weight, **options, return_lse=return_lse, return_z_loss=return_z_loss)
-    prepare(input)
-    shape = target.shape
-    check_overwritable("cross_entropy", "input", input, overwrite)
-    input, target = _as_rows(input, target, overwrite)
-    op = torch.ops.npu_xent.cross_entropy_ if overwrite else torch.ops.npu_xent.cross_entropy
-    loss: Tensor
-    loss, z_loss, lse, _ = op.default(input, index_target(target), weight, **options, need_lse=return_lse)
+        loss, z_loss, lse = compute(input, target, weight, **options, return_lse=return_lse)
+    else:
+        prepare(input)
+        check_overwritable("cross_entropy", "input", input, overwrite)
+        rows, indices = _as_rows(input, target, overwrite)
+        op = torch.ops.npu_xent.cross_entropy_ if overwrite else torch.ops.npu_xent.cross_entropy
+        loss, z_loss, lse, _ = op.default(rows, index_target(indices), weight, **options, need_lse=return_lse)
+    shape = _shape_of_rows(input)
     if reduction == "none":
         loss = loss.view(shape)
     if not (return_lse or return_z_loss):
         return loss
     return CrossEntropyOutput(
-        loss, lse.view(shape) if return_lse else None, z_loss_like(loss, z_loss) if return_z_loss else None
+        loss, lse.view(shape) if return_lse else None, z_loss_like(loss, z_loss.detach()) if return_z_loss else None
     )
 
 
+@not_scriptable("cross_entropy")
 def npu_cross_entropy_loss(
     input: Tensor,
     target: Tensor,
@@ -282,6 +293,9 @@ def npu_cross_entropy_loss(
             the CPU or with NPU_XENT_DEBUG=1, it is also an IndexError (compiled code raises a plain IndexError).
         ValueError, TypeError, IndexError, RuntimeError: as cross_entropy does.
     """
+    if has_torch_function_variadic(input, target, weight) and not torch.compiler.is_compiling():
+        outputs: tuple[Tensor, Tensor, Tensor, Tensor] = overridden(npu_cross_entropy_loss, locals())
+        return outputs
     check_tensors("npu_cross_entropy_loss", input=input, target=target, weight=weight)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -309,23 +323,41 @@ def npu_cross_entropy_loss(
         if lifted:
             warn_of_lifted(lifted)
     prepare(input)
+    options["lse_square_scale"] = lse_square_scale_for_zloss
+    fused = functools.partial(
+        torch.ops.npu_xent.cross_entropy.default,
+        **options,
+        need_lse=lse_square_scale_for_zloss != 0.0,
+        need_log_prob=need_log_prob,
+        differentiable_z_loss=return_zloss,
+    )
+    tensors = (input, index_target(target), weight)
     # A compiled graph raises when it runs, outside of any Python that could be traced here.
     checked = strict and not torch.compiler.is_compiling()
     with target_errors_as_constraints() if checked else contextlib.nullcontext():
-        loss, z_loss, lse, log_prob = torch.ops.npu_xent.cross_entropy.default(
-            input,
-            index_target(target),
-            weight,
-            **options,
-            lse_square_scale=lse_square_scale_for_zloss,
-            need_lse=lse_square_scale_for_zloss != 0.0,
-            need_log_prob=need_log_prob,
-            differentiable_z_loss=return_zloss,
-        )
+        if not transformed():
+            loss, z_loss, lse, log_prob = fused(*tensors)
+        elif one_gradient(input, weight) and input.dtype is not torch.float16 and not return_zloss:
+            loss, z_loss, lse, log_prob = fused_gradient(fused, tensors, class_dim=1)
+        else:
+            check_ranges(options)
+            if input.dim() != 2:
+                raise ValueError(f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}.")
+            _check_shapes(input, target)
+            loss, z_loss, lse = _by_torch_operations(
+                *tensors, **options, logit_scale=1.0, softcap=None, return_lse=lse_square_scale_for_zloss != 0.0
+            )
+            log_prob = input.detach().log_softmax(1) if need_log_prob else input.new_empty(0)
     if reduction != "none":
         loss = loss.view(1)
     z_loss = z_loss_like(loss, z_loss) if return_zloss else z_loss.new_empty(0)
     return loss, log_prob, z_loss, lse.detach().to(loss.dtype)
+
+
+def _shape_of_rows(input: Tensor) -> torch.Size:
+    """Shape of [C] or [N, C, d1, ...] without the classes."""
+    class_dim = min(input.dim() - 1, 1)
+    return input.shape[:class_dim] + input.shape[class_dim + 1 :]
 
 
 def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
@@ -373,7 +405,7 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
     if not target.is_floating_point():
         if input.dim() == 2 and not transformed():
             return  # the operator checks these shapes itself
-        expected = input.shape[1:] if input.dim() < 2 else input.shape[:1] + input.shape[2:]
+        expected = _shape_of_rows(input)
     if input.dim() == 0 or target.shape != expected:
         hint = ""
         if target.is_floating_point():
@@ -406,20 +438,10 @@ def _require_no_ignored_class(ignore_index: int) -> None:
 
 
 def _of_probabilities(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    *,
-    ignore_index: int,
-    return_lse: bool,
-    return_z_loss: bool,
-    loss_dtype: torch.dtype | None,
-    **options: Any,
-) -> Tensor | CrossEntropyOutput:
-    """cross_entropy with class probabilities by the fused operator."""
+    input: Tensor, target: Tensor, weight: Tensor | None, *, ignore_index: int, return_lse: bool, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, z-loss and lse of class probabilities, by the fused operator."""
     _require_no_ignored_class(ignore_index)
-    class_dim = min(input.dim() - 1, 1)
-    shape = input.shape[:class_dim] + input.shape[class_dim + 1 :]
     logits, probabilities = input, target
     if input.dim() == 1:
         logits, probabilities = input.unsqueeze(0), target.unsqueeze(0)
@@ -429,17 +451,10 @@ def _of_probabilities(
         logits, probabilities = _as_images(input), _as_images(target)
         if not (_read_as_images(logits) or _read_as_images(probabilities)):
             logits, probabilities = logits.flatten(0, 1), probabilities.flatten(0, 1)
-    loss: Tensor
-    loss, z_loss, lse = torch.ops.npu_xent.prob_cross_entropy.default(
-        logits, probabilities, weight, **options, loss_dtype=loss_dtype, need_lse=return_lse
+    outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.npu_xent.prob_cross_entropy.default(
+        logits, probabilities, weight, **options, need_lse=return_lse
     )
-    if options["reduction"] == "none":
-        loss = loss.view(shape)
-    if not (return_lse or return_z_loss):
-        return loss
-    return CrossEntropyOutput(
-        loss, lse.view(shape) if return_lse else None, z_loss_like(loss, z_loss) if return_z_loss else None
-    )
+    return outputs
 
 
 def _by_torch_operations(
@@ -455,9 +470,8 @@ def _by_torch_operations(
     softcap: float | None,
     loss_dtype: torch.dtype | None,
     return_lse: bool,
-    return_z_loss: bool,
-) -> Tensor | CrossEntropyOutput:
-    """cross_entropy by torch operations, in float32 (float64): for probabilities and for torch.func."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, z-loss and lse by torch operations, in float32 (float64): for probabilities and for torch.func."""
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")
@@ -482,7 +496,7 @@ def _by_torch_operations(
     logits = input.to(dtype)
     if logit_scale != 1.0:
         logits = logits * logit_scale
-    lse = _capped(logits, softcap).logsumexp(class_dim) if return_lse else None
+    lse = _capped(logits, softcap).logsumexp(class_dim) if return_lse else logits.new_empty(0)
     if target.is_floating_point():
         _require_no_ignored_class(ignore_index)
         target = target.to(dtype)
@@ -519,7 +533,4 @@ def _by_torch_operations(
         if reduction != "none":
             z_loss = z_loss.sum() / (kept.sum() if reduction == "mean" else 1)
         loss = loss + z_loss
-    loss = loss.to(loss_dtype)
-    if not (return_lse or return_z_loss):
-        return loss
-    return CrossEntropyOutput(loss, lse, z_loss.detach().to(loss_dtype) if return_z_loss else None)
+    return loss.to(loss_dtype), z_loss.to(loss_dtype), lse

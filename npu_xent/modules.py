@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ._options import CROSS_ENTROPY, check_types, options_of
+from ._overrides import not_scriptable
 from .functional import CrossEntropyOutput, cross_entropy
 
 _OPTIONS = options_of(CROSS_ENTROPY)
 _TORCHS = nn.CrossEntropyLoss.__constants__
 
 
+@not_scriptable("cross_entropy")
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`cross_entropy` as a module; a torch.nn.CrossEntropyLoss, and a drop-in replacement for it.
 

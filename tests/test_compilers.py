@@ -1,9 +1,9 @@
-"""What torch's compilers of backwards see: compiled autograd, joint graphs, make_fx, batched gradients."""
+"""What torch's compilers, transforms and overrides see of the functions, and that they give the same results."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend, EagerAndRecordGraphs
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 import npu_xent
+from npu_xent.compat import mindformers, nnsight, unit_scaling
 
 pytestmark = pytest.mark.cpu
 
@@ -243,20 +246,90 @@ TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = 
 }
 
 
-@pytest.mark.parametrize("linear", [False, True])
+def transformable(device: torch.device) -> dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]]:
+    """Losses, and the same by torch operations."""
+    _, y, layer = inputs(device)
+    ce, contract, kept = nn.functional.cross_entropy, npu_xent.npu_cross_entropy_loss, y >= 0
+    few, filled = y.where(y < H, -100), y.clamp(min=0)
+    few_kept = few >= 0
+
+    def with_z_loss(z: Tensor) -> Tensor:
+        loss, _, z_loss, _ = contract(z, y, lse_square_scale_for_zloss=0.1, return_zloss=True, strict=False)
+        return (loss + z_loss).sum()
+
+    def entropy(z: Tensor) -> Tensor:
+        p = (z / 2).softmax(-1)
+        return (-(p * p.log()).sum(-1) * kept).sum()
+
+    return {
+        "cross_entropy": (lambda z: npu_xent.cross_entropy(z, y), lambda z: ce(z, y)),
+        "linear": (lambda z: npu_xent.linear_cross_entropy(z, layer, few), lambda z: ce(z @ layer.T, few)),
+        "contract": (lambda z: contract(z, y)[0].sum(), lambda z: ce(z, y)),
+        "contract none": (lambda z: contract(z, y, reduction="none")[0].sum(), lambda z: ce(z, y, reduction="sum")),
+        "contract z-loss": (
+            with_z_loss,
+            lambda z: ce(z, y) + 0.2 * (z.logsumexp(1).square() * kept).sum() / kept.sum(),
+        ),
+        "nnsight": (lambda z: nnsight.cross_entropy_loss(z, y), lambda z: ce(z, y)),
+        "mindformers": (lambda z: mindformers.CrossEntropyLoss()(z, filled, kept).sum(), lambda z: ce(z, y)),
+        "log-probs": (lambda z: npu_xent.token_log_probs(z, y).sum(), lambda z: -ce(z, y, reduction="sum")),
+        "entropy": (
+            lambda z: npu_xent.token_log_probs(z, y, temperature=2.0, return_entropy=True).entropy.sum(),
+            entropy,
+        ),
+        "linear log-probs": (
+            lambda z: npu_xent.linear_token_log_probs(z, layer, few).sum(),
+            lambda z: -(ce(z @ layer.T, few, reduction="none") * few_kept).sum(),
+        ),
+        "selected": (
+            lambda z: npu_xent.selected_log_probs(z, filled[:, None]).sum(),
+            lambda z: -ce(z, filled, reduction="sum"),
+        ),
+    }
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", transformable(torch.device("cpu")))
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_compiled_transforms(transform: str, linear: bool, device: torch.device) -> None:
-    """Transforms of torch.func inside a compiled function, by torch operations as in eager mode."""
-    x, y, layer = inputs(device)
-    y = y.where(y < H, -100)
+def test_transforms(transform: str, name: str, compiled: bool, device: torch.device) -> None:
+    """Transforms of torch.func, in eager mode and inside a compiled function."""
+    x, (ours, theirs), call = inputs(device)[0], transformable(device)[name], TRANSFORMS[transform]
+
+    def transform_ours(z: Tensor) -> Tensor:
+        return call(ours, z)
+
+    if compiled:
+        torch._dynamo.reset()
+        transform_ours = torch.compile(transform_ours, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(transform_ours(x), call(theirs, x), rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("mult", [0.0, 0.5])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_transforms_of_unit_scaling(reduction: str, mult: float, probabilities: bool, device: torch.device) -> None:
+    """Their gradient is the one of the loss, which is not the derivative of its value."""
+    x, y, _ = inputs(device)
+    target = x.flip(0).softmax(1) if probabilities else y
 
     def loss(z: Tensor) -> Tensor:
-        return npu_xent.linear_cross_entropy(z, layer, y) if linear else npu_xent.cross_entropy(z, y)
+        return unit_scaling.cross_entropy(z, target, reduction=reduction, mult=mult)
 
-    call = TRANSFORMS[transform]
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf)
+    (expected,) = torch.autograd.grad(value, leaf)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda z: call(loss, z), backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), call(loss, x))
+    for call in (torch.func.grad_and_value(loss), torch.compile(torch.func.grad_and_value(loss), backend="aot_eager")):
+        actual, seen = call(x)
+        torch.testing.assert_close(seen, value)
+        torch.testing.assert_close(actual, expected)
+    tangent = torch.linspace(-1, 1, N * C).view(N, C)
+    derivative = torch.func.jvp(loss, (x,), (tangent,))[1]  # torch makes float64 of one number times a float
+    torch.testing.assert_close(derivative, (expected * tangent).sum(), check_dtype=False)
+    masked = x.index_fill(1, torch.tensor([C - 1]), -torch.inf)
+    if not probabilities:
+        masked_loss = torch.func.grad(lambda z: unit_scaling.cross_entropy(z, y.clamp(max=C - 2), mult=0.5))(masked)
+        assert masked_loss.isfinite().all()
 
 
 def test_compiled_code_without_transforms_has_the_operator_alone(device: torch.device) -> None:
@@ -294,7 +367,9 @@ ONE_GRADIENT = ("grad", "grad_and_value", "vjp")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["mean", "sum", "none", "options", "images", "linear", "linear sum"])
+@pytest.mark.parametrize(
+    "name", ["mean", "sum", "none", "options", "images", "linear", "linear sum", "contract", "nnsight"]
+)
 @pytest.mark.parametrize("transform", ONE_GRADIENT)
 def test_one_gradient_of_torch_func_is_fused(
     transform: str, name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -312,6 +387,8 @@ def test_one_gradient_of_torch_func_is_fused(
         "none": lambda z: (ce(z, y, reduction="none") * upstream).sum(),
         "options": lambda z: ce(z, y, weight, label_smoothing=0.1, lse_square_scale=0.1, softcap=5.0, logit_scale=0.7),
         "images": lambda z: ce(z.T[None], y[None], reduction="none").sum(),
+        "contract": lambda z: npu_xent.npu_cross_entropy_loss(z, y, reduction="sum", strict=False)[0].sum(),
+        "nnsight": lambda z: nnsight.cross_entropy_loss(z[None], y[None]),
         "linear": lambda z: npu_xent.linear_cross_entropy(z, layer, few, linear_bias=layer[:, 0]),
         "linear sum": lambda z: npu_xent.linear_cross_entropy(z, layer, few, reduction="sum") * 2,
     }
@@ -365,3 +442,154 @@ def test_derivatives_around_a_gradient_of_torch_func(linear: bool, device: torch
     with torch.no_grad():  # nothing records around it
         leaf = x.clone().requires_grad_()
         torch.testing.assert_close(torch.func.grad(ours)(leaf), torch.func.grad(truth)(leaf))
+
+
+def test_the_contract_under_one_gradient_returns_all(device: torch.device) -> None:
+    x, y, _ = inputs(device)
+    expected = npu_xent.npu_cross_entropy_loss(x, y, lse_square_scale_for_zloss=0.1, strict=False)
+
+    def loss(z: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        outputs = npu_xent.npu_cross_entropy_loss(z, y, lse_square_scale_for_zloss=0.1, strict=False)
+        return outputs[0].sum(), outputs
+
+    _, outputs = torch.func.grad(loss, has_aux=True)(x)
+    for actual, true in zip(outputs, expected, strict=True):
+        torch.testing.assert_close(actual, true)
+    with pytest.raises(npu_xent.ConstraintError, match=r"target\[0\] is 9"):
+        torch.func.grad(lambda z: npu_xent.npu_cross_entropy_loss(z, y.new_full((N,), 9))[0].sum())(x)
+
+
+class Seen(TorchFunctionMode):
+    """Records the functions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class Subclass(Tensor):
+    """A subclass that only passes on."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class Quiet(Tensor):
+    """A subclass that changes nothing."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def public_calls(x: Tensor, y: Tensor, layer: Tensor) -> dict[Any, tuple[Callable[[], Any], dict[str, Any]]]:
+    """A call of each public function, and the keywords that an override sees."""
+    few, classes = y.where(y < H, -100), y.clamp(min=0)[:, None]
+    return {
+        npu_xent.cross_entropy: (
+            lambda: npu_xent.cross_entropy(x, y, None, None, -100, None, "none", logit_scale=2.0),
+            {"reduction": "none", "logit_scale": 2.0},
+        ),
+        npu_xent.linear_cross_entropy: (
+            lambda: npu_xent.linear_cross_entropy(x, layer, few, return_lse=True),
+            {"return_lse": True},
+        ),
+        npu_xent.npu_cross_entropy_loss: (
+            lambda: npu_xent.npu_cross_entropy_loss(x, y, None, "sum"),
+            {"reduction": "sum"},
+        ),
+        npu_xent.token_log_probs: (lambda: npu_xent.token_log_probs(x, y, temperature=0.5), {"temperature": 0.5}),
+        npu_xent.linear_token_log_probs: (lambda: npu_xent.linear_token_log_probs(x, layer, few), {}),
+        npu_xent.selected_log_probs: (
+            lambda: npu_xent.selected_log_probs(x, classes, softcap=3.0),
+            {"softcap": 3.0},
+        ),
+    }
+
+
+def test_modes_and_subclasses_see_the_public_functions(device: torch.device) -> None:
+    """With what differs from the defaults; the results are those of a plain call."""
+    x, y, layer = inputs(device)
+    of_subclass = public_calls(x.as_subclass(Subclass), y, layer)
+    for function, (call, keywords) in public_calls(x, y, layer).items():
+        with Seen() as mode:
+            seen = call()
+        func, args, given = mode.calls[0]
+        assert func is function
+        assert args[0] is x
+        assert given == keywords
+        Subclass.seen.clear()
+        result = of_subclass[function][0]()
+        assert Subclass.seen[0] is function
+        for actual, other, plain in zip(*(tree_leaves(r) for r in (seen, result, call())), strict=True):
+            assert (actual is None and plain is None) or torch.equal(actual, plain)
+            assert plain is None or (type(other) is Subclass and torch.equal(other.as_subclass(Tensor), plain))
+
+
+@pytest.mark.parametrize("mode", ["device", "subclass"])
+def test_compiled_code_with_overrides(mode: str, device: torch.device) -> None:
+    """A mode of torch's own and a subclass do not break a graph."""
+    x, y, layer = inputs(device)
+
+    def loss(z: Tensor) -> Tensor:
+        return npu_xent.cross_entropy(z, y) + npu_xent.linear_token_log_probs(z, layer, y.clamp(0, H - 1)).sum()
+
+    torch._dynamo.reset()
+    # (A mode of AOTAutograd takes no operators of others with subclasses.)
+    compiled = torch.compile(loss, backend="aot_eager" if mode == "device" else "eager", fullgraph=True)
+    expected = loss(x)
+    if mode == "device":
+        torch.set_default_device("cpu")
+        try:
+            torch.testing.assert_close(compiled(x), expected)
+        finally:
+            torch.set_default_device(None)
+    else:
+        torch.testing.assert_close(compiled(x.as_subclass(Quiet)).as_subclass(Tensor), expected)
+
+
+class Scored(nn.Module):
+    """A model whose output is its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.loss = nn.Linear(C, H), npu_xent.CrossEntropyLoss(label_smoothing=0.1)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        logits = self.layer(x)
+        linear = npu_xent.linear_cross_entropy(x, self.layer.weight, y, return_lse=True)
+        return self.loss(logits, y) + linear.loss + npu_xent.npu_cross_entropy_loss(logits, y)[0].sum()
+
+
+def test_symbolic_trace(device: torch.device) -> None:
+    """The functions are nodes of the graph of torch.fx."""
+    x, y, _ = inputs(device)
+    y, model = y.where(y < H, -100), Scored()
+    traced = torch.fx.symbolic_trace(model)
+    targets = {node.target for node in traced.graph.nodes}
+    assert {npu_xent.cross_entropy, npu_xent.linear_cross_entropy, npu_xent.npu_cross_entropy_loss} <= targets
+    torch.testing.assert_close(traced(x, y), model(x, y))
+
+
+def test_scripting_says_what_to_do(device: torch.device) -> None:
+    """In one sentence, whose advice works."""
+    x, y, _ = inputs(device)
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return npu_xent.cross_entropy(x, y)
+
+    def advised(x: Tensor, y: Tensor):
+        return torch.ops.npu_xent.cross_entropy(x, y)[0]
+
+    for scripted in (loss, npu_xent.CrossEntropyLoss(), *public_calls(x, y, x)):
+        with pytest.raises(NotImplementedError, match=r"use torch\.compile .* or call torch\.ops\.npu_xent\."):
+            torch.jit.script(scripted)
+    torch.testing.assert_close(torch.jit.script(advised)(x, y), loss(x, y))

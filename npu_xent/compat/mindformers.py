@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._loading import prepare
-from .._tensors import LOGITS, require_dense
+from .._tensors import LOGITS, require_dense, transformed
+from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
 EPSILON = 1e-8
@@ -68,8 +68,7 @@ class CrossEntropyLoss(nn.Module):
 
     Differs from the original on purpose: class probabilities are supported; a label out of range where input_mask is
     not 0 raises instead of counting as 0; a bool mask counts its rows; NaN in a masked row does not propagate; a mask
-    of length 1 is not broadcast; float64 logits give a float64 loss. With class indices it does not support the
-    transforms of torch.func.
+    of length 1 is not broadcast; float64 logits give a float64 loss.
 
     Where the original's documentation page and its code differ:
 
@@ -158,7 +157,7 @@ class CrossEntropyLoss(nn.Module):
 def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
     """The loss of each row, [N], by the fused operator. Masked rows are 0, and their logits and label are not read."""
     target = label.reshape(-1).to(torch.int64)
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
         if bad.any():
             row = int(bad.nonzero()[0])
@@ -169,12 +168,7 @@ def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: tor
     # Only masked rows may be ignored. A label that happens to equal IGNORE_INDEX in another row becomes another value
     # out of range, so that the operator handles it like every label out of range.
     target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
-    prepare(logits)
-    loss: Tensor
-    loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
-        logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype
-    )
-    return loss
+    return cross_entropy(logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype)
 
 
 def _losses_of_probabilities(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._loading import prepare
 from .._tensors import require_dense
+from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
 
@@ -44,8 +44,8 @@ def cross_entropy_loss(
 
     Differs from the original on purpose: it computes on the device of the logits and moves only the result to the CPU;
     target_ids may be on another device; it shifts the targets instead of copying the logits; means are taken in float32
-    and rounded once; an empty batch gives NaN or an empty tensor instead of an error. It does not support the
-    transforms of torch.func. (Prefer shift=True to slicing the logits: a slice of a batch costs a copy.)
+    and rounded once; an empty batch gives NaN or an empty tensor instead of an error.
+    (Prefer shift=True to slicing the logits: a slice of a batch costs a copy.)
 
     Where the original's documentation page and its code differ, this function does what the code does:
 
@@ -68,9 +68,7 @@ def cross_entropy_loss(
     if shift and length:
         nothing = target.new_full((batch, 1), IGNORE_INDEX)
         target = torch.cat([target[:, 1:], nothing], dim=1)
-    prepare(logits)
-    loss: Tensor
-    loss, _, _, _ = torch.ops.npu_xent.cross_entropy.default(
+    loss: Tensor = cross_entropy(
         logits.reshape(-1, classes),
         target.reshape(-1),
         reduction="none",

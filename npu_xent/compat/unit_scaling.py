@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
+from .. import functional
 from .._loading import prepare
-from .._tensors import index_target, require_dense
+from .._tensors import index_target, require_dense, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -42,6 +43,12 @@ class _ScaleBackward(torch.autograd.Function):
 # Typed aliases: `apply` has no types.
 _scale_forward: Callable[[Tensor, float], Tensor] = _ScaleForward.apply
 _scale_backward: Callable[[Tensor, float], Tensor] = _ScaleBackward.apply
+
+
+def _derived_from(value: Tensor, x: Tensor, factor: float) -> Tensor:
+    """`value`, with the derivatives of factor * x where x is finite, for torch.func, which refuses both classes."""
+    value = value.detach()
+    return torch.where(x.isfinite(), value + (x - x.detach()) * factor, value)
 
 
 def _require_defaults(
@@ -95,8 +102,8 @@ def cross_entropy(
         IndexError, TypeError, RuntimeError: as npu_xent.cross_entropy.
 
     Differs from the original on purpose: statistics are float32 for every dtype but float64; with class indices the
-    fused kernel scales the gradient, without a separate multiplication; target may have any integer dtype. Like
-    the original, it does not support the transforms of torch.func.
+    fused kernel scales the gradient, without a separate multiplication; target may have any integer dtype. The
+    transforms of torch.func work; they see a scaled derivative as the gradient is.
 
     Where the original's documentation page and its code differ, this function does what the code does:
 
@@ -117,6 +124,14 @@ def cross_entropy(
     grad_scale = classes / math.sqrt(classes - 1)
     loss_scale = 1.0 / rows if reduction == "mean" else 1.0
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    if transformed():
+        logits = input.to(dtype)
+        logits = _derived_from(logits * mult, logits, grad_scale)
+        if target.is_floating_point():
+            target = target.to(dtype)
+        total: Tensor = functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
+        loss = _derived_from(total * loss_scale, total, 1.0)
+        return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
     if target.is_floating_point():
         # Class probabilities use torch's cross_entropy; the two scalings around it keep mult out of the gradient.
         scaled = _scale_backward(input.to(dtype), grad_scale)
