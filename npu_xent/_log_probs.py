@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 
 from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
-from ._overrides import from_iterable, not_scriptable, overridden
+from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
@@ -24,7 +24,7 @@ from ._tensors import (
 )
 
 
-@from_iterable
+@output_type
 class TokenLogProbs(NamedTuple):
     """Output of token_log_probs with return_entropy or return_top1. An output that was not requested is None."""
 

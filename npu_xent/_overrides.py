@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
 from torch.overrides import handle_torch_function
+from torch.utils._pytree import _register_namedtuple
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
@@ -27,8 +28,9 @@ def overridden(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     return handle_torch_function(function, (*positional, *keywords.values()), *positional, **keywords)
 
 
-def from_iterable(output: _Callable) -> _Callable:
-    """Let a NamedTuple be made from one iterable too, as Tensor.__torch_function__ makes the outputs of subclasses."""
+def output_type(output: _Callable) -> _Callable:
+    """Prepare a NamedTuple for torch.export.save, and for Tensor.__torch_function__, which makes one of an iterable."""
+    _register_namedtuple(cast(Any, output), serialized_type_name=f"npu_xent.{output.__name__}")
     new, changed = output.__new__, cast(Any, output)
 
     def __new__(cls: Any, *values: Any, **named: Any) -> Any:

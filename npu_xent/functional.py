@@ -17,7 +17,7 @@ from ._constraints import Lifted, check_documented_constraints, target_errors_as
 from ._func import fused_gradient, one_gradient
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
-from ._overrides import from_iterable, not_scriptable, overridden
+from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
@@ -32,7 +32,7 @@ from ._tensors import (
 )
 
 
-@from_iterable
+@output_type
 class CrossEntropyOutput(NamedTuple):
     """Output of cross_entropy with return_lse or return_z_loss. An output that was not requested is None."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -593,3 +595,137 @@ def test_scripting_says_what_to_do(device: torch.device) -> None:
         with pytest.raises(NotImplementedError, match=r"use torch\.compile .* or call torch\.ops\.npu_xent\."):
             torch.jit.script(scripted)
     torch.testing.assert_close(torch.jit.script(advised)(x, y), loss(x, y))
+
+
+class OfFunction(nn.Module):
+    """A function, and a layer for it, as a module for torch.export."""
+
+    def __init__(self, function: Callable[..., Any], *tensors: Tensor) -> None:
+        super().__init__()
+        self.function, self.tensors = function, nn.ParameterList(tensors)
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.function(x, *self.tensors, y)
+
+
+ROWS, IMAGE = {0: "N"}, {0: "N", 1: "d1", 2: "d2"}
+EXPORTS: dict[str, tuple[Callable[..., Any], dict[int, str], dict[int, str]]] = {
+    "cross_entropy": (npu_xent.cross_entropy, {0: "N", 1: "C"}, ROWS),
+    "none": (lambda x, y: npu_xent.cross_entropy(x, y, reduction="none", return_lse=True), {0: "N", 1: "C"}, ROWS),
+    "images": (npu_xent.cross_entropy, {0: "N", 1: "C", 2: "d1", 3: "d2"}, IMAGE),
+    "probabilities": (lambda x, y: npu_xent.cross_entropy(x, x.softmax(1)), {0: "N", 1: "C"}, ROWS),
+    "contract": (npu_xent.npu_cross_entropy_loss, {0: "N", 1: "C"}, ROWS),
+    "linear": (npu_xent.linear_cross_entropy, ROWS, ROWS),
+    "log-probs": (lambda x, y: npu_xent.token_log_probs(x, y, return_entropy=True), {0: "N", 1: "C"}, ROWS),
+    "linear log-probs": (npu_xent.linear_token_log_probs, ROWS, ROWS),
+    "selected": (lambda x, y: npu_xent.selected_log_probs(x, y.clamp(min=0)[:, None]), {0: "N", 1: "C"}, ROWS),
+}
+
+
+def exported(
+    name: str, strict: bool, device: torch.device
+) -> tuple[torch.export.ExportedProgram, nn.Module, tuple[Tensor, Tensor]]:
+    """The program with dynamic sizes, its module, and inputs of other sizes than the example's."""
+    function, of_x, of_y = EXPORTS[name]
+    x, y, layer = inputs(device)
+    module = OfFunction(function, *([layer] if name.startswith("linear") else []))
+    example = (x, y.where(y < H, -100))
+    if name == "images":
+        example = (torch.randn(2, C, 3, 4), torch.randint(0, C, (2, 3, 4)))
+    larger = tuple(torch.cat([t, t]) for t in example)
+    if "C" in of_x.values():
+        larger = (torch.cat([larger[0], larger[0]], 1), larger[1])
+    sizes = {size: torch.export.Dim(size, max=1024) for size in ("N", "C", "d1", "d2")}
+    dynamic = tuple({i: sizes[size] for i, size in of.items()} for of in (of_x, of_y))
+    with torch.no_grad():
+        return torch.export.export(module, example, dynamic_shapes=dynamic, strict=strict), module, larger
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", EXPORTS)
+def test_export(name: str, strict: bool, device: torch.device) -> None:
+    """Saved and loaded, with dynamic sizes; the graph holds our operator."""
+    program, module, larger = exported(name, strict, device)
+    assert len(names(program.graph)) == 1
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()(*larger)
+    expected = module(*larger)
+    assert type(loaded) is type(expected)
+    for actual, true in zip(tree_leaves(loaded), tree_leaves(expected), strict=True):
+        assert (actual is None and true is None) or torch.equal(actual, true)
+
+
+def test_ahead_of_time(device: torch.device, tmp_path: Path) -> None:
+    """AOTInductor."""
+    program, module, larger = exported("none", False, device)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    loaded = torch._inductor.aoti_load_package(path)(*larger)
+    for actual, true in zip(tree_leaves(loaded), tree_leaves(module(*larger)), strict=True):
+        torch.testing.assert_close(actual, true)
+
+
+def test_reduce_overhead(device: torch.device) -> None:
+    """The mode takes the functions, with a gradient."""
+    x, y, layer = inputs(device)
+    few = y.where(y < H, -100)
+
+    def loss(z: Tensor) -> Tensor:
+        log_probs = npu_xent.token_log_probs(z, y) + npu_xent.linear_token_log_probs(z, layer, few)
+        return npu_xent.cross_entropy(z, y) + npu_xent.linear_cross_entropy(z, layer, few) + log_probs.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, mode="reduce-overhead", fullgraph=True)
+    torch.testing.assert_close(gradient(compiled, x), gradient(loss, x))
+
+
+KEEPING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda z, y: npu_xent.cross_entropy(z, y, reduction="none"),
+    "float16": lambda z, y: npu_xent.cross_entropy(z.half(), y),
+    "lse": lambda z, y: npu_xent.cross_entropy(z, y, return_lse=True).lse,
+    "contract": lambda z, y: npu_xent.npu_cross_entropy_loss(z, y)[0],
+    "log-probs": lambda z, y: npu_xent.token_log_probs(z, y),
+    "selected": lambda z, y: npu_xent.selected_log_probs(z, y.clamp(min=0)[:, None]),
+}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", KEEPING)
+def test_logits_may_change_after_the_loss_in_compiled_code(name: str, backend: str, device: torch.device) -> None:
+    """Losses whose backward reads the logits see those of the forward, as torch's does."""
+    x, y, _ = inputs(device)
+    function = KEEPING[name]
+
+    def changed(z: Tensor) -> Tensor:
+        logits = z * 2
+        loss = function(logits, y)
+        logits[:, 1:].mul_(3)
+        logits.relu_()
+        return loss.sum() + logits.sum()
+
+    def expected(z: Tensor) -> Tensor:
+        logits = z * 2
+        return function(logits, y).sum() + torch.cat([logits[:, :1], logits[:, 1:] * 3], 1).relu().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(changed, backend=backend, fullgraph=True)
+    torch.testing.assert_close(gradient(compiled, x), gradient(expected, x))
+
+
+def test_changed_inputs_of_compiled_code_are_not_silently_wrong(device: torch.device) -> None:
+    """Where torch keeps an input of the graph itself, its own check of versions raises."""
+    x, y, _ = inputs(device)
+
+    def changed(z: Tensor) -> Tensor:
+        loss = npu_xent.cross_entropy(z, y, reduction="none").sum()
+        z.mul_(2)
+        return loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(changed, backend="aot_eager", fullgraph=True)
+    expected = gradient(lambda z: npu_xent.cross_entropy(z, y, reduction="none").sum(), x)
+    try:
+        torch.testing.assert_close(gradient(compiled, x), expected)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017  either is right

@@ -127,6 +127,9 @@ struct Results {
   }
 };
 
+// The tensor, or, in a compiler's trace, its value of this moment, whatever is written into it later (saved_value.cpp).
+Tensor value_to_save(const Tensor& t);
+
 // A saved tensor or an upstream gradient; nullopt if undefined.
 inline OptionalTensor optional(const Tensor& t) {
   return t.defined() ? OptionalTensor(t) : std::nullopt;

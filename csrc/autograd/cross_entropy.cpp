@@ -70,7 +70,8 @@ class CrossEntropy : public torch::autograd::Function<CrossEntropy<inplace>> {
     }
     if (!in_one_sweep || wanted.lse) {
       save(o, saved);
-      ctx->save_for_backward({logits, target, weight.value_or(Tensor()), out.lse, out.lse_low, out.totals});
+      ctx->save_for_backward({inplace ? logits : value_to_save(logits), target, weight.value_or(Tensor()), out.lse,
+                              out.lse_low, out.totals});
     }
     if (!wanted.lse) {
       out.lse = directly ? out.lse : not_wanted(out.lse.options());

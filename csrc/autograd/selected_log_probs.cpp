@@ -102,7 +102,7 @@ class SelectedLogProbs : public torch::autograd::Function<SelectedLogProbs> {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [log_probs, lse, lse_low] = compute(o, logits, index, row_temperature);
     save(o, ctx->saved_data);
-    ctx->save_for_backward({logits, index, row_temperature.value_or(Tensor()), lse, lse_low});
+    ctx->save_for_backward({value_to_save(logits), index, row_temperature.value_or(Tensor()), lse, lse_low});
     return log_probs;
   }
 

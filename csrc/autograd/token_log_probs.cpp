@@ -91,7 +91,7 @@ class TokenLogProbsOfLogits : public torch::autograd::Function<TokenLogProbsOfLo
                                bool need_top1, Results<3>* results) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto out = results_of(o, logits, target, row_temperature, wanted_stats(need_entropy, need_top1));
-    return save_results(ctx, o, {logits, target}, row_temperature, out, results);
+    return save_results(ctx, o, {inplace ? logits : value_to_save(logits), target}, row_temperature, out, results);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& of_outputs) {
