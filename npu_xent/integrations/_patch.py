@@ -127,7 +127,7 @@ def _original(
 ) -> Callable[..., Any]:
     """The framework's function, of which the signature is as expected."""
     try:
-        version = getattr(importlib.import_module(package), "__version__", "of unknown version")
+        importlib.import_module(package)
     except ModuleNotFoundError as error:
         if error.name != package:
             raise
@@ -143,8 +143,15 @@ def _original(
     if found is None or seen is None or tuple(p.name for p in seen[: len(parameters)]) != parameters or extra:
         has = f"has no {module}.{name}" if seen is None else f"has {module}.{name}({', '.join(p.name for p in seen)})"
         raise RuntimeError(
-            f"npu_xent.{function}: {package} {version} {has}, but this patch replaces "
+            f"npu_xent.{function}: {package} {_version(module)} {has}, but this patch replaces "
             f"{name}({', '.join(parameters)}); it was tried with {package} {tried}. Install such a version, or call "
             "npu_xent's functions yourself"
         )
     return found
+
+
+def _version(module: str) -> str:
+    """The version that the outermost package around the module states: a namespace package states none."""
+    parts = module.split(".")
+    packages = (sys.modules.get(".".join(parts[:n])) for n in range(1, len(parts) + 1))
+    return next((v for p in packages if (v := getattr(p, "__version__", None))), "of unknown version")
