@@ -82,10 +82,10 @@ def patch_mindspeed() -> None:
     try:
         manager: Any = importlib.import_module("mindspeed.patch_utils").MindSpeedPatchesManager
     except ModuleNotFoundError as error:
-        if error.name != "mindspeed":
+        if error.name not in ("mindspeed", "mindspeed.patch_utils"):
             raise
         raise RuntimeError(
-            "npu_xent.patch_mindspeed: mindspeed is not installed; without it call patch_megatron"
+            "npu_xent.patch_mindspeed: mindspeed.patch_utils is not installed; without MindSpeed call patch_megatron"
         ) from None
     for replacement in _replacements():
         _original("patch_mindspeed", "megatron", _TRIED, *replacement[:3])
