@@ -27,6 +27,7 @@ from torch import Tensor
 
 import npu_xent
 from npu_xent import distributed
+from npu_xent.compat.mindformers import CrossEntropyLoss
 
 N = 37  # rows
 SIZES = {"even": 60, "uneven": 61, "fewer than ranks": 3}
@@ -343,6 +344,36 @@ def data_parallel(at: Rank, _: Any) -> list[Tensor]:
     return [total]
 
 
+def mindformers_loss(at: Rank, _: Any) -> list[Tensor]:
+    """mindformers' loss of sharded classes: that of the whole logits, and of one rank."""
+    logits, label = problem(60, torch.float32)
+    mask = torch.rand(N, generator=torch.Generator().manual_seed(2)).masked_fill(label == -100, 0)
+    whole = logits.clone().requires_grad_()
+    expected = CrossEntropyLoss()(whole, label, mask)
+    expected.backward()
+    config = {"model_parallel": at.ranks}
+    found = []
+    for group in (None, dist.new_group()):
+        leaf, shard = at.shard(logits)
+        loss, sent = counted(lambda x=shard, of=group: CrossEntropyLoss(config, group=of)(x, label, mask))
+        loss.backward()
+        assert (loss.shape, loss.dtype) == ((1,), torch.float32)
+        assert len(sent) == (at.ranks > 1)
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(leaf.grad, whole.grad[:, slice(*at.bounds(60))])
+        found.append(loss)
+    _, shard = at.shard(logits)
+    total, weight = CrossEntropyLoss(config, calculate_per_token_loss=True)(shard, label, mask)
+    torch.testing.assert_close(total / weight, expected)
+    mask[1], label[1] = 1.0, 60
+    with pytest.raises(IndexError, match=r"label\[1\] is 60, which is not a class in \[0, 60\)"):
+        CrossEntropyLoss(config)(shard, label, mask)
+    words = f"model_parallel is {at.ranks + 1}, but the group has {at.ranks} ranks"
+    with pytest.raises(ValueError, match=words):
+        CrossEntropyLoss({"model_parallel": at.ranks + 1})(shard, label, mask)
+    return found
+
+
 def more_dimensions(at: Rank, _: Any) -> list[Tensor]:
     """[batch, time, C_local], of equal shards without a number of classes."""
     logits = torch.randn(3, 4, 12 * at.ranks, generator=torch.Generator().manual_seed(2))
@@ -522,7 +553,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 
 SINGLE = (
-    *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
+    *(masked_classes, far_from_zero, normalizers, mindformers_loss, more_dimensions, padded_vocabulary),
     *(compiled, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),
 )

@@ -427,7 +427,7 @@ def refusals(device: torch.device) -> list[tuple[type[Exception], Callable[[], o
         torch.ones(4, device=device),
     )
     return [
-        (NotImplementedError, lambda: mindformers.CrossEntropyLoss({"model_parallel": 2})),
+        (NotImplementedError, lambda: mindformers.CrossEntropyLoss({"model_parallel": 2})(logits, logits, mask)),
         (TypeError, lambda: loss(logits, label.short(), mask)),
         (TypeError, lambda: loss(logits, label.bool(), mask)),
         (TypeError, lambda: loss(logits.long(), label, mask)),
@@ -447,7 +447,7 @@ def refusals(device: torch.device) -> list[tuple[type[Exception], Callable[[], o
     ]
 
 
-@pytest.mark.parametrize("which", range(15))
+@pytest.mark.parametrize("which", range(17))
 def test_mindformers_refusals(which: int, device: torch.device) -> None:
     error, call = refusals(device)[which]
     with pytest.raises(error, match=r"mindformers\.CrossEntropyLoss: "):
@@ -459,11 +459,12 @@ def test_mindformers_parallel_config() -> None:
         data_parallel = 2
         model_parallel = 1
 
-    for config in (Config(), {"data_parallel": 8, "model_parallel": 1}, {}, None):
-        mindformers.CrossEntropyLoss(config)
+    logits, label, mask = torch.zeros(3, 6), torch.zeros(3).long(), torch.ones(3)
+    for config in (Config(), {"data_parallel": 8, "model_parallel": 1}, {}, {"model_parallel": None}, None):
+        assert mindformers.CrossEntropyLoss(config)(logits, label, mask) == pytest.approx(math.log(6))
     Config.model_parallel = 4
-    with pytest.raises(NotImplementedError, match="model_parallel is 4"):
-        mindformers.CrossEntropyLoss(Config())
+    with pytest.raises(RuntimeError, match="init_process_group first"):
+        mindformers.CrossEntropyLoss(Config())(logits, label, mask)
 
 
 # Compared with the originals ------------------------------------------------------------------------------------------

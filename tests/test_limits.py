@@ -166,7 +166,7 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "FSDP2, `linear_cross_entropy` with the weight of a module": [sharded_head],
     "the same with a shard of the classes": [lambda: cross_entropy(*SHARD, reduction="none")],
     "`npu_xent.compat.mindformers`": [
-        lambda: mindformers.CrossEntropyLoss(parallel_config=SHARDED_MODEL)(LOGITS, TARGET, torch.ones(N))
+        lambda: mindformers.CrossEntropyLoss(parallel_config=SHARDED_MODEL)(LOGITS, LOGITS, torch.ones(N))
     ],
     'the same with "none", float16, `consume_logits`': [
         lambda: freed(leaf(LOGITS), reduction="none").sum().backward(),

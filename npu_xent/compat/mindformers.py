@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._tensors import LOGITS, require_dense, transformed
@@ -31,10 +32,12 @@ class CrossEntropyLoss(nn.Module):
     """Cross entropy weighted by a mask, as mindformers.core.loss.CrossEntropyLoss computes it.
 
     Args:
-        parallel_config: an object or mapping with data_parallel and model_parallel, or None. The original
-            shards the classes of the logits over model_parallel; only 1 is supported here.
+        parallel_config: an object or mapping with data_parallel and model_parallel, or None. With a model_parallel
+            above 1, the classes are sharded over so many ranks.
         check_for_nan_in_loss_and_grad: also print the local loss. Results do not change, as in the original.
         calculate_per_token_loss: return numerator and denominator instead of their quotient.
+        group: the ranks that share the classes, in the order of the classes; MindSpore makes it itself, torch does not.
+            Default: all ranks. It must have model_parallel ranks.
         **kwargs: ignored as in the original, but with a UserWarning.
 
     Called as module(logits, label, input_mask):
@@ -55,15 +58,20 @@ class CrossEntropyLoss(nn.Module):
     Class probabilities are computed by torch operations, not by the fused operator, and are differentiable too. They
     need not sum to 1. A class of probability 0 whose logit is -inf contributes 0.
 
+    Sharded classes (model_parallel above 1): each rank passes the logits of its C / model_parallel classes, and the
+    label, which counts the classes of all ranks, and the input_mask of all rows. All ranks get the same result, and the
+    gradient of their logits, with one all_gather in the forward (npu_xent.distributed). data_parallel is not read: the
+    loss is that of the rows that are passed.
+
     Warns:
         UserWarning: a keyword is ignored; one warning for each. The message names the alternative.
 
     Raises:
-        NotImplementedError: model_parallel above 1.
+        NotImplementedError: class probabilities where model_parallel is above 1.
         TypeError: label is neither int32 nor int64 nor floating point, or logits have another dtype.
         ValueError: logits are not [N, C] with C > 0; class indices or input_mask do not have N values; class
-            probabilities do not have the shape of logits.
-        RuntimeError: N = 0, or input_mask requires a gradient.
+            probabilities do not have the shape of logits; the group does not have model_parallel ranks.
+        RuntimeError: N = 0; input_mask requires a gradient; model_parallel is above 1 and there is no process group.
         IndexError: a class index outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 
     Differs from the original on purpose: class probabilities are supported; a label out of range where input_mask is
@@ -87,18 +95,16 @@ class CrossEntropyLoss(nn.Module):
         parallel_config: object | Mapping[str, Any] | None = None,
         check_for_nan_in_loss_and_grad: bool = False,
         calculate_per_token_loss: bool = False,
+        *,
+        group: dist.ProcessGroup | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
         for name in kwargs:
             warnings.warn(f"mindformers.CrossEntropyLoss: {name} is ignored; {INSTEAD.get(name, READ)}", stacklevel=2)
         model_parallel = _get(parallel_config, "model_parallel", 1)
-        if model_parallel is not None and model_parallel > 1:
-            raise NotImplementedError(
-                f"mindformers.CrossEntropyLoss: parallel_config.model_parallel is {model_parallel}, which shards the "
-                "classes over devices; that needs npu_xent.distributed, which this class does not use yet. Use "
-                "model_parallel=1 with whole logits."
-            )
+        self.model_parallel = 1 if model_parallel is None else int(model_parallel)
+        self.group = group
         self.check_for_nan_in_loss_and_grad = check_for_nan_in_loss_and_grad
         self.calculate_per_token_loss = calculate_per_token_loss
 
@@ -143,8 +149,16 @@ class CrossEntropyLoss(nn.Module):
             )
         dtype = torch.float64 if torch.float64 in (logits.dtype, input_mask.dtype) else torch.float32
         mask = input_mask.reshape(-1).to(dtype)
-        losses = _losses_of_probabilities if probabilities else _losses_of_indices
-        loss = losses(logits, label, mask == 0, dtype)
+        if probabilities:
+            if self.model_parallel > 1:
+                raise NotImplementedError(
+                    "mindformers.CrossEntropyLoss: label holds class probabilities, which are not supported where "
+                    f"model_parallel is {self.model_parallel}; pass class indices, or whole logits with "
+                    "model_parallel=1"
+                )
+            loss = _losses_of_probabilities(logits, label, mask == 0, dtype)
+        else:
+            loss = _losses_of_indices(logits, label, mask == 0, dtype, self.model_parallel, self.group)
         numerator = (loss * mask).sum()
         denominator = mask.sum().reshape(1) + EPSILON
         if self.check_for_nan_in_loss_and_grad:
@@ -154,21 +168,35 @@ class CrossEntropyLoss(nn.Module):
         return numerator / denominator
 
 
-def _losses_of_indices(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
-    """The loss of each row, [N], by the fused operator. Masked rows are 0, and their logits and label are not read."""
-    target = label.reshape(-1).to(torch.int64)
+def _losses_of_indices(
+    logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype, ranks: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """The loss of each row, [N], by the fused operators. Masked rows are 0, and their logits and label are not read."""
+    target, classes = label.reshape(-1).to(torch.int64), logits.shape[1] * ranks
     if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
-        bad = ((target < 0) | (target >= logits.shape[1])) & masked.logical_not()
+        bad = ((target < 0) | (target >= classes)) & masked.logical_not()
         if bad.any():
             row = int(bad.nonzero()[0])
             raise IndexError(
                 f"mindformers.CrossEntropyLoss: label[{row}] is {int(target[row])}, which is not a class in "
-                f"[0, {logits.shape[1]}); set input_mask to 0 where there is nothing to predict"
+                f"[0, {classes}); set input_mask to 0 where there is nothing to predict"
             )
     # Only masked rows may be ignored. A label that happens to equal IGNORE_INDEX in another row becomes another value
     # out of range, so that the operator handles it like every label out of range.
     target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
-    return cross_entropy(logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype)
+    loss: Any
+    if ranks > 1:
+        from ..distributed import vocab_parallel_cross_entropy
+
+        if dist.is_initialized() and dist.get_world_size(group) != ranks:
+            raise ValueError(
+                f"mindformers.CrossEntropyLoss: parallel_config.model_parallel is {ranks}, but the group has "
+                f"{dist.get_world_size(group)} ranks; pass group, the ranks that share the classes"
+            )
+        loss = vocab_parallel_cross_entropy(logits, target, group=group, ignore_index=IGNORE_INDEX, loss_dtype=dtype)
+    else:
+        loss = cross_entropy(logits, target, reduction="none", ignore_index=IGNORE_INDEX, loss_dtype=dtype)
+    return loss  # type: ignore[no-any-return]
 
 
 def _losses_of_probabilities(logits: Tensor, label: Tensor, masked: Tensor, dtype: torch.dtype) -> Tensor:
