@@ -24,6 +24,7 @@ from option_values import factors, keywords
 from rank_traffic import traffic
 from reference import case_id, make_weight, pairwise
 from torch import Tensor
+from torch.nn import functional as F
 
 import npu_xent
 from npu_xent import distributed
@@ -344,6 +345,44 @@ def data_parallel(at: Rank, _: Any) -> list[Tensor]:
     return [total]
 
 
+def distributed_data_parallel(at: Rank, _: Any) -> list[Tensor]:
+    """DDP needs nothing: it averages the gradients of the ranks' losses, as with PyTorch's functions."""
+    data = torch.Generator().manual_seed(8)
+    tokens = torch.randint(60, (2, at.ranks, 6, 9), generator=data)[:, at.rank]  # two steps, this rank's rows
+    tokens[:, 0, 1:4] = -100
+    theirs = {
+        "cross_entropy": F.cross_entropy,
+        "linear_cross_entropy": lambda hidden, weight, target: F.cross_entropy(F.linear(hidden, weight), target),
+    }
+
+    class Model(torch.nn.Module):
+        def __init__(self, loss: str, of: Any) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.body, self.head = torch.nn.Embedding(61, 8), torch.nn.Linear(8, 60, bias=False)
+            self.linear, self.loss = "linear" in loss, of
+
+        def forward(self, rows: Tensor) -> Tensor:
+            hidden, target = self.body(rows[:, :-1].clamp(0).flatten()), rows[:, 1:].flatten()
+            return self.loss(hidden, self.head.weight, target) if self.linear else self.loss(self.head(hidden), target)
+
+    found: list[Tensor] = []
+    for name, function in theirs.items():
+        trained = []
+        for of in (function, getattr(npu_xent, name)):
+            model = torch.nn.parallel.DistributedDataParallel(Model(name, of))
+            optimizer = torch.optim.SGD(model.parameters(), 0.5)
+            for rows in tokens:
+                optimizer.zero_grad()
+                model(rows).backward()
+                optimizer.step()
+            trained.append([p.detach().clone() for p in model.parameters()])
+        for expected, mine in zip(*trained, strict=True):
+            torch.testing.assert_close(mine, expected)
+        found += trained[1]
+    return found
+
+
 def mindformers_loss(at: Rank, _: Any) -> list[Tensor]:
     """mindformers' loss of sharded classes: that of the whole logits, and of one rank."""
     logits, label = problem(60, torch.float32)
@@ -553,7 +592,8 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 
 SINGLE = (
-    *(masked_classes, far_from_zero, normalizers, mindformers_loss, more_dimensions, padded_vocabulary),
+    *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
+    *(mindformers_loss, distributed_data_parallel),
     *(compiled, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),
 )

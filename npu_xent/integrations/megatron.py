@@ -43,7 +43,8 @@ def patch_megatron() -> FrameworkPatch:
     Results are the loss of each row, [...], float32, as Megatron's. All columns are classes, those of padding too. What
     differs:
 
-    - The logits keep their values. Megatron overwrites float32 logits.
+    - The logits keep their values, which Megatron overwrites if they are float32. The backward reads them: where a
+      program frees their storage before it, it raises RuntimeError.
     - A row whose target is no class, such as -100, has loss 0 and gradient 0, whatever its logits. Megatron's value is
       lse - max and its gradient the softmax, which the loss mask has to remove; NaN stays NaN there.
     - label_smoothing is over the whole vocabulary, as Megatron's formula says: alpha K / (K - 1) of the mean. Megatron
