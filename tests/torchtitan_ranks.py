@@ -187,6 +187,16 @@ def left(at: Rank, _: Any) -> list[Tensor]:
                 with pytest.raises(TypeError):
                     loss(shard, labels)
     assert calls == []
+    twice = init_device_mesh("cpu", (1, at.ranks), mesh_dim_names=("cp", "tp"))
+
+    def theirs(pred: Tensor, labels: Tensor, *, global_vocab_size: int | None = None) -> str:
+        return "torchtitan's"
+
+    with mock.patch.object(titan, "cross_entropy_loss", theirs), patched() as calls:
+        for placed, of in (((VOCABULARY, VOCABULARY), labels), ((ALL, VOCABULARY), labels.int())):
+            pred, indices = distribute_tensor(logits, twice, placed), distribute_tensor(of, twice, [ALL, ALL])
+            assert titan.cross_entropy_loss(pred, indices) == "torchtitan's"
+    assert calls == []
     return []
 
 
