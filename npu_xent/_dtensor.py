@@ -41,7 +41,7 @@ def cross_entropy(
     if needs_others:
         compute, logits = distributed.vocab_parallel_cross_entropy, logits.movedim(axis, -1)
         loss_dtype = _loss_dtype(loss_dtype, logits)
-        options |= layout.shard(input.shape[axis]) | layout.normalizer(options["reduction"])
+        options.update(layout.shard(input.shape[axis]), **layout.normalizer(options["reduction"]))
     out = compute(logits, indices, weight, loss_dtype=loss_dtype, **options)
     by_row = options["reduction"] == "none"
     if isinstance(out, Tensor):
@@ -70,7 +70,7 @@ def token_log_probs(
         _note_overwriting(LOG_PROBS, logits, rows)
     if layout.class_dim is not None:
         compute = distributed.vocab_parallel_token_log_probs
-        options |= layout.shard(logits.shape[-1])
+        options.update(layout.shard(logits.shape[-1]))
     out = compute(rows, indices, temperature=by_row, **options)
     if isinstance(out, Tensor):
         return layout.of_mesh(out, True)
@@ -110,7 +110,7 @@ def linear_cross_entropy(
     compute: Callable[..., Tensor] = _linear.linear_cross_entropy
     if layout.needs_others(options["reduction"]):
         compute, loss_dtype = distributed.vocab_parallel_linear_cross_entropy, _loss_dtype(loss_dtype, x)
-        options |= layout.shard(linear_weight.shape[0]) | layout.normalizer(options["reduction"])
+        options.update(layout.shard(linear_weight.shape[0]), **layout.normalizer(options["reduction"]))
         options["reduce_input_grad"] = False
     loss = compute(x, layer, indices, linear_bias=bias, weight=weight, loss_dtype=loss_dtype, **options)
     return layout.of_mesh(loss, options["reduction"] == "none")
@@ -226,12 +226,13 @@ def _check_placements(function: str, argument: str, tensor: DTensor, target: Ten
     """What holds for logits and for the tensors that they are computed from."""
     if tensor.device_mesh.get_coordinate() is None:
         raise ValueError(f"npu_xent.{function}: this rank is not in the mesh of {argument}")
-    # _StridedShard has a split_factor; releases of torch differ in whether it is a Shard.
-    if not all(p.is_replicate() or (p.is_shard() and not hasattr(p, "split_factor")) for p in tensor.placements):
-        raise ValueError(
-            f"npu_xent.{function}: {argument} must be Replicate() or Shard(dim) on each dimension of the mesh, but has "
-            f"the placements {list(tensor.placements)}; pass {argument}.redistribute(placements=...)"
-        )
+    for placement in tensor.placements:
+        # Not isinstance: releases of torch differ in whether _StridedShard is a Shard.
+        if type(placement) not in (Replicate, Shard):
+            raise ValueError(
+                f"npu_xent.{function}: {argument} must be Replicate() or Shard(dim) on each dimension of the mesh, but "
+                f"has the placements {list(tensor.placements)}; pass {argument}.redistribute(placements=...)"
+            )
     if target.is_floating_point():
         raise ValueError(
             f"npu_xent.{function}: target must hold class indices if {argument} is a DTensor, but is {target.dtype}; "

@@ -151,11 +151,11 @@ def linear_cross_entropy(
         linear_bias=linear_bias,
         weight=weight,
     )
-    check_types("linear_cross_entropy", options | {"chunk_rows": chunk_rows})
+    check_types("linear_cross_entropy", {**options, "chunk_rows": chunk_rows})
     if has_dtensor(input, linear_weight, target, linear_bias, weight):
         from . import _dtensor
 
-        options |= {"chunk_rows": chunk_rows, "return_lse": return_lse, "return_z_loss": return_z_loss}
+        options.update({"chunk_rows": chunk_rows, "return_lse": return_lse, "return_z_loss": return_z_loss})
         return _dtensor.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options
         )

@@ -595,7 +595,10 @@ def _of_this_shard(
             columns,
             target,
             weight,
-            **wanted._asdict(),
+            need_wsum=wanted.need_wsum,
+            need_entropy=wanted.need_entropy,
+            need_top1=wanted.need_top1,
+            read_ignored=wanted.read_ignored,
             **_of(options, _LOGITS),
             class_start=shard.start,
             num_classes=shard.num_classes,
@@ -605,7 +608,7 @@ def _of_this_shard(
         weights = torch.full((1,), shard.columns, dtype=dtype, device=rows.device)
         if weight is not None:
             weights = weight.narrow(0, shard.start, shard.columns).sum(0, keepdim=True, dtype=dtype)
-        found |= {"wsum": wsum, "weights": weights}
+        found.update({"wsum": wsum, "weights": weights})
     if wanted.need_entropy:
         found["entropy"] = entropy
     if wanted.need_top1:
@@ -613,7 +616,7 @@ def _of_this_shard(
         largest = lse  # -inf
         if shard.columns != 0:
             largest = columns.amax(1) if scale > 0 else -columns.amin(1) if scale < 0 else torch.zeros_like(lse)
-        found |= {"top1": top1.to(dtype), "largest": largest.to(dtype)}
+        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype)})
     return found
 
 
@@ -655,7 +658,7 @@ def _row_grad(
     **operands: Any,
 ) -> Tensor:
     """The gradient of this rank's columns, over the logits if `consume`."""
-    operands |= {"class_start": shard.start, "num_classes": shard.num_classes}
+    operands.update({"class_start": shard.start, "num_classes": shard.num_classes})
     padding = logits.shape[1] - shard.columns
     lse, low = stats
     logits = logits.detach() if consume else logits
@@ -692,7 +695,10 @@ class _CrossEntropy(torch.autograd.Function):
         loss, z_loss, _ = _ops.reduce_rows(
             target,
             weight,
-            *stats[:4],
+            stats.lse,
+            stats.lse_low,
+            stats.picked,
+            stats.wsum,
             totals,
             **_of(options, _LOSS),
             num_classes=shard.num_classes,
@@ -756,7 +762,7 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_loss = torch.zeros_like(lse) if grad_log_probs is None else -grad_log_probs
         operands = {"totals": None, "grad_loss": grad_loss, "reduction": "none"}
         if grad_entropy is not None:
-            operands |= {"entropy": entropy, "grad_entropy": grad_entropy.contiguous()}
+            operands.update({"entropy": entropy, "grad_entropy": grad_entropy.contiguous()})
         grad = _row_grad(logits, target, None, (lse, low), ctx.shard, ctx.consume, **operands, **ctx.options)
         return grad, *(None,) * 7
 
@@ -866,7 +872,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             found.append(stats)
             if any(wanted):
                 operands = {"totals": totals, "grad_loss": one, **layer.options}
-                products.add(chunk, _row_grad(logits, target[chunk], weight, stats[:2], layer.shard, True, **operands))
+                products.add(
+                    chunk,
+                    _row_grad(logits, target[chunk], weight, (stats.lse, stats.lse_low), layer.shard, True, **operands),
+                )
         nothing = totals.new_zeros(0)
         lse = torch.cat([nothing, *(of.lse for of in found)])
         low = torch.cat([nothing, *(of.lse_low for of in found)])

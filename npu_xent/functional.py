@@ -204,7 +204,7 @@ def cross_entropy(
     if has_dtensor(input, target, weight):
         from . import _dtensor
 
-        options |= {"return_lse": return_lse, "return_z_loss": return_z_loss, "consume_logits": consume_logits}
+        options.update({"return_lse": return_lse, "return_z_loss": return_z_loss, "consume_logits": consume_logits})
         return _dtensor.cross_entropy(input, target, weight, **options)
     _check_shapes(input, target)
     overwrite = consume_logits and input.requires_grad and torch.is_grad_enabled()
@@ -305,7 +305,7 @@ def npu_cross_entropy_loss(
     }
     check_types(
         "npu_cross_entropy_loss",
-        options | {"lse_square_scale_for_zloss": lse_square_scale_for_zloss, "loss_dtype": loss_dtype},
+        {**options, "lse_square_scale_for_zloss": lse_square_scale_for_zloss, "loss_dtype": loss_dtype},
     )
     if strict is None or strict:
         lifted: Lifted | None = [] if strict is None else None
