@@ -227,8 +227,8 @@ def _check_placements(function: str, argument: str, tensor: DTensor, target: Ten
     if tensor.device_mesh.get_coordinate() is None:
         raise ValueError(f"npu_xent.{function}: this rank is not in the mesh of {argument}")
     for placement in tensor.placements:
-        # Not isinstance: releases of torch differ in whether _StridedShard is a Shard.
-        if type(placement) not in (Replicate, Shard):
+        # Not isinstance: releases of torch differ in whether _StridedShard is a Shard. Not `in`: for Dynamo.
+        if type(placement) is not Replicate and type(placement) is not Shard:
             raise ValueError(
                 f"npu_xent.{function}: {argument} must be Replicate() or Shard(dim) on each dimension of the mesh, but "
                 f"has the placements {list(tensor.placements)}; pass {argument}.redistribute(placements=...)"

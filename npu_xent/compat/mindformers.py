@@ -103,8 +103,8 @@ class CrossEntropyLoss(nn.Module):
         for name in kwargs:
             warnings.warn(f"mindformers.CrossEntropyLoss: {name} is ignored; {INSTEAD.get(name, READ)}", stacklevel=2)
         model_parallel = _get(parallel_config, "model_parallel", 1)
-        self.model_parallel = 1 if model_parallel is None else int(model_parallel)
-        self.group = group
+        self.model_parallel: int = 1 if model_parallel is None else int(model_parallel)
+        self.group: dist.ProcessGroup | None = group
         self.check_for_nan_in_loss_and_grad = check_for_nan_in_loss_and_grad
         self.calculate_per_token_loss = calculate_per_token_loss
 
