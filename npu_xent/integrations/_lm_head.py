@@ -206,7 +206,6 @@ class FusedHead:
         if when not in ("training", "always"):
             raise ValueError(f'{_FUNCTION}: when must be "training" or "always", but is {when!r}')
         self._model = model = base_model(model)
-        _, causal = loss_of(model, "fuse_lm_head")
         self._head = head = _checked_head(model)
         for name, module in (("model", model), ("head", head)):
             if "forward" in vars(module):
@@ -214,6 +213,7 @@ class FusedHead:
                     f"{_FUNCTION}: the forward of the {name} has been replaced already, by fuse_lm_head or by hooks of "
                     "accelerate; fuse once, and before other changes"
                 )
+        _, causal = loss_of(model, "fuse_lm_head")
         signature = inspect.signature(type(model).forward)
         if "labels" not in signature.parameters:
             raise TypeError(f"{_FUNCTION}: {type(model).__name__}.forward has no parameter labels")
