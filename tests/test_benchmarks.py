@@ -79,6 +79,16 @@ def test_the_sharded_losses_agree_and_are_timed() -> None:
     assert len(re.findall(r"^\| loss_parallel \| [\d.]+ ms \|( [\d.]+ \|){1,2} - \|$", said, flags=re.MULTILINE)) == 3
 
 
+def test_the_losses_of_hugging_faces_models_agree_and_are_measured() -> None:
+    """The benchmark raises if losses or gradients differ."""
+    pytest.importorskip("transformers", reason="needs transformers, which `make test` installs")
+    said = run("hugging_face.py", "--tiny")
+    for dtype in ("float32", "bfloat16"):
+        assert f"Llama, 2 x 8 tokens, hidden 16, 1 layers, 100 classes, {dtype}" in said
+    rows = re.findall(r"^\| (\w+) \| \d+ ms \| [\d.]+ \| \d+ MiB \| [\d.]+ \|$", said, flags=re.MULTILINE)
+    assert rows == ["transformers", "patch_transformers", "fuse_lm_head"] * 2
+
+
 def test_each_target_has_its_line(ran: tuple[Path, str]) -> None:
     _, said = ran
     for target in targets.TARGETS:
