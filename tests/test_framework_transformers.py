@@ -452,6 +452,20 @@ def test_copies_are_models_of_their_own(transformers: ModuleType) -> None:
     assert step(model).calls == (0, 0)
 
 
+def test_a_loaded_model_is_not_fused_until_asked(transformers: ModuleType, tmp_path: Path) -> None:
+    model = build(transformers)
+    expected = step(model)
+    ours.fuse_lm_head(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    found = step(loaded)
+    assert found.calls == (0, 0)
+    assert_equal(found, expected)
+    ours.fuse_lm_head(loaded)
+    assert step(loaded).calls == (1, 0)
+    assert step(model).calls == (1, 0)
+
+
 def test_remove_restores_the_model(transformers: ModuleType) -> None:
     model = build(transformers)
     before = [{*vars(m)} for m in (model, model.lm_head)]
@@ -530,7 +544,7 @@ def test_models_that_cannot_be_fused(transformers: ModuleType, monkeypatch: pyte
     with pytest.raises(ValueError, match="the forward of the model has been replaced already"):
         ours.fuse_lm_head(model)
     model = build(transformers)
-    model.lm_head.forward = model.lm_head.forward
+    model.lm_head.forward = lambda x: x
     with pytest.raises(ValueError, match="the forward of the head has been replaced already"):
         ours.fuse_lm_head(model)
     model = build(transformers)

@@ -208,7 +208,8 @@ class FusedHead:
         self._model = model = base_model(model)
         self._head = head = _checked_head(model)
         for name, module in (("model", model), ("head", head)):
-            if "forward" in vars(module):
+            forward = vars(module).get("forward")
+            if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
                 raise ValueError(
                     f"{_FUNCTION}: the forward of the {name} has been replaced already, by fuse_lm_head or by hooks of "
                     "accelerate; fuse once, and before other changes"
@@ -314,7 +315,7 @@ def _without_logits(output: Any, model: str, answer: Tensor | None) -> Any:
     if answer is None:
         raise RuntimeError(
             f"{_FUNCTION}: {model} has not computed a loss by its loss_function and the head that was fused, so "
-            "nothing was saved. Use patch_transformers for this model"
+            "nothing was saved. Call fuse_lm_head after the head is replaced, or use patch_transformers"
         )
     if not isinstance(output, dict):
         raise RuntimeError(
@@ -347,6 +348,10 @@ def _loss_function(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state.previous is not None:
         return state.previous(*args, **kwargs)
     return importlib.import_module(LOSSES).LOSS_MAPPING[self.loss_type](*args, **kwargs)
+
+
+# A saved method becomes that of its name when a model is loaded: the class's own.
+_head_forward.__name__, _loss_function.__name__ = "forward", "loss_function"
 
 
 def _fused_loss(
