@@ -452,6 +452,30 @@ def test_copies_are_models_of_their_own(transformers: ModuleType) -> None:
     assert step(model).calls == (0, 0)
 
 
+def test_a_loss_of_this_model_alone_stays_in_evaluation(transformers: ModuleType) -> None:
+    model = build(transformers)
+    ours.patch_transformers(model)
+    handle = ours.fuse_lm_head(model)
+    assert step(model).calls == (1, 0)
+    assert step(model.eval()).calls == (0, 1)
+    handle.remove()
+    assert step(model.train()).calls == (0, 1)
+
+
+def test_labels_on_another_device(transformers: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a model whose layers are on several devices."""
+    model, labels = build(transformers).to("meta"), batch()["labels"]
+
+    def forward(self: Any, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.lm_head(torch.ones(*input_ids.shape, 32, device="meta"))
+        return {"loss": self.loss_function(logits, labels, CLASSES, torch.tensor(7, device="meta"))}
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert model(labels, labels)["loss"].is_meta
+    ours.fuse_lm_head(model)
+    assert model(labels, labels)["loss"].is_meta
+
+
 def test_a_loaded_model_is_not_fused_until_asked(transformers: ModuleType, tmp_path: Path) -> None:
     model = build(transformers)
     expected = step(model)
@@ -746,6 +770,16 @@ def test_offloaded_weights(transformers: ModuleType) -> None:
     with torch.no_grad(), Calls() as calls:
         torch.testing.assert_close(model(**batch()).loss, expected, rtol=1e-5, atol=1e-5)
     assert calls == (1, 0)
+
+
+def test_accelerate_unwraps_to_the_fused_model(transformers: ModuleType) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model = build(transformers)
+    ours.fuse_lm_head(model)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    assert step(prepared).calls == (1, 0)
+    assert step(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)).calls == (1, 0)
 
 
 def test_ddp_and_fsdp_on_two_ranks(transformers: ModuleType, tmp_path: Path) -> None:
