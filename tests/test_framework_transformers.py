@@ -329,9 +329,14 @@ def test_one_model(transformers: ModuleType) -> None:
     assert step(model).calls == (0, 0)
     assert model.loss_function is before
     handle = ours.patch_transformers(model)
-    model.loss_function = before
+    model.loss_function = len
     handle.remove()
-    assert model.loss_function is before
+    assert model.loss_function is len
+    masked = build(transformers, "EuroBertForMaskedLM")
+    expected = step(masked)
+    with ours.patch_transformers(masked):
+        assert_equal(patched := step(masked), expected)
+    assert patched.calls == (0, 1)
     with pytest.raises(TypeError, match="the loss_function of LlamaForSequenceClassification is"):
         ours.patch_transformers(transformers.LlamaForSequenceClassification(model.config))
 
@@ -364,12 +369,16 @@ def test_calls_that_are_not_served_reach_transformers(masked: bool, transformers
         patched = getattr(loss_utils, name)
         with Calls() as calls:
             patched(logits, labels, 7)
-        assert calls == (0, 1)
+            if not masked:
+                patched(logits, None, 7, shift_labels=labels)
+        assert calls == (0, 1 if masked else 2)
         for arguments in (
             (logits.to("meta"), labels.to("meta")),
             (logits.as_subclass(Special), labels),
             (logits, labels.int()),
             (logits, labels.float()),
+            (logits, labels.tolist()),
+            (logits.to_sparse(), labels),
             (logits[:, :3], labels),
             (logits[..., :6], labels),
             (logits.half().to(torch.float8_e5m2), labels),
@@ -776,10 +785,14 @@ def test_accelerate_unwraps_to_the_fused_model(transformers: ModuleType) -> None
     accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
     model = build(transformers)
     ours.fuse_lm_head(model)
-    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
-    prepared = accelerator.prepare(model)
-    assert step(prepared).calls == (1, 0)
-    assert step(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)).calls == (1, 0)
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Trainer's, of other tests
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        prepared = accelerator.prepare(model)
+        assert step(prepared).calls == (1, 0)
+        assert step(accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)).calls == (1, 0)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_ddp_and_fsdp_on_two_ranks(transformers: ModuleType, tmp_path: Path) -> None:
