@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from npu_xent.integrations._patch import FrameworkPatch, Replacement
 
@@ -95,6 +97,24 @@ def test_another_signature_raises_before_anything_is_replaced(
     with pytest.raises(RuntimeError, match=message):
         FrameworkPatch("patch_toy", "toy_framework", "1.2", [good, bad])
     assert package.trainer.other is theirs
+
+
+class Function(torch.autograd.Function):
+    """A function of a framework."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: int = 0) -> Tensor:
+        return a
+
+
+@pytest.mark.parametrize("found", [Function, Function.apply], ids=["class", "apply"])
+def test_an_autograd_function_has_the_parameters_of_its_forward(package: types.SimpleNamespace, found: object) -> None:
+    package.utils.loss = found
+    with patch("ctx", "a", "b"), patch("ctx", "a", "b"):
+        assert package.utils.loss is not found
+    assert package.utils.loss is found
+    with pytest.raises(RuntimeError, match=r"has toy_framework\.utils\.loss\(ctx, a, b\)"):
+        patch("a", "b")
 
 
 def test_a_package_that_is_not_installed_raises() -> None:

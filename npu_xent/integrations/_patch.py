@@ -60,7 +60,8 @@ class PatchHandle:
 class Replacement(NamedTuple):
     """What takes the place of a framework's function: make(the function).
 
-    Names and order of its parameters must be `parameters`, or those and more (with defaults) after them.
+    Names and order of its parameters must be `parameters`, or those and more (with defaults) after them. Those of a
+    torch.autograd.Function, or of its apply, are those of its forward.
     """
 
     module: str
@@ -138,7 +139,7 @@ def _original(
         if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
             raise
         found = None
-    seen = None if found is None else tuple(inspect.signature(found).parameters.values())
+    seen = None if found is None else tuple(_signature(found).parameters.values())
     extra = [p for p in seen[len(parameters) :] if p.default is p.empty and p.kind < p.VAR_POSITIONAL] if seen else []
     if found is None or seen is None or tuple(p.name for p in seen[: len(parameters)]) != parameters or extra:
         has = f"has no {module}.{name}" if seen is None else f"has {module}.{name}({', '.join(p.name for p in seen)})"
@@ -155,3 +156,10 @@ def _version(module: str) -> str:
     parts = module.split(".")
     packages = (sys.modules.get(".".join(parts[:n])) for n in range(1, len(parts) + 1))
     return next((v for p in packages if (v := getattr(p, "__version__", None))), "of unknown version")
+
+
+def _signature(found: Callable[..., Any]) -> inspect.Signature:
+    """That of a function; of a torch.autograd.Function, and of its apply, that of its forward."""
+    found = inspect.unwrap(found)
+    owner = getattr(found, "__self__", found)
+    return inspect.signature(getattr(owner, "forward", found) if isinstance(owner, type) else found)
