@@ -1,22 +1,49 @@
-"""Which tensors npu_xent serves instead of a framework's loss."""
+"""What the patches of frameworks leave to the framework."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .._tensors import LOGITS
+from .. import _options
+from .._tensors import LOGITS, forward_mode, transformed
 from .torch import _is_dense
 
+INDICES = (torch.int64, torch.int32)
+NO_CLASS = -(2**31)  # an ignore_index for targets of which none is to be ignored
 
-def serves_rows(logits: Tensor, target: Tensor) -> bool:
-    """Whether npu_xent takes logits [..., C] and class indices [...], dense tensors of the cpu or an npu."""
-    if not (_is_dense(logits) and _is_dense(target)) or target.shape != logits.shape[:-1] or 0 in logits.shape[-1:]:
+
+def serves(logits: Any, *others: Any) -> bool:
+    """Whether npu_xent computes from these tensors, of which the first has the dtype that counts.
+
+    They are plain dense tensors of one cpu or npu. Transforms of torch.func and forward-mode derivatives are left to
+    the framework, whose functions support them where torch does.
+    """
+    if not all(isinstance(t, Tensor) and _is_dense(t) for t in (logits, *others)):
         return False
-    device, dtype = logits.device, logits.dtype
-    if device.type not in ("cpu", "npu") or target.device != device or target.dtype not in (torch.int64, torch.int32):
+    device = logits.device
+    if device.type not in ("cpu", "npu") or any(t.device != device for t in others):
         return False
-    if logits.dim() == 0 or dtype not in LOGITS or (dtype is torch.float64 and device.type == "npu"):
+    dtypes = tuple(d for d in LOGITS if d is not torch.float64 or device.type == "cpu")
+    return logits.dtype in dtypes and logits.numel() > 0 and not (transformed() or forward_mode())
+
+
+def serves_options(**options: Any) -> bool:
+    """Whether these are numbers in npu_xent's ranges. A softcap may be None."""
+    return all(
+        (name == "softcap" and value is None)
+        or (isinstance(value, (float, int)) and _RANGES[name][0] <= value <= _RANGES[name][1])
+        for name, value in options.items()
+    )
+
+
+_RANGES = {option.name: (option.low, option.high) for option in _options._RANGES}
+
+
+def serves_rows(logits: Any, target: Any) -> bool:
+    """Whether npu_xent takes logits [..., C] and class indices [...]."""
+    if not serves(logits, target) or logits.dim() == 0:
         return False
-    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+    return target.shape == logits.shape[:-1] and target.dtype in INDICES
