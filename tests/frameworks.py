@@ -89,7 +89,8 @@ def compare(
     """Runs a framework's function without and with the patch, and compares outputs and gradients with the truth.
 
     `calls` are those of our operators for each draw. Outputs have the dtype of the framework's function; only if it
-    `rounds`, they may be float32 instead, and are not farther from the truth than the framework's, on average.
+    `rounds`, they may be float32 instead, and are not farther from the truth than the framework's, on average: of a few
+    draws, by no more than a tenth.
     """
     errors: dict[int, list[tuple[float, float]]] = {}
     for inputs in draws:
@@ -112,6 +113,6 @@ def compare(
                 errors.setdefault(number, []).append((rms(original, true), rms(found, true)))
             else:
                 assert error(found, true) <= TOLERANCE
-    for of_draws in errors.values():
+    for number, of_draws in errors.items():
         their_error, our_error = (sum(values) / len(draws) for values in zip(*of_draws, strict=True))
-        assert our_error <= 1.02 * their_error + 1e-6
+        assert our_error <= 1.1 * their_error + 1e-6, f"output or gradient {number}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -47,3 +48,17 @@ def serves_rows(logits: Any, target: Any) -> bool:
     if not serves(logits, target) or logits.dim() == 0:
         return False
     return target.shape == logits.shape[:-1] and target.dtype in INDICES
+
+
+def function_class(original: Any, serve: Callable[..., Any]) -> Any:
+    """A class with the `apply` of a torch.autograd.Function, `original`: of what `serve` returns None, original's.
+
+    It is no torch.autograd.Function: compilers trace the forward of such a class instead of calling apply.
+    """
+
+    def apply(*args: Any) -> Any:
+        outputs = serve(*args)
+        return original.apply(*args) if outputs is None else outputs
+
+    members = {name: staticmethod(f) for name, f in (("apply", apply), ("forward", original.forward))}
+    return type(original.__name__, (), {"__doc__": original.__doc__, "__module__": __name__, **members})

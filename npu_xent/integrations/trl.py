@@ -12,7 +12,7 @@ from torch import Tensor
 from .._linear import linear_cross_entropy
 from .._log_probs import linear_token_log_probs, selected_log_probs, token_log_probs
 from ._patch import FrameworkPatch, Replacement
-from ._serves import INDICES, NO_CLASS, serves, serves_options
+from ._serves import INDICES, NO_CLASS, function_class, serves, serves_options
 
 _UTILS = "trl.trainer.utils"
 _HEAD = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,14 +73,7 @@ def patch_trl() -> FrameworkPatch:
 
 
 def _head_function(original: Any) -> Any:
-    """A class with TRL's `apply`. Not a torch.autograd.Function: compilers would trace its forward instead of apply."""
-
-    def apply(*args: Any) -> tuple[Tensor | None, ...]:
-        outputs = _head(*args)
-        return original.apply(*args) if outputs is None else outputs
-
-    members = {name: staticmethod(f) for name, f in (("apply", apply), ("forward", original.forward))}
-    return type(original.__name__, (), {"__doc__": original.__doc__, **members})
+    return function_class(original, _head)
 
 
 def _head(
