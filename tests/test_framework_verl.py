@@ -390,7 +390,7 @@ def test_verl_patches_itself_by_an_external_module(tmp_path: Path) -> None:
 def test_classes_over_ranks(tmp_path: Path) -> None:
     """Right in each of two ranks, and the same bits on both."""
     found = run_ranks(str(Path(__file__).with_name("verl_ranks.py")), 2, tmp_path)
-    assert len(found[0]) == 10
+    assert len(found[0]) == 11
     for rank, of_rank in enumerate(found):
         for case, result in of_rank.items():
             assert result["error"] == "", f"rank {rank}, {case}: {result['error'][-3000:]}"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_ranks import Cases, Rank, main
-from frameworks import Calls, compare
+from frameworks import TOLERANCE, Calls, compare, error
 from torch import Tensor
 from verl_import import import_verl
 
@@ -139,6 +139,20 @@ def a_sharded_layer_is_left_to_verl(rank: Rank, _: Any) -> list[Tensor]:
     return []
 
 
+def the_group_is_megatrons(rank: Rank, _: Any) -> list[Tensor]:
+    """Each rank has all classes, while torch.distributed has both ranks."""
+    module = functions(rank)
+    module.mpu.destroy_model_parallel()
+    module.mpu.initialize_model_parallel(1)
+    whole, labels = draws(rank, torch.float32)[0][1], labels_of(SHAPE)
+    with patch_verl(), Calls() as calls:
+        found = module.vocab_parallel_log_probs_from_logits(whole, labels)
+    module.mpu.destroy_model_parallel()
+    assert calls.of == {"row_stats": 1}
+    assert error(found, whole.double().log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)) <= TOLERANCE
+    return []
+
+
 CASES: Cases = {
     **{
         f"{case.__name__}-{dtype}": (case, dtype)
@@ -152,6 +166,7 @@ CASES: Cases = {
             the_logits_are_not_overwritten,
             a_label_out_of_range_raises,
             a_sharded_layer_is_left_to_verl,
+            the_group_is_megatrons,
         )
     },
 }
