@@ -6,6 +6,9 @@
 #                 SUITES="cpu npu": selected suites)
 #   make matrix   builds and tests with one torch release after another, each in an environment that is removed again:
 #                 half an hour each; docs/compatibility.md shows the results (RELEASES="2.7.1 2.10.0" SUITES=cpu)
+#   make frameworks
+#                 installs the newest transformers, TRL, verl, Megatron, torchtitan, Lightning and accelerate beside the
+#                 pinned torch, and runs the tests of the patches with them: ten minutes
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
@@ -50,7 +53,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -81,6 +84,22 @@ endif
 
 matrix:
 	@SUITES="$(or $(SUITES),cpu npu)" $(PYTHON) tests/matrix.py $(RELEASES)
+
+# --no-deps: the frameworks ask for gigabytes that a CPU does not need. The second list has what their modules import;
+# the versions that are pinned are those that they ask for. tests and scripts: folders that packages leave by mistake.
+NEWEST = transformers accelerate peft trl verl megatron-core torchtitan lightning pytorch-lightning
+IMPORTED = datasets pandas pyarrow dill multiprocess xxhash psutil python-dateutil six tensordict pyvers orjson \
+  cloudpickle importlib_metadata zipp codetiming omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 spmd_types tyro \
+  lightning-utilities torchmetrics
+frameworks:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.build)
+	@echo "== Installing the newest frameworks"
+	@rm -rf build/frameworks
+	@$(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
+	@rm -rf build/frameworks/tests build/frameworks/scripts
+	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
+	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs tests/test_framework_*.py \
+	  tests/test_finetune_hf.py tests/test_grpo.py $(TEST_ARGS)
 
 # Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
 # run compares with them.
@@ -316,12 +335,14 @@ $(VENV)/.train: $(TORCH_STAMP)
 
 # --no-deps: the libraries that npu_xent.compat is tested against, without the diffusers and torch that they require.
 # unit_scaling imports docstring_parser and einops. The models that patch_torch is tested with are transformers', which
-# imports regex and safetensors, and checks the version of tokenizers.
+# imports regex and safetensors, and checks the version of tokenizers. The patches of transformers and of Megatron are
+# tested with every commit, the others by make frameworks.
 $(VENV)/.test: $(VENV)/.train
 	@echo "== Installing what the tests need"
 	@$(PIP) install "pytest>=8" pytest-xdist "hypothesis>=6" mypy==2.4.1 "tokenizers>=0.23.1,<0.24"
 	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2 \
-	  transformers==5.24.0 regex==2026.11.19 safetensors==0.8.0
+	  transformers==5.24.0 regex==2026.11.19 safetensors==0.8.0 accelerate==1.15.0 peft==0.21.2 psutil==7.2.2 \
+	  megatron-core==0.16.1
 	@touch $@
 
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.

@@ -29,6 +29,7 @@ PAGES = (
             "docs/install",
             "docs/compatibility",
             "docs/migration",
+            "docs/frameworks",
             "docs/rl",
             "docs/padded_labels",
             "docs/atlas",

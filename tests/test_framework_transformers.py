@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import inspect
 import sys
 import warnings
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from originals import the_original
 from processes import run_ranks
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -58,6 +60,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 LLAMA = "LlamaForCausalLM"
 
 
+def original(name: str) -> ModuleType:
+    return the_original(lambda: importlib.import_module(name))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def without_torch_npu() -> Iterator[None]:
     """transformers and accelerate would import an installed torch_npu, which CANN may be missing for."""
@@ -68,7 +74,7 @@ def without_torch_npu() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def transformers(without_torch_npu: None) -> ModuleType:
-    return pytest.importorskip("transformers", reason="needs transformers, which `make test` installs")
+    return original("transformers")
 
 
 class Calls(TorchDispatchMode):
@@ -299,7 +305,7 @@ def losses(transformers: ModuleType) -> list[Any]:
 
 
 def test_names_are_replaced_and_restored(transformers: ModuleType) -> None:
-    pytest.importorskip("accelerate", reason="needs accelerate, which transformers' Trainer needs")
+    original("accelerate")
     before = losses(transformers)
     first = ours.patch_transformers()
     patched = losses(transformers)
@@ -666,7 +672,7 @@ def test_calls_that_cannot_be_fused(transformers: ModuleType) -> None:
 
 def train(transformers: ModuleType, model: Any, folder: Path, **options: Any) -> tuple[list[float], Calls, Any]:
     """Three steps of two accumulated batches; the losses that Trainer logs, and the calls of npu_xent."""
-    pytest.importorskip("accelerate", reason="needs accelerate, which transformers' Trainer needs")
+    original("accelerate")
     names = ("compute_loss_func", "compute_metrics")
     of_trainer = {name: options.pop(name) for name in names if name in options}
     ids = torch.randint(1, CLASSES, (12, 12), generator=torch.Generator().manual_seed(1))
@@ -735,7 +741,7 @@ def test_trainer_with_label_smoothing(transformers: ModuleType, tmp_path: Path) 
 
 
 def lora(model: Any, **options: Any) -> Any:
-    peft = pytest.importorskip("peft", reason="needs peft")
+    peft = original("peft")
     torch.manual_seed(1)
     options = {"target_modules": ["q_proj", "v_proj"], **options}
     return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **options))
@@ -770,7 +776,7 @@ def test_peft_on_the_head_raises(options: dict[str, Any], transformers: ModuleTy
 
 
 def test_offloaded_weights(transformers: ModuleType) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    accelerate = original("accelerate")
     model = build(transformers)
     expected = model(**batch()).loss.detach()
     ours.fuse_lm_head(model)
@@ -782,7 +788,7 @@ def test_offloaded_weights(transformers: ModuleType) -> None:
 
 
 def test_accelerate_unwraps_to_the_fused_model(transformers: ModuleType) -> None:
-    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    accelerate = original("accelerate")
     model = build(transformers)
     ours.fuse_lm_head(model)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # Trainer's, of other tests
