@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, cast
 
+from torch import Tensor
 from torch.overrides import handle_torch_function
 from torch.utils._pytree import _register_namedtuple
 
@@ -33,8 +35,9 @@ def output_type(output: _Callable) -> _Callable:
     _register_namedtuple(cast(Any, output), serialized_type_name=f"npu_xent.{output.__name__}")
     new, changed = output.__new__, cast(Any, output)
 
+    @functools.wraps(new)
     def __new__(cls: Any, *values: Any, **named: Any) -> Any:
-        if len(values) == 1 and not named:
+        if len(values) == 1 and not named and not isinstance(values[0], Tensor):
             (values,) = values
         return new(cls, *values, **named)
 

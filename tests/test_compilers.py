@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -329,6 +330,8 @@ def test_transforms_of_unit_scaling(reduction: str, mult: float, probabilities: 
     tangent = torch.linspace(-1, 1, N * C).view(N, C)
     derivative = torch.func.jvp(loss, (x,), (tangent,))[1]  # torch makes float64 of one number times a float
     torch.testing.assert_close(derivative, (expected * tangent).sum(), check_dtype=False)
+    row = torch.func.grad(lambda z: unit_scaling.cross_entropy(z, y[:1].clamp(min=0), mult=0.5))(x[0])
+    assert row.shape == (C,)
     masked = x.index_fill(1, torch.tensor([C - 1]), -torch.inf)
     if not probabilities:
         masked_loss = torch.func.grad(lambda z: unit_scaling.cross_entropy(z, y.clamp(max=C - 2), mult=0.5))(masked)
@@ -573,6 +576,17 @@ class Scored(nn.Module):
         logits = self.layer(x)
         linear = npu_xent.linear_cross_entropy(x, self.layer.weight, y, return_lse=True)
         return self.loss(logits, y) + linear.loss + npu_xent.npu_cross_entropy_loss(logits, y)[0].sum()
+
+
+def test_outputs_are_made_of_fields_or_one_iterable() -> None:
+    """Not of one tensor, whose rows would become the fields."""
+    fields = torch.ones(3)
+    made = npu_xent.CrossEntropyOutput(x for x in fields)
+    assert made == npu_xent.CrossEntropyOutput(*fields)
+    for output in (npu_xent.CrossEntropyOutput, npu_xent.TokenLogProbs):
+        with pytest.raises(TypeError, match="missing 2 required positional arguments"):
+            output(fields)
+        assert list(inspect.signature(output).parameters) == list(output._fields)
 
 
 def test_symbolic_trace(device: torch.device) -> None:

@@ -75,6 +75,20 @@ def test_patches_nest(package: types.SimpleNamespace) -> None:
     assert package.trainer.loss is theirs
 
 
+@pytest.mark.parametrize("late_before_second", [False, True])
+def test_modules_imported_between_patches_are_restored(
+    package: types.SimpleNamespace, late_before_second: bool
+) -> None:
+    """In whatever order the patches are removed."""
+    first = patch("a", "b", "c")
+    late = module("toy_framework.late", loss=package.utils.loss) if late_before_second else None
+    second = patch("a", "b", "c")
+    late = late or module("toy_framework.late", loss=package.utils.loss)
+    first.remove()
+    second.remove()
+    assert package.utils.loss is package.trainer.loss is late.loss is theirs
+
+
 def test_more_parameters_with_defaults_are_accepted(package: types.SimpleNamespace) -> None:
     with patch("a"):
         assert package.utils.loss(1) == "ours, of theirs"

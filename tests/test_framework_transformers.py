@@ -467,6 +467,40 @@ def test_copies_are_models_of_their_own(transformers: ModuleType) -> None:
     assert step(model).calls == (0, 0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_evaluation_with_labels_is_the_models(name: str, transformers: ModuleType) -> None:
+    """Also of models without a type of loss of their own, such as GPT-2."""
+    model = build(transformers, name).eval()
+    expected = model(**batch()).loss
+    with ours.fuse_lm_head(model), Calls() as calls:
+        assert torch.equal(model(**batch()).loss, expected)
+    assert calls == (0, 0)
+
+
+def test_fuse_again_after_the_head_was_replaced(transformers: ModuleType) -> None:
+    model = build(transformers)
+    first = ours.fuse_lm_head(model)
+    model.resize_token_embeddings(CLASSES + 8)
+    second = ours.fuse_lm_head(model)
+    assert step(model).calls == (1, 0)
+    first.remove()  # which was removed by the second
+    assert step(model).calls == (1, 0)
+    second.remove()
+    assert step(model).calls == (0, 0)
+    assert "forward" not in vars(model)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_losses_of_one_model_are_restored_in_any_order(transformers: ModuleType) -> None:
+    model = build(transformers)
+    before = model.loss_function
+    for later in (ours.patch_transformers, ours.fuse_lm_head):
+        first, second = ours.patch_transformers(model), later(model)
+        first.remove()
+        second.remove()
+        assert model.loss_function == before
+
+
 def test_a_loss_of_this_model_alone_stays_in_evaluation(transformers: ModuleType) -> None:
     model = build(transformers)
     ours.patch_transformers(model)
@@ -579,7 +613,7 @@ def test_models_that_cannot_be_fused(transformers: ModuleType, monkeypatch: pyte
             model(**batch())
 
     model = build(transformers)
-    ours.fuse_lm_head(model)
+    model.forward = lambda **_: None
     with pytest.raises(ValueError, match="the forward of the model has been replaced already"):
         ours.fuse_lm_head(model)
     model = build(transformers)
@@ -601,7 +635,7 @@ def test_models_that_cannot_be_fused(transformers: ModuleType, monkeypatch: pyte
         (lambda x: x + 1, "adds to its logits"),
         (lambda x: 1 - x, "adds to its logits"),
         (lambda x: x * torch.tensor(2.0), "multiplies by a tensor its logits"),
-        (lambda x: x / torch.tensor(2.0), "divides by a tensor its logits"),
+        (lambda x: x / torch.tensor(2.0), "divides by a tensor or by 0 its logits"),
         (lambda x: torch.tensor(2.0) * x, "calls torch.Tensor.* with its logits"),
         (lambda x: x.tanh().tanh(), "takes tanh twice of its logits"),
         (lambda x: torch.softmax(x, -1), "calls torch.softmax with its logits"),

@@ -119,7 +119,7 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
     "`consume_logits` under": [
         lambda: torch.func.grad(lambda x: cross_entropy(x * 1, TARGET, consume_logits=True))(LOGITS)
     ],
-    "`torch.jit.script` of a function": [script, lambda: torch.jit.script(npu_xent.CrossEntropyLoss())],
+    "`torch.jit.script` of a function of `npu_xent`": [script, lambda: torch.jit.script(npu_xent.CrossEntropyLoss())],
     "nested (jagged, strided), sparse": [
         lambda: nested(torch.jagged),
         lambda: nested(torch.strided),

@@ -173,7 +173,8 @@ def _losses_of_indices(
 ) -> Tensor:
     """The loss of each row, [N], by the fused operators. Masked rows are 0, and their logits and label are not read."""
     target, classes = label.reshape(-1).to(torch.int64), logits.shape[1] * ranks
-    if target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
+    # With more ranks, the sharded loss finds these labels, on all ranks.
+    if ranks == 1 and target.device.type == "cpu" and not (torch.compiler.is_compiling() or transformed()):
         bad = ((target < 0) | (target >= classes)) & masked.logical_not()
         if bad.any():
             row = int(bad.nonzero()[0])

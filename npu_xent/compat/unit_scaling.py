@@ -129,6 +129,8 @@ def cross_entropy(
         logits = _derived_from(logits * mult, logits, grad_scale)
         if target.is_floating_point():
             target = target.to(dtype)
+        elif input.dim() == 1 and target.numel() == 1:
+            target = target.reshape(())
         total: Tensor = functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
         loss = _derived_from(total * loss_scale, total, 1.0)
         return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)

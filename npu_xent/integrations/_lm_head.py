@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import resolve_name
+from torch.utils._pytree import tree_leaves
 
 from .._linear import linear_cross_entropy
-from ._patch import _original
+from ._patch import _original, restored
 
 TRIED = "5.24.0"
 LOSSES = "transformers.loss.loss_utils"
@@ -123,8 +124,13 @@ class Logits:
 
     __rmul__ = __mul__
 
+    def __neg__(self) -> Logits:
+        return self * -1.0
+
     def __truediv__(self, divisor: Any) -> Logits:
-        return self._scaled(1.0, divisor) if isinstance(divisor, (int, float)) else self._refuse("divides by a tensor")
+        if not isinstance(divisor, (int, float)) or divisor == 0:
+            self._refuse("divides by a tensor or by 0")
+        return self._scaled(1.0, divisor)
 
     def tanh(self) -> Logits:
         if self.after is not None:
@@ -137,8 +143,12 @@ class Logits:
     def contiguous(self) -> Logits:
         return self
 
-    def to(self, to: Any, **_: Any) -> Logits:
-        return self if to in (torch.float32, self.device) else self._refuse(f"converts to {to}")
+    def to(self, *args: Any, **kwargs: Any) -> Logits:
+        wanted = [*args[:1], *(kwargs[name] for name in ("device", "dtype") if name in kwargs)]
+        for to in wanted:
+            if to not in (torch.float32, self.device, str(self.device)):
+                self._refuse(f"converts to {to}")
+        return self
 
     @property
     def shape(self) -> torch.Size:
@@ -150,7 +160,7 @@ class Logits:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        logits = next(x for x in args if isinstance(x, Logits))
+        logits = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Logits))
         if function is torch.tanh and len(args) == 1 and not kwargs:
             return logits.tanh()
         logits._refuse(f"calls {resolve_name(function)} with")
@@ -173,6 +183,13 @@ class Logits:
 
     __radd__ = __sub__ = __rsub__ = __add__
 
+    def _compare(self, _: Any) -> NoReturn:
+        self._refuse("compares")
+
+    __lt__ = __le__ = __gt__ = __ge__ = _compare
+    __eq__ = __ne__ = _compare
+    __hash__ = object.__hash__
+
 
 def _uses(model: str, what: str) -> str:
     return (
@@ -187,8 +204,9 @@ def _uses(model: str, what: str) -> str:
 class _State:
     """What a fused model and its head share. Copies of the model have copies."""
 
-    def __init__(self, when: str, previous: Any, causal: bool, labels: int) -> None:
+    def __init__(self, when: str, previous: Any, causal: bool, labels: int, head: nn.Module) -> None:
         self.when: str | None = when  # None: not at all
+        self.head = head
         self.previous = previous  # the loss function of the model alone, or None
         self.causal = causal
         self.labels = labels  # the position of this parameter
@@ -206,20 +224,21 @@ class FusedHead:
         if when not in ("training", "always"):
             raise ValueError(f'{_FUNCTION}: when must be "training" or "always", but is {when!r}')
         self._model = model = base_model(model)
-        self._head = head = _checked_head(model)
+        _remove(model, getattr(model, _STATE, None))  # fuses again, for instance after the head was replaced
+        head = _checked_head(model)
         for name, module in (("model", model), ("head", head)):
             forward = vars(module).get("forward")
             if forward is not None and getattr(forward, "__func__", None) is not type(module).forward:
                 raise ValueError(
-                    f"{_FUNCTION}: the forward of the {name} has been replaced already, by fuse_lm_head or by hooks of "
-                    "accelerate; fuse once, and before other changes"
+                    f"{_FUNCTION}: the forward of the {name} has been replaced already, for instance by hooks of "
+                    "accelerate; fuse before other changes"
                 )
         _, causal = loss_of(model, "fuse_lm_head")
         signature = inspect.signature(type(model).forward)
         if "labels" not in signature.parameters:
             raise TypeError(f"{_FUNCTION}: {type(model).__name__}.forward has no parameter labels")
         labels = [*signature.parameters].index("labels") - 1
-        self._state = _State(when, vars(model).get("_loss_function"), causal, labels)
+        self._state = _State(when, vars(model).get("_loss_function"), causal, labels, head)
         setattr(model, _STATE, self._state)
         setattr(head, _STATE, self._state)
         # Methods, which a copy of the model binds to itself.
@@ -229,23 +248,27 @@ class FusedHead:
 
     def remove(self) -> None:
         """Restore the model. If other code has replaced a forward since, it stays, and calls the model's own."""
-        if self._state.when is None:
-            return
-        self._state.when = None
-        for module in (self._model, self._head):
-            forward = vars(module).get("forward")
-            function = getattr(forward, "__func__", None)
-            if function is _head_forward or getattr(function, _STATE, False):
-                del module.forward
-        loss = vars(self._model).get("_loss_function")
-        if getattr(loss, "__func__", None) is _loss_function:
-            set_loss(self._model, self._state.previous)
+        _remove(self._model, self._state)
 
     def __enter__(self) -> FusedHead:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.remove()
+
+
+def _remove(model: nn.Module, state: _State | None) -> None:
+    if state is None or state.when is None:
+        return
+    state.when = None
+    for module in (model, state.head):
+        forward = vars(module).get("forward")
+        function = getattr(forward, "__func__", None)
+        if function is _head_forward or getattr(function, _STATE, False):
+            del module.forward
+    loss = vars(model).get("_loss_function")
+    if getattr(loss, "__func__", None) is _loss_function:
+        set_loss(model, restored(state.previous))
 
 
 def _checked_head(model: nn.Module) -> nn.Linear:
@@ -304,9 +327,9 @@ def _model_forward(of: type[nn.Module]) -> Callable[..., Any]:
 
 _BYPASSED = (
     f"{_FUNCTION}: a training step has num_items_in_batch but no labels, so the model computes all logits. Trainer "
-    "takes the labels for label_smoothing_factor and compute_loss_func. If you need label smoothing, leave "
-    "label_smoothing_factor at 0 and pass compute_loss_func=npu_xent.integrations.transformers.compute_loss_func(...), "
-    "whose loss needs no float32 copy of the logits"
+    "takes the labels for label_smoothing_factor and compute_loss_func, with which the head cannot be fused. For label "
+    "smoothing leave label_smoothing_factor at 0 and pass compute_loss_func=npu_xent.integrations.transformers."
+    "compute_loss_func(...), whose loss needs no float32 copy of the logits, and leave fuse_lm_head out"
 )
 
 
@@ -347,7 +370,9 @@ def _loss_function(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return _fused_loss(self, state, *args, **kwargs)
     if state.previous is not None:
         return state.previous(*args, **kwargs)
-    return importlib.import_module(LOSSES).LOSS_MAPPING[self.loss_type](*args, **kwargs)
+    mapping = importlib.import_module(LOSSES).LOSS_MAPPING
+    # transformers takes ForCausalLM where the type is None or unknown, as GPT-2's.
+    return mapping.get(getattr(self, "loss_type", None), mapping["ForCausalLM"])(*args, **kwargs)
 
 
 # A saved method becomes that of its name when a model is loaded: the class's own.

@@ -6,12 +6,27 @@ import importlib
 import inspect
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 _lock = threading.Lock()
 _active: list[PatchHandle] = []  # all patches, in the order of creation
+_removed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()  # replacements that are: what they covered
+
+
+def restored(value: Any) -> Any:
+    """What to restore where a patch has found `value`: not the replacement of a patch that has been removed since."""
+    while isinstance(value, FunctionType) and value in _removed:
+        value = _removed[value]
+    return value
+
+
+def note_removed(replacement: Any, covered: Any) -> None:
+    """Let `restored` know of a replacement that is removed."""
+    if isinstance(replacement, FunctionType):
+        _removed[replacement] = covered
 
 
 class PatchHandle:
@@ -43,7 +58,7 @@ class PatchHandle:
                     later._covers = self._covers
             if latest and getattr(self._module, self._name, None) is self._replacement:
                 covered = self._covers
-                setattr(self._module, self._name, getattr(covered, "_replacement", covered))
+                setattr(self._module, self._name, restored(getattr(covered, "_replacement", covered)))
 
     def _latest(self) -> PatchHandle | None:
         """The latest active patch of the same function."""
@@ -107,9 +122,10 @@ class FrameworkPatch:
             handle.remove()
         self._handles.clear()
         for name, original, replacement in self._pairs:
+            note_removed(replacement, original)
             for module in self._modules():  # imported since
                 if module.__dict__.get(name) is replacement:
-                    setattr(module, name, original)
+                    setattr(module, name, restored(original))
 
     def _modules(self) -> list[ModuleType]:
         """The loaded modules of the package."""

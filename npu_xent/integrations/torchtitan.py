@@ -46,7 +46,8 @@ def patch_torchtitan() -> FrameworkPatch:
     - A label out of range raises IndexError on the CPU, and makes the loss NaN on an NPU. torchtitan's loss-parallel
       form counts it as 0.
     - Second derivatives raise RuntimeError.
-    - On the CPU, labels in which tensor-parallel ranks differ raise ValueError, on every rank.
+    - On the CPU, labels in which tensor-parallel ranks differ raise ValueError, on every rank; but a label that is out
+      of range on one rank alone raises there, and the others wait for it until the group's timeout.
 
     Returns:
         A handle, also a context manager, whose remove() undoes the patch.

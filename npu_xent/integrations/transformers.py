@@ -14,7 +14,7 @@ from .. import functional
 from . import _lm_head
 from . import torch as _of_torch
 from ._lm_head import FusedHead, base_model, loss_of, per_item, reduction_of, set_loss, targets_of
-from ._patch import FrameworkPatch, Replacement
+from ._patch import FrameworkPatch, Replacement, note_removed, restored
 
 _CAUSAL, _MASKED = "ForCausalLMLoss", "ForMaskedLMLoss"
 
@@ -174,8 +174,10 @@ class TransformersPatch:
         if self._functions is not None:
             self._functions.remove()
             self._update(self._names)
-        elif self._model is not None and vars(self._model).get("_loss_function") is self._loss:
-            set_loss(self._model, self._before)
+        elif self._model is not None:
+            note_removed(self._loss, self._before)
+            if vars(self._model).get("_loss_function") is self._loss:
+                set_loss(self._model, restored(self._before))
 
     def __enter__(self) -> TransformersPatch:
         return self
@@ -222,8 +224,13 @@ def _serves(logits: Any, labels: Any, vocab_size: int, ignore_index: int) -> boo
     """Whether transformers takes these arguments, and npu_xent computes the same from them."""
     if not (_of_torch._is_dense(logits) and _of_torch._is_dense(labels)):
         return False
-    rows, target = logits.reshape(-1, vocab_size), labels.reshape(-1).to(logits.device)
-    return _of_torch._serves(rows, target, None, ignore_index, "mean", 0.0)
+    if logits.dim() == 0 or logits.shape[-1] != vocab_size or labels.numel() * vocab_size != logits.numel():
+        return False
+    if labels.numel() == 0:
+        return False
+    # One row decides: all would be a copy where the logits are sliced.
+    row, label = logits[(0,) * (logits.dim() - 1)].unsqueeze(0), labels[(0,) * labels.dim()].unsqueeze(0)
+    return _of_torch._serves(row, label.to(logits.device), None, ignore_index, "mean", 0.0)
 
 
 # The loss without logits ----------------------------------------------------------------------------------------------
@@ -233,7 +240,7 @@ def fuse_lm_head(model: nn.Module, *, when: Literal["training", "always"] = "tra
     """Let a language model of transformers compute its loss without logits, by `linear_cross_entropy`::
 
         model = AutoModelForCausalLM.from_pretrained(...)
-        fuse_lm_head(model)             # before PEFT, FSDP, DDP, torch.compile and Trainer
+        fuse_lm_head(model)             # before FSDP, DDP, torch.compile and Trainer
 
     `model(**inputs, labels=labels)` then runs the model's own forward. Its head returns a formula instead of logits.
     The formula records what the model applies to it: factors, divisors and tanh, which are the scales and softcaps of
