@@ -616,14 +616,14 @@ def test_scripting_says_what_to_do(device: torch.device) -> None:
 
 
 class OfFunction(nn.Module):
-    """A function, and a layer for it, as a module for torch.export."""
+    """A function, and a layer for it, if it takes one, as a module for torch.export."""
 
-    def __init__(self, function: Callable[..., Any], *tensors: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], layer: Tensor | None = None) -> None:
         super().__init__()
-        self.function, self.tensors = function, nn.ParameterList(tensors)
+        self.function, self.layer = function, layer if layer is None else nn.Parameter(layer)
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
-        return self.function(x, *self.tensors, y)
+        return self.function(x, y) if self.layer is None else self.function(x, self.layer, y)
 
 
 ROWS, IMAGE = {0: "N"}, {0: "N", 1: "d1", 2: "d2"}
@@ -646,7 +646,7 @@ def exported(
     """The program with dynamic sizes, its module, and inputs of other sizes than the example's."""
     function, of_x, of_y = EXPORTS[name]
     x, y, layer = inputs(device)
-    module = OfFunction(function, *([layer] if name.startswith("linear") else []))
+    module = OfFunction(function, layer if name.startswith("linear") else None)
     example = (x, y.where(y < H, -100))
     if name == "images":
         example = (torch.randn(2, C, 3, 4), torch.randint(0, C, (2, 3, 4)))
@@ -675,6 +675,7 @@ def test_export(name: str, strict: bool, device: torch.device) -> None:
         assert (actual is None and true is None) or torch.equal(actual, true)
 
 
+@pytest.mark.skipif(TORCH < (2, 13), reason="AOTInductor of older releases changes dtypes or missing outputs")
 def test_ahead_of_time(device: torch.device, tmp_path: Path) -> None:
     """AOTInductor."""
     program, module, larger = exported("images", False, device)
