@@ -18,7 +18,7 @@ import torch
 from distributed_ranks import SIZES, Rank, close, main, problem
 from option_values import factors
 from reference import case_id, make_weight, pairwise
-from releases import DTENSORS_KEEP_PARTIAL_GRADIENTS, FSDP2_AVERAGES_ON_GLOO
+from releases import DTENSORS_KEEP_PARTIAL_GRADIENTS, DTENSORS_KEEP_STRIDES, FSDP2_AVERAGES_ON_GLOO
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,6 +34,8 @@ from npu_xent import distributed
 ONE = ("replicate",), ("rows",), ("classes",)
 TWO = ("rows", "classes"), ("classes", "rows"), ("rows", "rows"), ("rows", "replicate"), ("replicate", "classes")
 SHAPES = {"[N, C]": 0, "[N, C, d] rows in N": 0, "[N, C, d] rows in d": 2}  # the dimension of the logits that has rows
+if not DTENSORS_KEEP_STRIDES:
+    del SHAPES["[N, C, d] rows in d"]
 BACKWARDS = ("backward", "full_tensor", "redistribute")
 SHARED: dict[str, Any] = {
     "mesh": ONE + TWO,
