@@ -221,7 +221,7 @@ def cross_entropy(
             (loss,) = fused_gradient(lambda *t, o=options: (cross_entropy(*t, **o),), tensors, class_dim)
             return loss
         fused = input.dtype == target.dtype and input.dtype in LOGITS
-        fused = fused and not (torch._C._are_functorch_transforms_active() or forward_mode())
+        fused = fused and not (transformed() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations
         loss, z_loss, lse = compute(input, target, weight, **options, return_lse=return_lse)
     else:

@@ -6,8 +6,8 @@
 
 namespace npu_xent::autograd {
 
-// Functionalization makes each in-place change a new value of a FunctionalTensor. A second one around today's value
-// keeps it, at no cost in the graph, where a clone could cost a copy of the logits.
+// Under functionalization an in-place change gives a FunctionalTensor a new value. Another FunctionalTensor around the
+// present value keeps that, at no cost in the graph, where a clone could cost a copy of the logits.
 Tensor value_to_save(const Tensor& t) {
   using c10::impl::TorchDispatchModeKey;
   if (!c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value()) {

@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._jit_internal import is_scripting
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.functional import cross_entropy as _torchs
 from torch.overrides import _get_current_function_mode_stack, handle_torch_function, has_torch_function_variadic
 
 from .. import functional
-from .._tensors import LOGITS
+from .._tensors import LOGITS, forward_mode, transformed
 from ._patch import PatchHandle
 
 
@@ -132,8 +131,7 @@ def _serves(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: 
     ):
         return False
     # The C++ operators have no rules for these two.
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    return reduction in ("mean", "sum", "none") and not transformed
+    return reduction in ("mean", "sum", "none") and not (transformed() or forward_mode())
 
 
 def _is_dense(tensor: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .._log_probs import TokenLogProbs, linear_token_log_probs, token_log_probs
 from ..distributed import vocab_parallel_token_log_probs
 from ._patch import FrameworkPatch, Replacement
-from ._serves import INDICES, NO_CLASS, function_class, serves, serves_options
+from ._serves import NO_CLASS, function_class, serves, serves_options, serves_rows
 
 _LOGITS, _MEGATRON = "verl.utils.torch_functional", "verl.utils.megatron.tensor_parallel"
 _FUSED, _TRITON = "verl.utils.experimental.torch_functional", "verl.utils.kernel.linear_cross_entropy"
@@ -97,9 +97,8 @@ def _has_megatron() -> bool:
 
 
 def _serves_rows(logits: Any, labels: Any) -> bool:
-    """Whether there is a label for each row."""
-    shapes = serves(logits, labels) and logits.dim() > 1 and labels.shape == logits.shape[:-1]
-    return shapes and labels.dtype in INDICES
+    """Whether there is a label for each row, and logits [C] are left to verl."""
+    return serves_rows(logits, labels) and logits.dim() > 1
 
 
 def _is_chunked(logits: Any, dim: int) -> bool:
