@@ -6,6 +6,7 @@ Inside other transforms the losses run by torch operations.
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,18 +17,44 @@ from ._tensors import forward_mode
 
 def one_gradient(*tensors: Tensor | None) -> bool:
     """Whether torch.func takes one gradient of these tensors, and nothing else can differentiate that."""
-    if torch.compiler.is_compiling() or forward_mode():
+    if torch.compiler.is_dynamo_compiling() or forward_mode() or not (level := _one_level()):
         return False
-    from torch._C._functorch import TransformType, get_unwrapped, is_gradtrackingtensor
+    from torch._C._functorch import get_unwrapped, is_gradtrackingtensor
+
+    given = [t for t in tensors if t is not None]
+    below = [get_unwrapped(t) if is_gradtrackingtensor(t) else t for t in given]
+    recorded = level.prev_grad_mode() and any(t.requires_grad for t in below)
+    return any(map(is_gradtrackingtensor, given)) and not recorded
+
+
+def _one_level() -> Any:
+    """The transform's interpreter, if one transform is active and it takes a gradient."""
+    from torch._C._functorch import TransformType
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     levels = retrieve_all_functorch_interpreters()
-    if len(levels) != 1 or levels[0].key() != TransformType.Grad:
+    return levels[0] if len(levels) == 1 and levels[0].key() == TransformType.Grad else None
+
+
+def one_compiled_gradient() -> bool:
+    """Whether Dynamo compiles one gradient: the loss is then a call of `whole`, since Dynamo cannot trace _Fused."""
+    return torch.compiler.is_dynamo_compiling() and _leave_whole()
+
+
+def _leave_whole() -> bool:
+    if not _one_level():
         return False
-    given = [t for t in tensors if t is not None]
-    below = [get_unwrapped(t) if is_gradtrackingtensor(t) else t for t in given]
-    recorded = levels[0].prev_grad_mode() and any(t.requires_grad for t in below)  # type: ignore[attr-defined]
-    return any(map(is_gradtrackingtensor, given)) and not recorded
+    torch.compiler.allow_in_graph(whole)  # not at import, since it imports torch._dynamo
+    return True
+
+
+# A constant to Dynamo, which runs it while it compiles, with the transform active.
+_leave_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def whole(function: str, *args: Any, **kwargs: Any) -> Any:
+    """npu_xent.function(...), one node of Dynamo's graph. AOTAutograd runs it, on tensors wrapped as in eager code."""
+    return getattr(import_module("npu_xent"), function)(*args, **kwargs)
 
 
 def fused_gradient(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import has_torch_function_variadic
 
-from ._func import fused_gradient, one_gradient
+from ._func import fused_gradient, one_compiled_gradient, one_gradient, whole
 from ._loading import prepare
 from ._options import check_types
 from ._overrides import not_scriptable, overridden
@@ -171,6 +171,12 @@ def linear_cross_entropy(
     shape = input.shape[:-1]
     loss: Tensor
     extras = probabilities or return_lse or return_z_loss or reduction == "none" or input.dtype == torch.float16
+    if transformed() and not extras and one_compiled_gradient():
+        options["chunk_rows"] = chunk_rows
+        loss = whole(
+            "linear_cross_entropy", input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options
+        )
+        return loss
     if transformed() and not extras and one_gradient(input, linear_weight, linear_bias, weight):
         (loss,) = fused_gradient(
             lambda x, layer, y, bias, w, o=options, chunk=chunk_rows: (

@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function_variadic
 
 from . import _C
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
-from ._func import fused_gradient, one_gradient
+from ._func import fused_gradient, one_compiled_gradient, one_gradient, whole
 from ._loading import prepare
 from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
 from ._overrides import not_scriptable, output_type, overridden
@@ -216,10 +216,15 @@ def cross_entropy(
             )
         check_ranges(options)
         extras = return_lse or return_z_loss or input.dtype not in (torch.float32, torch.bfloat16, torch.float64)
-        if not (target.is_floating_point() or extras) and one_gradient(input, weight):
-            tensors, class_dim = (input, target, weight), min(input.dim() - 1, 1)
-            (loss,) = fused_gradient(lambda *t, o=options: (cross_entropy(*t, **o),), tensors, class_dim)
-            return loss
+        if not (target.is_floating_point() or extras):
+            loss: Tensor
+            if one_compiled_gradient():
+                loss = whole("cross_entropy", input, target, weight, **options)
+                return loss
+            if one_gradient(input, weight):
+                tensors, class_dim = (input, target, weight), min(input.dim() - 1, 1)
+                (loss,) = fused_gradient(lambda *t, o=options: (cross_entropy(*t, **o),), tensors, class_dim)
+                return loss
         fused = input.dtype == target.dtype and input.dtype in LOGITS
         fused = fused and not (transformed() or forward_mode())
         compute = _of_probabilities if fused else _by_torch_operations
@@ -322,6 +327,13 @@ def npu_cross_entropy_loss(
         )
         if lifted:
             warn_of_lifted(lifted)
+    fusable = not return_zloss and input.dtype is not torch.float16
+    if fusable and one_compiled_gradient():
+        options.update(
+            {"lse_square_scale_for_zloss": lse_square_scale_for_zloss, "need_log_prob": need_log_prob, "strict": False}
+        )
+        outputs = whole("npu_cross_entropy_loss", input, target, weight, **options)
+        return outputs
     prepare(input)
     options["lse_square_scale"] = lse_square_scale_for_zloss
     fused = functools.partial(
@@ -337,7 +349,7 @@ def npu_cross_entropy_loss(
     with target_errors_as_constraints() if checked else contextlib.nullcontext():
         if not transformed():
             loss, z_loss, lse, log_prob = fused(*tensors)
-        elif one_gradient(input, weight) and input.dtype is not torch.float16 and not return_zloss:
+        elif fusable and one_gradient(input, weight):
             loss, z_loss, lse, log_prob = fused_gradient(fused, tensors, class_dim=1)
         else:
             check_ranges(options)

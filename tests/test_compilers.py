@@ -84,19 +84,25 @@ def names(graph: torch.fx.Graph) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_compiled_autograd(name: str, device: torch.device) -> None:
-    """One graph of the backward, which holds our operators; the gradient has the bits of eager mode."""
-    torch._dynamo.reset()  # or a graph of another case serves, and is not seen
-    torch._dynamo.compiled_autograd.reset()
-    function, x, seen = losses(device)[name], inputs(device)[0], []
-    expected = gradient(function, x)
+def recording(seen: list[str]) -> Any:
+    """A backend that records the operators of npu_xent in its graphs."""
 
     def record(module: torch.fx.GraphModule, _: Any) -> Any:
         seen.extend(names(module.graph))
         return make_boxed_func(module.forward)
 
-    backend = aot_autograd(fw_compiler=record)
+    return aot_autograd(fw_compiler=record)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_autograd(name: str, device: torch.device) -> None:
+    """One graph of the backward, which holds our operators; the gradient has the bits of eager mode."""
+    torch._dynamo.reset()  # or a graph of another case serves, and is not seen
+    torch._dynamo.compiled_autograd.reset()
+    function, x = losses(device)[name], inputs(device)[0]
+    expected = gradient(function, x)
+    seen: list[str] = []
+    backend = recording(seen)
     leaf = x.clone().requires_grad_()
     loss = function(leaf * 1)
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
@@ -372,15 +378,24 @@ def test_an_ignore_index_that_varies_compiles_twice_at_most(linear: bool, device
 ONE_GRADIENT = ("grad", "grad_and_value", "vjp")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.float64, False), (torch.float32, True)],
+    ids=str,
+)
 @pytest.mark.parametrize(
     "name", ["mean", "sum", "none", "options", "images", "linear", "linear sum", "contract", "nnsight"]
 )
 @pytest.mark.parametrize("transform", ONE_GRADIENT)
 def test_one_gradient_of_torch_func_is_fused(
-    transform: str, name: str, dtype: torch.dtype, device: torch.device, monkeypatch: pytest.MonkeyPatch
+    transform: str,
+    name: str,
+    dtype: torch.dtype,
+    compiled: bool,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By no torch operations over the logits, with the gradient of autograd."""
+    """By no torch operations over the logits, with the gradient of autograd; in compiled code, by our operators."""
     x, y, layer = inputs(device)
     x, layer, few = x.to(dtype), layer.to(dtype), y.where(y < H, -100)
     weight = torch.arange(1.0, C + 1, dtype=torch.float32).to(
@@ -404,7 +419,16 @@ def test_one_gradient_of_torch_func_is_fused(
         raise AssertionError("by torch operations")
 
     monkeypatch.setattr("npu_xent.functional._by_torch_operations", refuse)
-    grad = TRANSFORMS[transform](functions[name], x)
+
+    def transformed(z: Tensor) -> Tensor:
+        return TRANSFORMS[transform](functions[name], z)
+
+    seen: list[str] = []
+    if compiled:
+        torch._dynamo.reset()
+        transformed = torch.compile(transformed, backend=recording(seen), fullgraph=True, dynamic=True)
+    grad = transformed(x)
+    assert bool(seen) == compiled, "none of our operators is in the graph"
     scale = 2 if transform == "vjp" else 1
     tolerance = {torch.bfloat16: 2**-7, torch.float32: 1e-6, torch.float64: 1e-12}[dtype]
     torch.testing.assert_close(grad, expected * scale, rtol=tolerance, atol=tolerance)
@@ -423,9 +447,11 @@ def test_all_gradients_of_a_linear_loss_by_torch_func(device: torch.device) -> N
         torch.testing.assert_close(actual, true)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("linear", [False, True])
-def test_derivatives_around_a_gradient_of_torch_func(linear: bool, device: torch.device) -> None:
+def test_derivatives_around_a_gradient_of_torch_func(linear: bool, compiled: bool, device: torch.device) -> None:
     """Autograd around grad, grad of grad, and forward mode of it: the second derivative, by torch operations."""
+    torch._dynamo.reset()
     x, y, layer = (t.double() if t.is_floating_point() else t for t in inputs(device))
     y, direction = y.where(y < H, -100), torch.linspace(-1, 1, N * C, dtype=torch.float64).view(N, C)
 
@@ -440,8 +466,15 @@ def test_derivatives_around_a_gradient_of_torch_func(linear: bool, device: torch
             return (torch.func.grad(function)(z) * direction).sum()
 
         leaf = x.clone().requires_grad_()
-        (around,) = torch.autograd.grad(of_gradient(leaf), leaf)
-        return [around, torch.func.grad(of_gradient)(x), torch.func.jvp(of_gradient, (x,), (direction,))[1]]
+        calls: list[Callable[[Tensor], Tensor]] = [
+            lambda z: of_gradient(z),
+            lambda z: torch.func.grad(of_gradient)(z),
+            lambda z: torch.func.jvp(of_gradient, (z,), (direction,))[1],
+        ]
+        if compiled:
+            calls = [torch.compile(call, backend="aot_eager", fullgraph=True) for call in calls]
+        (around,) = torch.autograd.grad(calls[0](leaf), leaf)
+        return [around, calls[1](x), calls[2](x)]
 
     for actual, expected in zip(second(ours), second(truth), strict=True):
         torch.testing.assert_close(actual, expected)
