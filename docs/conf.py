@@ -42,6 +42,7 @@ PAGES = (
         (
             "docs/design",
             "docs/numerics",
+            "docs/trust",
             "docs/benchmarks",
             "docs/scaling",
             "docs/vendor",

@@ -41,6 +41,10 @@ def doctor(tmp_path: Path, device: torch.device | str) -> tuple[int, dict[str, A
     return code, json.loads(file.read_text())
 
 
+def page_of_promises() -> str:
+    return " ".join((ROOT / "docs" / "trust.md").read_text().split())
+
+
 # A whole run ----------------------------------------------------------------------------------------------------------
 
 
@@ -67,6 +71,10 @@ def test_a_right_installation_passes(tmp_path: Path) -> None:
     sections = {check["section"] for check in found["checks"]}
     assert sections == {"correctness", "behaviour", "repeatability", "time and memory"}
     assert {check["name"] for check in found["checks"]} >= {case.name for case in CASES}
+    page = page_of_promises()
+    for check in found["checks"]:
+        assert check["promise"] or check["section"] == "time and memory"
+        assert " ".join(check["promise"].split()) in page
     assert found["environment"]["torch"] == torch.__version__
     assert found["environment"]["npu_xent"].startswith(npu_xent.__version__)
     timed = [check for check in found["checks"] if check["section"] == "time and memory"]
@@ -109,6 +117,18 @@ def test_importing_the_package_does_not_import_the_doctor() -> None:
     variables = VARIABLES | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=variables, check=True).stdout
     assert out == "[]\n"
+
+
+def test_the_page_has_the_promises_of_checks_on_npus() -> None:
+    page = page_of_promises()
+    on_npus = [check.__doc__ or "" for check in behaviour.NPU_ONLY]
+    for promise in (*on_npus, behaviour.ANY_DEVICE, vendor.PROMISE):
+        assert " ".join(promise.split()) in page
+
+
+def test_a_failed_check_says_what_was_promised() -> None:
+    lines = Check("behaviour", "a name", {}, Result(failures=[Failure("seen")]), promise="It holds.").lines()
+    assert lines == ["FAIL  behaviour: a name", "      promised: It holds.", "      seen"]
 
 
 @pytest.mark.parametrize(
@@ -183,8 +203,8 @@ def test_an_option_that_is_wrong_is_the_one_that_fails(
     assert abs(element["seen"] - element["expected"]) > element["allowed_error"] > 0
     out = capsys.readouterr().out
     mode = ", row mode short" if device.type == "npu" else ""
-    line = f"FAIL  correctness: z-loss (shape 96 x 130, dtype bf16{mode})\n      loss: seen "
-    assert line in out
+    line = f"FAIL  correctness: z-loss (shape 96 x 130, dtype bf16{mode})\n      promised: {correctness.PROMISE}\n"
+    assert f"{line}      loss: seen " in out
     assert "To report it, in the project's issue tracker, attach" in out
     assert str(tmp_path / "doctor.json") in out
     assert ("npu-smi info" in out) == (device.type == "npu")

@@ -18,6 +18,7 @@ from .environment import first_line, npu
 from .report import Failure, Result, Task
 
 SECTION = "behaviour"
+ANY_DEVICE = "Every device of the process gives the same bits."
 NAN, INF = float("nan"), float("inf")
 LOSS_OF_ROWS = Case("none", {"reduction": "none"})
 Check = Callable[[torch.device], list[Failure]]
@@ -28,11 +29,12 @@ def tasks(device: torch.device) -> Iterator[Task]:
     """Yield the checks that apply to the device."""
     for name, check in CHECKS:
         if device.type == "npu" or check not in NPU_ONLY:
-            yield Task(SECTION, name, partial(_result_of, check, device))
+            yield Task(SECTION, name, partial(_result_of, check, device), promise=(check.__doc__ or "").strip())
     if device.type == "npu":
         for other in range(npu().device_count()):
             if other != device.index:
-                yield Task(SECTION, f"the same bits on npu:{other}", partial(on_another, device, other))
+                run = partial(on_another, device, other)
+                yield Task(SECTION, f"the same bits on npu:{other}", run, promise=ANY_DEVICE)
 
 
 def _result_of(check: Check, device: torch.device) -> Result:

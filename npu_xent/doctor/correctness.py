@@ -12,6 +12,10 @@ from .report import Check, Report, Result, Task
 from .truth import compare_all, composed, one_thread, slack_of, truth
 
 SECTION = "correctness"
+PROMISE = (
+    "Each result differs from the float64 result by one unit in the last place of its dtype at most, plus 4 units of "
+    "float32 (32 on an NPU) of the terms that add up to it."
+)
 
 
 def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
@@ -27,7 +31,7 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
                     return check(case, shape, dtype, device)
 
                 where = {"shape": str(shape), "dtype": SHORT_NAMES[dtype], "row mode": shape.row_mode}
-                yield Task(SECTION, case.name, run, where)
+                yield Task(SECTION, case.name, run, where, PROMISE)
 
 
 def check(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Result:

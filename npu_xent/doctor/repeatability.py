@@ -13,6 +13,7 @@ from .cases import CASES, SHORT_NAMES, Problem, dtypes, make_problem, shapes
 from .report import Failure, Result, Task
 
 SECTION = "repeatability"
+PROMISE = "Repeated calls give the same bits: with any number of threads, and after other work."
 REPEATED = ("mean", "all options")
 THREADS = (1, 2, 3)
 
@@ -24,7 +25,7 @@ def tasks(device: torch.device, quick: bool) -> Iterator[Task]:
             problems = [make_problem(case, shape.rows, shape.classes, dtype) for case in CASES if case.name in REPEATED]
             where = {"shape": str(shape), "dtype": SHORT_NAMES[dtype], "row mode": shape.row_mode}
             run = lambda problems=problems: Result(failures=check(problems, device))  # noqa: E731
-            yield Task(SECTION, "the same bits again", run, where)
+            yield Task(SECTION, "the same bits again", run, where, PROMISE)
 
 
 def check(problems: list[Problem], device: torch.device) -> list[Failure]:

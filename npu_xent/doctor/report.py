@@ -38,12 +38,16 @@ class Result:
 
 @dataclass(frozen=True)
 class Task:
-    """A check that has not run yet. `where` gives its option, shape, dtype and row mode."""
+    """A check that has not run yet. `where` gives its option, shape, dtype and row mode.
+
+    `promise` is what npu_xent promises, and the check tests: a sentence of docs/trust.md.
+    """
 
     section: str
     name: str
     run: Callable[[], Result]
     where: dict[str, Any] = field(default_factory=dict)
+    promise: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ class Check:
     result: Result
     seconds: float = 0.0
     traceback: str | None = None
+    promise: str = ""
 
     @property
     def failed(self) -> bool:
@@ -67,6 +72,7 @@ class Check:
         place = ", ".join(f"{name} {value}" for name, value in self.where.items() if value is not None)
         return [
             f"FAIL  {self.section}: {self.name}" + (f" ({place})" if place else ""),
+            *([f"      promised: {self.promise}"] if self.promise else []),
             *(f"      {failure.words}" for failure in self.result.failures),
         ]
 
@@ -125,6 +131,7 @@ class Report:
                 {
                     "section": check.section,
                     "name": check.name,
+                    "promise": check.promise,
                     "where": check.where,
                     "outcome": "failed" if check.failed else "skipped" if check.result.skipped else "passed",
                     "seconds": round(check.seconds, 4),

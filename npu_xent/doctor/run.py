@@ -75,7 +75,9 @@ def run_all(report: Report, device: torch.device, say: Callable[[list[str]], Non
             except KeyboardInterrupt:  # the user interrupts a hanging check: keep the results so far
                 result, report.stopped = Result(failures=[Failure(INTERRUPTED)]), INTERRUPTED
                 stack = traceback.format_exc()
-                report.checks.append(Check(task.section, task.name, task.where, result, traceback=stack))
+                report.checks.append(
+                    Check(task.section, task.name, task.where, result, traceback=stack, promise=task.promise)
+                )
                 break
             doubtful = check.traceback is not None or check.result.skipped is not None
             if doubtful and device.type == "npu" and not answers(device):
@@ -102,7 +104,8 @@ def run_task(task: Task) -> Check:
         result = Result(failures=[Failure(f"raised {type(error).__name__}: {first_line(error)}")])
     finally:
         faulthandler.cancel_dump_traceback_later()
-    return Check(task.section, task.name, task.where, result, time.perf_counter() - start, trace)
+    seconds = time.perf_counter() - start
+    return Check(task.section, task.name, task.where, result, seconds, trace, task.promise)
 
 
 def blamed(check: Check) -> Check:

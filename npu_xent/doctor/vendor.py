@@ -18,6 +18,7 @@ from .report import Result, Task
 from .truth import compare_all, one_thread, truth
 
 SECTION = "agreement with torch_npu.npu_cross_entropy_loss"
+PROMISE = "The options of npu_cross_entropy_loss mean what they mean in torch_npu's operator."
 SHAPE = (96, 1000)
 MEANING = 0.01
 CASES = (
@@ -35,7 +36,8 @@ def tasks(device: torch.device) -> Iterator[Task]:
         for dtype in dtypes(device):
             problem = make_problem(case, *SHAPE, dtype)
             run = lambda problem=problem: check(problem, device)  # noqa: E731
-            yield Task(SECTION, case.name, run, {"shape": f"{SHAPE[0]} x {SHAPE[1]}", "dtype": SHORT_NAMES[dtype]})
+            where = {"shape": f"{SHAPE[0]} x {SHAPE[1]}", "dtype": SHORT_NAMES[dtype]}
+            yield Task(SECTION, case.name, run, where, PROMISE)
 
 
 def check(problem: Problem, device: torch.device) -> Result:
