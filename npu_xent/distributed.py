@@ -131,7 +131,7 @@ def vocab_parallel_cross_entropy(
     _compare(
         name,
         group,
-        rows=len(rows),
+        rows=rows.shape[0],
         dtype=str(rows.dtype),
         num_classes=shard.num_classes,
         **options,
@@ -195,7 +195,7 @@ def vocab_parallel_token_log_probs(
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
     wanted = {"return_entropy": return_entropy, "return_top1": return_top1}
-    _compare(name, group, rows=len(rows), dtype=str(rows.dtype), num_classes=shard.num_classes, **options, **wanted)
+    _compare(name, group, rows=rows.shape[0], dtype=str(rows.dtype), num_classes=shard.num_classes, **options, **wanted)
     log_probs, *extras = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
         rows, indices, shard, group, options, return_entropy, return_top1, consume_logits
     )
@@ -304,7 +304,12 @@ def vocab_parallel_linear_cross_entropy(
         )
     prepare(input)
     indices = index_target(target).reshape(-1)
-    facts = {"rows": len(rows), "dtype": str(rows.dtype), "num_classes": shard.num_classes, "chunk_rows": chunk_rows}
+    facts = {
+        "rows": rows.shape[0],
+        "dtype": str(rows.dtype),
+        "num_classes": shard.num_classes,
+        "chunk_rows": chunk_rows,
+    }
     _compare(name, group, **facts, **options, sequence_parallel=sequence_parallel)
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
@@ -541,7 +546,7 @@ def _gather(
         mine = mine | {"facts": torch.tensor(facts, dtype=mine["lse"].dtype)}
     packed = torch.cat([part.reshape(-1) for part in mine.values()])
     ranks = dist.get_world_size(group)
-    gathered = packed.new_empty(ranks * len(packed))
+    gathered = packed.new_empty(ranks * packed.numel())
     work = _all_gather(gathered, packed, group=group, async_op=not wait)
 
     def merged() -> _Statistics:
@@ -588,7 +593,7 @@ def _of_this_shard(
     """The statistics that the shards exchange: [N] each, and `weights`, the sum of the shard's class weights."""
     columns, dtype = rows[:, : shard.columns], _stats_dtype(rows)
     if shard.columns == 0:
-        zeros = torch.zeros(len(target), dtype=dtype, device=rows.device)
+        zeros = torch.zeros(target.numel(), dtype=dtype, device=rows.device)
         lse, low, picked, wsum, entropy, top1 = (zeros - math.inf, *(zeros,) * 5)
     else:
         lse, low, picked, wsum, _, entropy, top1 = _ops.row_stats(

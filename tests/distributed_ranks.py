@@ -460,6 +460,32 @@ def compiled(at: Rank, _: Any) -> list[Tensor]:
     return [results[0][0]]
 
 
+class Losses(torch.nn.Module):
+    """The functions, as a module to export; the linear one's products take a fixed number of rows."""
+
+    def forward(self, x: Tensor, target: Tensor, hidden: Tensor, few: Tensor, layer: Tensor) -> list[Tensor]:
+        log_probs = distributed.vocab_parallel_token_log_probs(x, target, num_classes=60, return_entropy=True)
+        loss = distributed.vocab_parallel_cross_entropy(x, target, num_classes=60, reduction="sum")
+        linear = distributed.vocab_parallel_linear_cross_entropy(hidden, layer, few, num_classes=60)
+        return [loss, linear, *(t for t in log_probs if t is not None)]
+
+
+def exported(at: Rank, _: Any) -> list[Tensor]:
+    """torch.export, strict and not, with a number of rows that changes."""
+    logits, target = problem(60, torch.float32)
+    shard, layer = at.shard(logits)[0].detach(), at.shard(torch.eye(60))[0].detach().T.contiguous()
+    others = (logits[:4], target[:4], layer)
+    rows = torch.export.Dim("rows", min=2)
+    expected = Losses()(shard, target, *others)
+    for strict in (False, True):
+        sizes = ({0: rows}, {0: rows}, None, None, None)
+        fewer = (shard[:6].clone(), target[:6])
+        program = torch.export.export(Losses(), (*fewer, *others), dynamic_shapes=sizes, strict=strict)
+        for actual, true in zip(program.module()(shard, target, *others), expected, strict=True):
+            assert torch.equal(actual, true)
+    return [t.detach() for t in expected]
+
+
 def disagreeing(at: Rank, _: Any) -> list[Tensor]:
     """Every rank raises if NPU_XENT_DEBUG=1."""
     logits, target = problem(60, torch.float32)
@@ -594,7 +620,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 SINGLE = (
     *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
     *(mindformers_loss, distributed_data_parallel),
-    *(compiled, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
+    *(compiled, exported, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),
 )
 CASES: dict[str, tuple[Callable[[Rank, Any], list[Tensor]], Any]] = {
