@@ -18,6 +18,7 @@ import pytest
 import torch
 from originals import the_original
 from processes import run_ranks
+from releases import FSDP2_AVERAGES_ON_GLOO
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -848,7 +849,8 @@ def test_ddp_and_fsdp_on_two_ranks(transformers: ModuleType, tmp_path: Path) -> 
             assert of["off"] <= (2**-6 * of["largest"] if bf16 else 1e-5), case
             assert of["parameters"] == (20 if "tied" in case else 21)
     assert ranks[0]["fsdp"]["losses"] != ranks[1]["fsdp"]["losses"]
-    assert ranks[0]["fsdp"]["losses"] == pytest.approx(ranks[0]["ddp"]["losses"], rel=1e-5)
+    if FSDP2_AVERAGES_ON_GLOO:
+        assert ranks[0]["fsdp"]["losses"] == pytest.approx(ranks[0]["ddp"]["losses"], rel=1e-5)
 
 
 def test_there_are_no_warnings(transformers: ModuleType) -> None:
