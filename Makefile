@@ -22,6 +22,7 @@
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
 #   make check    checks formatting, lint and types, as CI does      make format    fixes the formatting
 #   make tidy     checks csrc with clang-tidy
+#   make pins     writes the newest versions of what these targets install into constraints.txt
 #   make clean    removes all generated files
 #
 # Each target sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the
@@ -33,6 +34,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# Every pip below installs the versions of this file, which has none for TORCH and TORCH_NPU. `make pins` renews it.
+PINS := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(strip $(filter-out $(PINS),$(PIP_CONSTRAINT)) $(PINS))
 
 # The release of torch_npu that goes with this torch: the newest of its post-releases.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH))))).*
@@ -53,7 +57,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -95,7 +99,7 @@ frameworks:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.build)
 	@echo "== Installing the newest frameworks"
 	@rm -rf build/frameworks
-	@$(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
+	@PIP_CONSTRAINT= $(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
 	@rm -rf build/frameworks/tests build/frameworks/scripts
 	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
 	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs tests/test_framework_*.py \
@@ -255,6 +259,14 @@ format:
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
 
+# uv resolves for every Python and machine at once; pip resolves for its own alone. No hashes: with any hash, pip wants
+# one for everything, also for TORCH, whose builds differ from index to index, and for the sources of this folder.
+pins:
+	+@$(call set_up,$(VENV)/.created)
+	@$(PIP) install uv
+	@$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+	  --custom-compile-command "make pins" constraints.in --output-file constraints.txt
+
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so npu_xent/kernels cann_sim/build cann_sim/*.egg-info
 	rm -f cann_sim/cann_sim/toolkit/lib64/*.so
@@ -348,7 +360,7 @@ $(VENV)/.test: $(VENV)/.train
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.
 $(VENV)/.bench: $(TORCH_STAMP)
 	@echo "== Installing what the benchmarks need"
-	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy
+	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy==25.1.1
 	@ls /usr/lib/*/libjemalloc.so.2 >/dev/null 2>&1 || apt-get install -y --no-install-recommends libjemalloc2 || \
 	  echo "F.cross_entropy under jemalloc is left out: libjemalloc2 cannot be installed"
 	@touch $@
