@@ -18,6 +18,8 @@
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds the release files into dist: an sdist, a wheel for CPUs, a wheel with the part for NPUs, and
 #                 cann_sim's sdist and wheel (ARCH=aarch64: a wheel for Arm CPUs, cross-compiled)
+#   make reproduce
+#                 builds the release files twice, the second time from a clone in another folder, and compares them
 #   make smoke    installs these wheels in environments without a compiler, and tests them
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
 #   make check    checks formatting, lint and types, as CI does      make format    fixes the formatting
@@ -57,7 +59,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format pins clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel reproduce smoke build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -188,12 +190,15 @@ docs:
 # CANN builds the part for NPUs if its set_env.sh was sourced, else cann_sim: then the wheel's version says "simulated".
 # Only wheels have a local version, which tells them apart. Objects in build/ are reused.
 make_dist = $(PY) -m build --no-isolation --outdir $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+# The same commit, built in any folder by the same tools, gives the same bytes: times are those of the commit.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 # Moves the wheel in the folder $(1) to dist, with the manylinux tag of the C library that it needs. The other libraries
 # are torch's and the toolkit's and stay theirs, so that nothing in the wheel changes but the tag.
 tag_wheel = libraries=$$(for name in 'libtorch*' 'libc10*' 'libgomp*' "$${ASCEND_HOME_PATH:-none}"/lib64/lib*.so*; do \
     echo "--exclude=$${name\#\#*/}"; done); \
   PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --plat auto $$libraries --wheel-dir dist \
     $(1)/npu_xent-*.whl >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }; rm -r $(1)
+finish_dist = $(PY) .ci/repack.py $(1) && sha256sum $(1)
 ifeq ($(ARCH),$(MACHINE))
 wheel:
 	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.dist $(VENV)/.cann_sim $(VENV)/.torch_npu)
@@ -210,7 +215,7 @@ wheel:
 	  $(call make_dist,build/wheel --wheel); $(call tag_wheel,build/wheel)
 	@echo "== Building cann_sim's sdist and wheel"
 	@$(call make_dist,dist --sdist --wheel cann_sim)
-	@ls -l dist
+	@$(call finish_dist,dist/*)
 else ifeq ($(ARCH),aarch64)
 wheel:
 	+@$(call set_up,$(VENV)/.dist $(ARM_STAMP))
@@ -218,11 +223,19 @@ wheel:
 	@rm -f dist/npu_xent-*_aarch64.whl
 	@$(call arm_wheel,$(ARM)/wheel)
 	@$(call tag_wheel,$(ARM)/wheel)
-	@ls -l dist
+	@$(call finish_dist,dist/*_aarch64.whl)
 else
 wheel:
 	@echo "ARCH=$(ARCH): wheels are built for this machine and for aarch64"; exit 1
 endif
+
+# The clone has an environment of its own, a longer path and another umask.
+reproduce: wheel
+	@echo "== Building the last commit again, in another folder"
+	@rm -rf build/reproduce && git clone --quiet . build/reproduce/in_another_folder
+	+@umask 007 && $(MAKE) --no-print-directory -C build/reproduce/in_another_folder wheel PYTHON="$$(command -v $(PYTHON))"
+	@cd dist && sha256sum * | (cd ../build/reproduce/in_another_folder/dist && sha256sum --check)
+	@rm -rf build/reproduce
 
 smoke: wheel
 	@.ci/smoke_test dist
