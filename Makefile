@@ -12,6 +12,8 @@
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
+#   make coverage runs the tests on a copy that counts the lines and branches of npu_xent and csrc that they reach, and
+#                 writes build/coverage/index.html: half an hour
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -59,7 +61,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel reproduce smoke build build-npu check format pins clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 coverage bench docs wheel reproduce smoke build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -171,6 +173,35 @@ ifneq ($(MACHINE),aarch64)
 	@echo "== Testing the variant for SVE under qemu"
 	@$(call arm_pytest,$(SVE256),sve256,$(ARM_TESTS))
 endif
+
+# All of it works in a copy of the sources, so that the user's build stays. Each Python process that finds
+# COVERAGE_PROCESS_START is measured. Branches that the compiler adds for exceptions do not count. A test that fails is
+# shown and does not end the measurement. The tests on the simulated NPU are those that reach csrc/npu.
+COVERED := build/coverage/copy
+NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs)
+measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)) \
+  COVERAGE_PROCESS_START=$(abspath pyproject.toml) TORCH_DEVICE_BACKEND_AUTOLOAD=0 &&
+report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --add-tracefile ../csrc.json --cobertura-add-tracefile ../python.xml
+coverage:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu $(VENV)/.cann_sim $(VENV)/.coverage)
+	@mkdir -p $(COVERED) && rm -rf $(addprefix $(COVERED)/,npu_xent csrc tests) build/coverage/python*
+	@git ls-files -z | tar -c --null -T - | tar -x -C $(COVERED) && ln -sfn $(abspath $(VENV)) $(COVERED)/$(VENV)
+	@find $(COVERED)/build -name '*.gcda' -delete 2>/dev/null || true
+	@echo "== Building the extension with counters (minutes the first time)"
+	@cd $(COVERED) && CXX="$(CXX) --coverage" NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
+	  ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') \
+	  $(PY) setup.py build_ext --inplace >../build.log 2>&1 || { cat ../build.log; exit 1; }
+	@echo "== Running the tests"
+	-@cd $(COVERED) && $(call cxx_tests,build/tests,-DCMAKE_CXX_FLAGS=--coverage)
+	-@$(measured) $(PY) -m pytest -n $(JOBS)
+	-@$(measured) $(PY) -m cann_sim -m pytest --device npu $(NPU_COVERAGE)
+	@$(measured) unset COVERAGE_PROCESS_START; $(PY) -m coverage combine -q && $(PY) -m coverage xml -q -o ../python.xml
+	@cd $(COVERED) && $(VENV)/bin/gcovr --root . -j $(JOBS) build --filter csrc/ --exclude-throw-branches \
+	  --exclude-unreachable-branches --gcov-ignore-parse-errors negative_hits.warn --json ../csrc.json
+	@$(report) --html-nested ../index.html >/dev/null
+	@$(report) --filter npu_xent/ --print-summary
+	@$(report) --filter csrc/ --print-summary
+	@echo "Wrote build/coverage/index.html"
 
 # torch.compile uses g++ too, as the extension does.
 bench:
@@ -376,6 +407,11 @@ $(VENV)/.bench: $(TORCH_STAMP)
 	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy==25.1.1
 	@ls /usr/lib/*/libjemalloc.so.2 >/dev/null 2>&1 || apt-get install -y --no-install-recommends libjemalloc2 || \
 	  echo "F.cross_entropy under jemalloc is left out: libjemalloc2 cannot be installed"
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.created
+	@echo "== Installing what measures coverage"
+	@$(PIP) install coverage gcovr
 	@touch $@
 
 $(VENV)/.tidy: $(VENV)/.created
