@@ -12,16 +12,21 @@
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
+#   make coverage runs the tests on a copy that counts the lines and branches of npu_xent and csrc that they reach, and
+#                 writes build/coverage/index.html: half an hour
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
 #   make docs     builds the documentation as a site, build/docs/index.html
 #   make wheel    builds the release files into dist: an sdist, a wheel for CPUs, a wheel with the part for NPUs, and
 #                 cann_sim's sdist and wheel (ARCH=aarch64: a wheel for Arm CPUs, cross-compiled)
+#   make reproduce
+#                 builds the release files twice, the second time from a clone in another folder, and compares them
 #   make smoke    installs these wheels in environments without a compiler, and tests them
 #   make build    only builds, into .venv; make build-npu builds the part for NPUs too, with cann_sim's toolkit
 #   make check    checks formatting, lint and types, as CI does      make format    fixes the formatting
 #   make tidy     checks csrc with clang-tidy
+#   make pins     writes the newest versions of what these targets install into constraints.txt
 #   make clean    removes all generated files
 #
 # Each target sets up what it needs: a virtual environment in .venv, its packages, the extension. PYTHON picks the
@@ -33,6 +38,9 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --quiet --disable-pip-version-check
+# Every pip below installs the versions of this file, which has none for TORCH and TORCH_NPU. `make pins` renews it.
+PINS := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(strip $(filter-out $(PINS),$(PIP_CONSTRAINT)) $(PINS))
 
 # The release of torch_npu that goes with this torch: the newest of its post-releases.
 TORCH_NPU ?= torch_npu==$(firstword $(subst +, ,$(lastword $(subst ==, ,$(TORCH))))).*
@@ -53,7 +61,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 coverage bench docs wheel reproduce smoke build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -95,7 +103,7 @@ frameworks:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.build)
 	@echo "== Installing the newest frameworks"
 	@rm -rf build/frameworks
-	@$(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
+	@PIP_CONSTRAINT= $(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
 	@rm -rf build/frameworks/tests build/frameworks/scripts
 	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
 	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs tests/test_framework_*.py \
@@ -166,6 +174,35 @@ ifneq ($(MACHINE),aarch64)
 	@$(call arm_pytest,$(SVE256),sve256,$(ARM_TESTS))
 endif
 
+# All of it works in a copy of the sources, so that the user's build stays. Each Python process that finds
+# COVERAGE_PROCESS_START is measured. Branches that the compiler adds for exceptions do not count. A test that fails is
+# shown and does not end the measurement. The tests on the simulated NPU are those that reach csrc/npu.
+COVERED := build/coverage/copy
+NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs)
+measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)) \
+  COVERAGE_PROCESS_START=$(abspath pyproject.toml) TORCH_DEVICE_BACKEND_AUTOLOAD=0 &&
+report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --add-tracefile ../csrc.json --cobertura-add-tracefile ../python.xml
+coverage:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu $(VENV)/.cann_sim $(VENV)/.coverage)
+	@mkdir -p $(COVERED) && rm -rf $(addprefix $(COVERED)/,npu_xent csrc tests) build/coverage/python*
+	@git ls-files -z | tar -c --null -T - | tar -x -C $(COVERED) && ln -sfn $(abspath $(VENV)) $(COVERED)/$(VENV)
+	@find $(COVERED)/build -name '*.gcda' -delete 2>/dev/null || true
+	@echo "== Building the extension with counters (minutes the first time)"
+	@cd $(COVERED) && CXX="$(CXX) --coverage" NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
+	  ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') \
+	  $(PY) setup.py build_ext --inplace >../build.log 2>&1 || { cat ../build.log; exit 1; }
+	@echo "== Running the tests"
+	-@cd $(COVERED) && $(call cxx_tests,build/tests,-DCMAKE_CXX_FLAGS=--coverage)
+	-@$(measured) $(PY) -m pytest -n $(JOBS)
+	-@$(measured) $(PY) -m cann_sim -m pytest --device npu $(NPU_COVERAGE)
+	@$(measured) unset COVERAGE_PROCESS_START; $(PY) -m coverage combine -q && $(PY) -m coverage xml -q -o ../python.xml
+	@cd $(COVERED) && $(VENV)/bin/gcovr --root . -j $(JOBS) build --filter csrc/ --exclude-throw-branches \
+	  --exclude-unreachable-branches --gcov-ignore-parse-errors negative_hits.warn --json ../csrc.json
+	@$(report) --html-nested ../index.html >/dev/null
+	@$(report) --filter npu_xent/ --print-summary
+	@$(report) --filter csrc/ --print-summary
+	@echo "Wrote build/coverage/index.html"
+
 # torch.compile uses g++ too, as the extension does.
 bench:
 	+@$(call set_up,$(VENV)/.bench $(VENV)/.build)
@@ -184,12 +221,15 @@ docs:
 # CANN builds the part for NPUs if its set_env.sh was sourced, else cann_sim: then the wheel's version says "simulated".
 # Only wheels have a local version, which tells them apart. Objects in build/ are reused.
 make_dist = $(PY) -m build --no-isolation --outdir $(1) >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+# The same commit, built in any folder by the same tools, gives the same bytes: times are those of the commit.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 315532800)
 # Moves the wheel in the folder $(1) to dist, with the manylinux tag of the C library that it needs. The other libraries
 # are torch's and the toolkit's and stay theirs, so that nothing in the wheel changes but the tag.
 tag_wheel = libraries=$$(for name in 'libtorch*' 'libc10*' 'libgomp*' "$${ASCEND_HOME_PATH:-none}"/lib64/lib*.so*; do \
     echo "--exclude=$${name\#\#*/}"; done); \
   PATH="$(abspath $(VENV)/bin):$$PATH" $(PY) -m auditwheel repair --plat auto $$libraries --wheel-dir dist \
     $(1)/npu_xent-*.whl >build/dist.log 2>&1 || { cat build/dist.log; exit 1; }; rm -r $(1)
+finish_dist = $(PY) .ci/repack.py $(1) && sha256sum $(1)
 ifeq ($(ARCH),$(MACHINE))
 wheel:
 	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.dist $(VENV)/.cann_sim $(VENV)/.torch_npu)
@@ -206,7 +246,7 @@ wheel:
 	  $(call make_dist,build/wheel --wheel); $(call tag_wheel,build/wheel)
 	@echo "== Building cann_sim's sdist and wheel"
 	@$(call make_dist,dist --sdist --wheel cann_sim)
-	@ls -l dist
+	@$(call finish_dist,dist/*)
 else ifeq ($(ARCH),aarch64)
 wheel:
 	+@$(call set_up,$(VENV)/.dist $(ARM_STAMP))
@@ -214,11 +254,19 @@ wheel:
 	@rm -f dist/npu_xent-*_aarch64.whl
 	@$(call arm_wheel,$(ARM)/wheel)
 	@$(call tag_wheel,$(ARM)/wheel)
-	@ls -l dist
+	@$(call finish_dist,dist/*_aarch64.whl)
 else
 wheel:
 	@echo "ARCH=$(ARCH): wheels are built for this machine and for aarch64"; exit 1
 endif
+
+# The clone has an environment of its own, a longer path and another umask.
+reproduce: wheel
+	@echo "== Building the last commit again, in another folder"
+	@rm -rf build/reproduce && git clone --quiet . build/reproduce/in_another_folder
+	+@umask 007 && $(MAKE) --no-print-directory -C build/reproduce/in_another_folder wheel PYTHON="$$(command -v $(PYTHON))"
+	@cd dist && sha256sum * | (cd ../build/reproduce/in_another_folder/dist && sha256sum --check)
+	@rm -rf build/reproduce
 
 smoke: wheel
 	@.ci/smoke_test dist
@@ -254,6 +302,14 @@ format:
 	@$(VENV)/bin/clang-format -i $(CXX_FILES)
 	@$(VENV)/bin/ruff format .
 	@$(VENV)/bin/ruff check --fix .
+
+# uv resolves for every Python and machine at once; pip resolves for its own alone. No hashes: with any hash, pip wants
+# one for everything, also for TORCH, whose builds differ from index to index, and for the sources of this folder.
+pins:
+	+@$(call set_up,$(VENV)/.created)
+	@$(PIP) install uv
+	@$(VENV)/bin/uv pip compile --quiet --universal --python-version 3.10 --upgrade --no-annotate \
+	  --custom-compile-command "make pins" constraints.in --output-file constraints.txt
 
 clean:
 	rm -rf $(VENV) build dist runs *.egg-info npu_xent/_build.py npu_xent/*.so npu_xent/kernels cann_sim/build cann_sim/*.egg-info
@@ -348,9 +404,14 @@ $(VENV)/.test: $(VENV)/.train
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.
 $(VENV)/.bench: $(TORCH_STAMP)
 	@echo "== Installing what the benchmarks need"
-	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy
+	@$(PIP) install matplotlib optax && $(PIP) install --no-deps cut-cross-entropy==25.1.1
 	@ls /usr/lib/*/libjemalloc.so.2 >/dev/null 2>&1 || apt-get install -y --no-install-recommends libjemalloc2 || \
 	  echo "F.cross_entropy under jemalloc is left out: libjemalloc2 cannot be installed"
+	@touch $@
+
+$(VENV)/.coverage: $(VENV)/.created
+	@echo "== Installing what measures coverage"
+	@$(PIP) install coverage gcovr
 	@touch $@
 
 $(VENV)/.tidy: $(VENV)/.created

@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -26,8 +27,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.command.egg_info import egg_info
@@ -185,6 +188,41 @@ def find_npu_part(torch_version: str) -> NpuPart | None:
     return NpuPart(Path(spec.origin).parent, version, home.resolve(), soc_versions)
 
 
+def bill_of_materials(version: str, torch_version: str, npu: NpuPart | None) -> dict[str, Any]:
+    """What a wheel holds, as CycloneDX: this package, and the headers whose code is compiled into it.
+
+    Libraries that are loaded at run time are not in the wheel; its requirements name them.
+    """
+
+    def component(name: str, version: str | None, license: str | None, **rest: str) -> dict[str, Any]:
+        entry = {"type": "library", "bom-ref": name, "name": name, **({"version": version} if version else {}), **rest}
+        return entry | ({"licenses": [{"license": {"id": license}}]} if license else {})
+
+    def package(name: str, version: str, license: str) -> dict[str, Any]:
+        # In a package URL, "+" is percent-encoded.
+        purl = f"pkg:pypi/{name.replace('_', '-')}@{version.replace('+', '%2B')}"
+        return component(name, version, license, purl=purl)
+
+    held = [
+        package("torch", torch_version, "BSD-3-Clause"),
+        component("pybind11", None, "BSD-3-Clause", description="the release that torch contains"),
+    ]
+    if npu is not None:
+        held.append(package("torch_npu", npu.torch_npu_version, "BSD-3-Clause"))
+        held.append(component("CANN toolkit", npu.toolkit_version, None, description="Ascend C headers of the kernels"))
+    return {
+        "bomFormat": "CycloneDX",
+        "specVersion": "1.6",
+        "version": 1,
+        "metadata": {"component": package(PACKAGE, version, "Apache-2.0")},
+        "components": held,
+        "dependencies": [
+            {"ref": PACKAGE, "dependsOn": [entry["bom-ref"] for entry in held]},
+            *({"ref": entry["bom-ref"]} for entry in held),
+        ],
+    }
+
+
 def remove_npu_part(folder: Path) -> None:
     """Remove an earlier build's part for NPUs, so that a build without it does not ship it."""
     shutil.rmtree(folder / "kernels", ignore_errors=True)
@@ -216,6 +254,19 @@ class FreshBuildPy(build_py):
         if not self.editable_mode:
             shutil.rmtree(Path(self.build_lib) / PACKAGE, ignore_errors=True)
         super().run()
+
+
+class DocumentedWheel(bdist_wheel):
+    """bdist_wheel with a bill of materials in .dist-info/sboms, where PEP 770 puts it."""
+
+    def write_wheelfile(self, wheelfile_base: str, **options: Any) -> None:
+        """Write the bill of materials with the last file that setuptools writes into .dist-info."""
+        super().write_wheelfile(wheelfile_base, **options)
+        torch_version = importlib.metadata.version("torch")
+        bill = bill_of_materials(self.distribution.get_version(), torch_version, find_npu_part(torch_version))
+        path = Path(wheelfile_base, "sboms", f"{PACKAGE}.cdx.json")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(bill, indent=2) + "\n")
 
 
 class CMakeBuild(build_ext):
@@ -269,7 +320,8 @@ class CMakeBuild(build_ext):
         for soc in npu.soc_versions:
             version = re.sub(r"[^\w.-]", "-", npu.toolkit_version or "toolkit")
             build = ROOT / "build" / f"kernels-{soc}-{version}"
-            definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}")
+            # No rpath: importing torch_npu loads the toolkit's libraries before the kernels.
+            definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}", "-DCMAKE_SKIP_BUILD_RPATH=ON")
             # The toolkit's build reads files that only Makefile generators write.
             self.run_cmake(ROOT / "csrc" / "ascendc", build, "-G", "Unix Makefiles", *definitions)
             library = "libnpu_xent_kernels.so"
@@ -315,6 +367,11 @@ extensions = [
 ]
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": CMakeBuild, "build_py": FreshBuildPy, "egg_info": LabelledVersion},
+    cmdclass={
+        "bdist_wheel": DocumentedWheel,
+        "build_ext": CMakeBuild,
+        "build_py": FreshBuildPy,
+        "egg_info": LabelledVersion,
+    },
     install_requires=[torch_requirement()],
 )

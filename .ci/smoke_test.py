@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,15 @@ def check_installation(version: str, site: Path | None) -> None:
     npu_files = sorted(file for file in files if "npu_xent/_npu" in file or "npu_xent/kernels/" in file)
     for_npus = ".cann" in version
     expect(len(npu_files) == (2 if for_npus else 0), f"files for NPUs in the wheel {version}: {npu_files}")
+    info = f"npu_xent-{version}.dist-info"
+    documents = {f"{info}/licenses/LICENSE", f"{info}/licenses/NOTICE", f"{info}/sboms/npu_xent.cdx.json"}
+    expect(documents <= files, f"the wheel lacks {documents - files}")
+    bill = json.loads(installed.read_text("sboms/npu_xent.cdx.json"))
+    held = {entry["name"]: entry.get("version") for entry in bill["components"]}
+    expect(bill["metadata"]["component"]["version"] == version, f"the bill of materials is of {bill['metadata']}")
+    expect(held["torch"].partition("+")[0] == torch_version, f"the bill of materials has torch {held['torch']}")
+    expect(("CANN toolkit" in held) == for_npus, f"the bill of materials of {version} has {sorted(held)}")
+
     foreign = [f for f in files if not f.startswith(("npu_xent/", "npu_xent-")) and site is None]
     expect(not foreign, f"files outside of npu_xent: {foreign}")
 

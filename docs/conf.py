@@ -51,7 +51,7 @@ PAGES = (
         ),
     ),
     ("Reference", ("docs/api/npu_xent", "docs/api/compat", "docs/api/distributed", "docs/api/integrations")),
-    ("Project", ("CHANGELOG", "CONTRIBUTING", "docs/stability")),
+    ("Project", ("CHANGELOG", "CONTRIBUTING", "SECURITY", "docs/stability")),
 )
 include_patterns = ["README.md", *(f"{page}.md" for _, pages in PAGES for page in pages)]
 exclude_patterns = ["**/.venv", "**/build", "**/.git"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
 import sysconfig
@@ -174,6 +175,36 @@ def test_wheels_are_told_apart(toolkit: str | None, label: str, build: types.Mod
         (tmp_path / "version.cfg").write_text(f"version={toolkit}\n")
         npu = build.NpuPart(tmp_path, "2.13.0", tmp_path, ("Ascend910B1",))
     assert build.local_version("2.13.0+cpu", npu) == label
+
+
+def test_the_bill_of_materials(build: types.ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "version.cfg").write_text("version=8.5.0\n")
+    npu = build.NpuPart(tmp_path, "2.13.0.post1", tmp_path, ("Ascend910B1",))
+    bill = build.bill_of_materials("0.1.0+torch2.13.0.cann8.5.0", "2.13.0+cpu", npu)
+    assert (bill["bomFormat"], bill["metadata"]["component"]["purl"]) == (
+        "CycloneDX",
+        "pkg:pypi/npu-xent@0.1.0%2Btorch2.13.0.cann8.5.0",
+    )
+    versions = {"torch": "2.13.0+cpu", "pybind11": None, "torch_npu": "2.13.0.post1", "CANN toolkit": "8.5.0"}
+    assert {entry["name"]: entry.get("version") for entry in bill["components"]} == versions
+    assert bill["dependencies"][0] == {"ref": "npu_xent", "dependsOn": list(versions)}
+    assert {entry["ref"] for entry in bill["dependencies"]} == {"npu_xent", *versions}
+
+    on_cpu = build.bill_of_materials("0.1.0", "2.13.0", None)
+    assert [entry["name"] for entry in on_cpu["components"]] == ["torch", "pybind11"]
+
+
+def test_a_wheel_gets_the_bill_of_materials(
+    build: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPU_XENT_BUILD_NPU", "0")
+    wheel = build.DocumentedWheel(setuptools.Distribution({"name": "npu_xent", "version": "0.1.0"}))
+    monkeypatch.setattr(wheel, "get_tag", lambda: ("cp311", "cp311", "linux_x86_64"))
+    wheel.ensure_finalized()
+    wheel.write_wheelfile(str(tmp_path))
+    bill = json.loads((tmp_path / "sboms" / "npu_xent.cdx.json").read_text())
+    assert bill == build.bill_of_materials("0.1.0", importlib.metadata.version("torch"), None)
+    assert "Root-Is-Purelib" in (tmp_path / "WHEEL").read_text()
 
 
 @pytest.mark.parametrize("version", ["2.13.0", "2.14.0.dev20261101"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ast
 import email
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
+import types
+import zipfile
 from email.message import Message
 from pathlib import Path
 
@@ -36,8 +40,8 @@ PRODUCTS = (
     "dist/npu_xent-0.0.1.tar.gz",
 )
 AT_THE_TOP = (
-    *("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md"),
-    *("pyproject.toml", "setup.py"),
+    *("CHANGELOG.md", "CMakeLists.txt", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "NOTICE", "README.md"),
+    *("SECURITY.md", "pyproject.toml", "setup.py"),
 )
 
 
@@ -147,3 +151,89 @@ def test_a_wheel_has_no_build_products(source: Path) -> None:
     # _build.py is copied, and written anew by build_ext.
     assert files == sources
     assert files >= {"npu_xent/py.typed", "npu_xent/_C.pyi"}
+
+
+@pytest.fixture
+def repack() -> types.ModuleType:
+    """.ci/repack.py, which make wheel ends with."""
+    if not (ROOT / ".ci").exists():
+        pytest.skip("an sdist has no .ci")
+    spec = importlib.util.spec_from_file_location("repack", ROOT / ".ci" / "repack.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def pack(folder: Path, files: dict[str, bytes], umask: int, when: int) -> tuple[Path, Path]:
+    """An sdist and a wheel of the files, in their order, as built with this umask at this time."""
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.chmod(0o777 & ~umask)
+        path.write_bytes(content)
+        path.chmod((0o777 if name.endswith(".so") else 0o666) & ~umask)
+        os.utime(path, (when, when))
+    with tarfile.open(folder / "p-1.tar.gz", "w:gz") as sdist:
+        for name in dict.fromkeys([*(name.partition("/")[0] for name in files), *files]):
+            sdist.add(folder / name, name, recursive=False)
+    with zipfile.ZipFile(folder / "p-1-py3-none-any.whl", "w") as wheel:
+        for name in files:
+            wheel.write(folder / name, name)
+    return folder / "p-1.tar.gz", folder / "p-1-py3-none-any.whl"
+
+
+def test_equal_contents_are_equal_archives(
+    repack: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built by another user, in another folder, at another time, from files in another order."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    files = {"p/b.py": b"b", "p/_C.so": b"C", "p-1.dist-info/RECORD": b"R", "p-1.dist-info/METADATA": b"M"}
+    one = pack(tmp_path / "one", files, 0o022, 1600000000)
+    other = pack(tmp_path / "in_another_folder", dict(reversed(files.items())), 0o077, 1500000001)
+    assert [path.read_bytes() for path in one] != [path.read_bytes() for path in other]
+    repack.main(*map(str, one + other))
+    assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
+
+    (sdist, wheel) = one
+    assert sdist.read_bytes()[3:8] == bytes(5)  # in the header of gzip, neither a file name nor a time
+    with tarfile.open(sdist) as opened:
+        members = {member.name: member for member in opened.getmembers()}
+        assert {name: opened.extractfile(name).read() for name in files} == files
+    assert list(members) == sorted(members)
+    assert {member.mtime for member in members.values()} == {1700000000}
+    assert {(member.uid, member.uname) for member in members.values()} == {(0, "")}
+    assert [oct(members[name].mode) for name in ("p", "p/_C.so", "p/b.py")] == ["0o755", "0o755", "0o644"]
+    with zipfile.ZipFile(wheel) as opened:
+        assert opened.namelist() == ["p-1.dist-info/METADATA", "p/_C.so", "p/b.py", "p-1.dist-info/RECORD"]
+        assert {name: opened.read(name) for name in files} == files
+        modes = {entry.filename: oct(entry.external_attr >> 16) for entry in opened.infolist()}
+    assert (modes["p/_C.so"], modes["p/b.py"]) == ("0o100755", "0o100644")
+
+
+def test_libraries_do_not_name_the_folders_of_the_build() -> None:
+    """Else two builds would differ; and a path in an rpath would name a folder that others may own."""
+    package = Path(npu_xent.__file__).parent
+    libraries = [*package.glob("*.so"), *package.glob("kernels/*/*.so")]
+    assert [library for library in libraries if library.name.startswith("_C.")]
+    for library in libraries:
+        content = library.read_bytes()
+        for folder in {ROOT, package.parent, Path(torch.__file__).parents[1], Path(sysconfig.get_path("purelib"))}:
+            assert os.fsencode(folder) not in content, library
+
+
+@IN_A_CHECKOUT
+def test_nothing_unpickles_or_evaluates() -> None:
+    """SECURITY.md promises it of the package, the examples and the benchmarks."""
+    for folder in ("npu_xent", "examples", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    names = {alias.name for alias in node.names} | {getattr(node, "module", None)}
+                    assert not names & {"pickle", "marshal", "shelve", "dill", "cloudpickle"}, file
+                elif isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    assert called not in ("eval", "exec"), file
+                    if called == "torch.load":
+                        arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                        assert arguments.get("weights_only") == "True", file

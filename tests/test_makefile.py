@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ SOURCES = (
     *("cann_sim/CMakeLists.txt", "cann_sim/setup.py", "cann_sim/pyproject.toml"),
 )
 PYTHON = """#!/bin/sh
+case "$*" in "-m pip "*) echo "$PIP_CONSTRAINT" >>constrained ;; esac
 case "$*" in
   *sysconfig*) echo .venv ;;
   *--editable*) echo "begin $*" >>calls; [ -e fail ] && exit 1; sleep "$(cat seconds)"; echo "end $*" >>calls ;;
@@ -51,9 +54,9 @@ def checkout(tmp_path: Path) -> Path:
 @pytest.fixture
 def make(checkout: Path) -> Make:
     """Starts make there, as from a terminal: not as a part of the make that runs the tests."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH"))}
 
     def start(*arguments: str) -> subprocess.Popen:
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS", "TORCH"))}
         return subprocess.Popen(
             ["make", *arguments],
             cwd=checkout,
@@ -144,6 +147,30 @@ def test_a_build_that_failed_is_tried_again(checkout: Path, make: Make) -> None:
     (checkout / "fail").unlink()
     finish(make("build"))
     assert builds(checkout) == 1
+
+
+def test_what_pip_installs_is_pinned() -> None:
+    """In the Makefile or in constraints.txt; except torch, torch_npu, the newest frameworks, and uv, which pins."""
+    installs = re.findall(r"\$\(PIP\) install ([^&|\n]*)", (ROOT / "Makefile").read_text().replace("\\\n", " "))
+    words = {word for line in installs if "--no-build-isolation" not in line for word in shlex.split(line)}
+    named = {
+        re.match(r"[\w-]+", word)[0] for word in words if word[0] not in "-$" and "/" not in word and "==" not in word
+    }
+    assert named >= {"numpy", "setuptools", "pytest", "auditwheel", "uv"}
+    pins = re.findall(r"^([\w-]+)==\d", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert named - {"uv"} <= set(pins)
+    assert not {"torch", "torch_npu"} & set(pins)
+
+
+@pytest.mark.parametrize("mine", ["", "/mine.txt "])
+def test_pip_gets_the_pins(mine: str, checkout: Path, make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After those of the user, if any; and not for the newest frameworks."""
+    monkeypatch.delenv("PIP_CONSTRAINT", raising=False)
+    if mine:
+        monkeypatch.setenv("PIP_CONSTRAINT", mine)
+    finish(make("build-npu"))
+    assert set((checkout / "constrained").read_text().splitlines()) == {f"{mine}{checkout / 'constraints.txt'}"}
+    assert re.search(r"^PIP_CONSTRAINT= \S+ -m pip .* transformers ", finish(make("-n", "frameworks")), re.MULTILINE)
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="this Python is not the one that make sets up")

@@ -288,6 +288,26 @@ def test_a_damaged_cache_is_said_and_made_anew(
     assert again == whole
 
 
+class RunsCode:
+    """Pickled, it is a call that writes a file, which torch.load(weights_only=False) makes."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.write_text, (self.file, "written")
+
+
+@pytest.mark.cpu
+def test_a_file_with_code_is_damaged_and_runs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checkpoint = importlib.import_module("lm.checkpoint")
+    checkpoint.save_atomically(tmp_path / "file.pt", {"model": RunsCode(tmp_path / "trace")})
+    with pytest.raises(checkpoint.DamagedFile, match="UnpicklingError"):
+        checkpoint.load(tmp_path / "file.pt", ["model"])
+    assert not (tmp_path / "trace").exists()
+
+
 @pytest.mark.cpu
 @pytest.mark.parametrize("launcher", [(), TORCHRUN], ids=["alone", "two ranks"])
 def test_a_cache_that_cannot_be_written_is_said_first_and_done_without(
