@@ -12,7 +12,7 @@ namespace {
 
 using namespace test;
 
-constexpr int kThreads = 8, kRounds = 100;
+constexpr int kThreads = 4, kRounds = 25;
 constexpr size_t kHugePage = size_t{2} << 20, kPage = 4096;
 
 // A block with the same number at the start of each page and in its last bytes.
