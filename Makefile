@@ -119,12 +119,11 @@ cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("to
 test-cpp:
 	+@$(call set_up,$(TORCH_STAMP))
 	@$(call cxx_tests,build/tests_host)
-SANITIZE := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 \
-  -D_GLIBCXX_ASSERTIONS
-SANITIZERS := UBSAN_OPTIONS=print_stacktrace=1 ASAN_OPTIONS=detect_stack_use_after_return=1
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 test-cpp-sanitized:
 	+@$(call set_up,$(TORCH_STAMP))
-	@export $(SANITIZERS):detect_leaks=0; \
+	@export $(SANITIZERS); \
 	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
 test-cpp-threads:
 	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.torch_npu)
@@ -133,11 +132,12 @@ test-cpp-threads:
 # Slower, so not in `make test`: cann_sim's own tests, and tests of the operators, on builds with the sanitizers. These
 # are in a copy of the sources, and the user's are not touched; only what has changed is built again. Python itself has
 # no sanitizer, so its library is loaded first; what Python does not free at its end is no leak of ours.
+SANITIZE_MORE := $(SANITIZE) -fsanitize=float-cast-overflow -D_GLIBCXX_ASSERTIONS
 SANITIZED := build/sanitized
 sanitized_copy = mkdir -p $(SANITIZED) && tar --exclude='*.so' --exclude=__pycache__ --exclude=npu_xent/kernels \
   --exclude=cann_sim/build --exclude=npu_xent/_build.py -c CMakeLists.txt setup.py pyproject.toml README.md LICENSE \
   cmake csrc npu_xent cann_sim | tar -x -C $(SANITIZED)
-sanitized_pytest = $(SANITIZERS):detect_leaks=0 \
+sanitized_pytest = $(SANITIZERS) \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(abspath $(PY)) -m pytest -n $(JOBS) -p no:cacheprovider
 SANITIZED_SIM_TESTS := acl_control acl_memory acl_races acl_streams api_arithmetic api_cast api_move api_reduce api_rules \
@@ -151,14 +151,14 @@ sanitize:
 test-cann-sim-sanitized:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
 	@$(sanitized_copy)
-	@cd $(SANITIZED)/cann_sim && CXX="$(CXX) $(SANITIZE)" CANN_SIM_CACHE=$(abspath $(SANITIZED))/cache \
+	@cd $(SANITIZED)/cann_sim && CXX="$(CXX) $(SANITIZE_MORE)" CANN_SIM_CACHE=$(abspath $(SANITIZED))/cache \
 	  $(sanitized_pytest) --junitxml=../cann_sim.xml $(SANITIZED_SIM_TESTS:%=tests/test_%.py)
 # Without the checks of every pointer in torch's headers, which take half of the time to compile.
 test-extension-sanitized:
 	+@$(call set_up,$(VENV)/.test)
 	@$(sanitized_copy)
 	@echo "== Building the extension with the sanitizers (ten minutes the first time)"
-	@cd $(SANITIZED) && { CXX="$(CXX) $(SANITIZE) -fno-sanitize=null,alignment,vptr,object-size" NPU_XENT_BUILD_NPU=0 \
+	@cd $(SANITIZED) && { CXX="$(CXX) $(SANITIZE_MORE) -fno-sanitize=null,alignment,vptr,object-size" NPU_XENT_BUILD_NPU=0 \
 	  $(abspath $(PY)) setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; }
 	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
 	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
