@@ -9,6 +9,8 @@
 #   make frameworks
 #                 installs the newest transformers, TRL, verl, Megatron, torchtitan, Lightning and accelerate beside the
 #                 pinned torch, and runs the tests of the patches with them: ten minutes
+#   make sanitize builds the C++ tests, cann_sim and the extension with the sanitizers, and runs tests on them: bad
+#                 accesses to memory, undefined behaviour and data races are errors; minutes to build, ten to run
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
@@ -61,7 +63,9 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 coverage bench docs wheel reproduce smoke build build-npu check format pins clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-cpp-threads sanitize \
+  test-cann-sim-sanitized test-extension-sanitized fuzz fuzz-cpp soak coverage test-aarch64 bench docs wheel reproduce smoke \
+  build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -82,7 +86,7 @@ train:
 	@$(PY) examples/train_lm.py $(TRAIN_ARGS)
 
 test:
-	+@$(call set_up,$(VENV)/.test $(if $(filter-out cpu cpp cpp_sanitized,$(or $(SUITES),npu)),$(VENV)/.npu,$(VENV)/.build $(VENV)/.cann_sim))
+	+@$(call set_up,$(VENV)/.test $(if $(filter-out cpu cpp cpp_sanitized cpp_threads,$(or $(SUITES),npu)),$(VENV)/.npu,$(VENV)/.build $(VENV)/.cann_sim))
 ifneq ($(TEST_ARGS),)
 	@echo "== Testing on the $(DEVICE): pytest $(TEST_ARGS)"
 	@$(PY) $(if $(filter npu,$(DEVICE)),-m cann_sim -m pytest --device npu,-m pytest) $(TEST_ARGS)
@@ -109,25 +113,64 @@ frameworks:
 	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs tests/test_framework_*.py \
 	  tests/test_finetune_hf.py tests/test_grpo.py $(TEST_ARGS)
 
-# Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
-# run compares with them.
+# Builds tests/cpp in folder $(1) with the options $(2), or of it the target $(3), and runs the tests, or those that
+# ctest's options $(4) select. The host run writes the planner's results; the Arm run compares with them.
 JOBS = $${MAX_JOBS:-$$(nproc)}
 cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
   $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
     $(if $(filter true,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
-  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
-  $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml
+  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) $(if $(3),--target $(3)) && \
+  $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml $(4)
 
-# The C++ tests on this machine; and with checks of addresses and of undefined behaviour. `make test` runs both.
+# The C++ tests on this machine; with checks of addresses and of undefined behaviour; and those of many threads with
+# checks for data races. `make test` runs all three.
 test-cpp:
 	+@$(call set_up,$(TORCH_STAMP))
 	@$(call cxx_tests,build/tests_host)
-SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
+SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 test-cpp-sanitized:
 	+@$(call set_up,$(TORCH_STAMP))
-	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	@export $(SANITIZERS); \
 	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
+test-cpp-threads:
+	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.torch_npu)
+	@$(call cxx_tests,build/tests_threads,-DCMAKE_CXX_FLAGS="-fsanitize=thread -g1" -DTORCH_NPU_DIR=$${torch}_npu,thread_tests,-L threads)
+
+# Slower, so not in `make test`: cann_sim's own tests, and tests of the operators, on builds with the sanitizers. These
+# are in a copy of the sources, and the user's are not touched; only what has changed is built again. Python itself has
+# no sanitizer, so its library is loaded first; what Python does not free at its end is no leak of ours.
+SANITIZE_MORE := $(SANITIZE) -fsanitize=float-cast-overflow -D_GLIBCXX_ASSERTIONS
+SANITIZED := build/sanitized
+sanitized_copy = mkdir -p $(SANITIZED) && tar --exclude='*.so' --exclude=__pycache__ --exclude=npu_xent/kernels \
+  --exclude=cann_sim/build --exclude=npu_xent/_build.py -c CMakeLists.txt setup.py pyproject.toml README.md LICENSE \
+  cmake csrc npu_xent cann_sim | tar -x -C $(SANITIZED)
+sanitized_pytest = $(SANITIZERS) \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+  TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(abspath $(PY)) -m pytest -n $(JOBS) -p no:cacheprovider
+SANITIZED_SIM_TESTS := acl_control acl_memory acl_races acl_streams api_arithmetic api_cast api_move api_reduce api_rules \
+  checks_cores checks_good checks_memory checks_races checks_removed checks_sync checks_unsupported checks_vector report \
+  runtime
+SANITIZED_TESTS := cross_entropy corners operator_refusals selected_log_probs linear_cross_entropy
+
+sanitize:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
+	@$(PY) tests/run_suites.py cpp_sanitized cpp_threads cann_sim_sanitized extension_sanitized
+test-cann-sim-sanitized:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
+	@$(sanitized_copy)
+	@cd $(SANITIZED)/cann_sim && CXX="$(CXX) $(SANITIZE_MORE)" CANN_SIM_CACHE=$(abspath $(SANITIZED))/cache \
+	  $(sanitized_pytest) --junitxml=../cann_sim.xml $(SANITIZED_SIM_TESTS:%=tests/test_%.py)
+# Without the checks of every pointer in torch's headers, which take half of the time to compile.
+test-extension-sanitized:
+	+@$(call set_up,$(VENV)/.test)
+	@$(sanitized_copy)
+	@echo "== Building the extension with the sanitizers (ten minutes the first time)"
+	@cd $(SANITIZED) && { CXX="$(CXX) $(SANITIZE_MORE) -fno-sanitize=null,alignment,vptr,object-size" NPU_XENT_BUILD_NPU=0 \
+	  $(abspath $(PY)) setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; }
+	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
+	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
 
 # The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
 # under qemu, so they need no code for cross-compiling. The default is torch 2.10.0: the wheel of 2.13.0 for Arm requires

@@ -21,7 +21,12 @@ SUITES = {
     "cann_sim": (ROOT / "cann_sim", [*PYTEST, "-n", "auto"], LOGS / "cann_sim.xml"),
     "cpp": (ROOT, ["make", "test-cpp"], ROOT / "build" / "tests_host" / "junit.xml"),
     "cpp_sanitized": (ROOT, ["make", "test-cpp-sanitized"], ROOT / "build" / "tests_sanitized" / "junit.xml"),
+    "cpp_threads": (ROOT, ["make", "test-cpp-threads"], ROOT / "build" / "tests_threads" / "junit.xml"),
+    "cann_sim_sanitized": (ROOT, ["make", "test-cann-sim-sanitized"], ROOT / "build" / "sanitized" / "cann_sim.xml"),
+    "extension_sanitized": (ROOT, ["make", "test-extension-sanitized"], ROOT / "build" / "sanitized" / "extension.xml"),
 }
+# Run only if named: the rest of `make sanitize`.
+SLOW = ("cann_sim_sanitized", "extension_sanitized")
 
 
 class Suite:
@@ -59,11 +64,12 @@ class Suite:
 
 
 def main(*names: str) -> int:
-    wanted = names or tuple(SUITES)
+    wanted = names or tuple(name for name in SUITES if name not in SLOW)
     if unknown := set(wanted) - set(SUITES):
         sys.exit(f"no such suite: {', '.join(sorted(unknown))}; there are {', '.join(SUITES)}")
     LOGS.mkdir(parents=True, exist_ok=True)
-    done = [Suite(name).join() for name in ("cpp", "cpp_sanitized", "cpu") if name in wanted]
+    alone = ("cpp", "cpp_sanitized", "cpp_threads", *SLOW, "cpu")
+    done = [Suite(name).join() for name in alone if name in wanted]
     # The suite on the simulated NPU is one process, and leaves a core to cann_sim's.
     beside = [Suite("cann_sim", logged=True)] if "cann_sim" in wanted else []
     done += [Suite("npu").join()] if "npu" in wanted else []

@@ -182,7 +182,7 @@ def test_the_environment_is_fit_for_plain_use() -> None:
         assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("target", ["test-cpp", "test-cpp-sanitized", "test-aarch64"])
+@pytest.mark.parametrize("target", ["test-cpp", "test-cpp-sanitized", "test-cpp-threads", "test-aarch64"])
 def test_targets_that_need_no_more_install_torch(target: str, make: Make) -> None:
     assert "Installing torch==2.9.1 " in finish(make("--dry-run", target, "TORCH=torch==2.9.1"))
 

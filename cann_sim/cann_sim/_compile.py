@@ -15,7 +15,7 @@ from types import ModuleType
 
 from ._library import KernelLibrary
 from ._refusals import lead
-from ._runtime import LIBRARY, TOOLKIT, cache_folder, toolkit_path
+from ._runtime import LIBRARY, TOOLKIT, cache_folder, compiler_command, toolkit_path
 
 BUILD_FILES = TOOLKIT / "tools" / "tikcpp" / "ascendc_kernel_cmake"
 
@@ -40,7 +40,7 @@ def compile(
     toolkit_path()
     if isinstance(defines, Mapping):
         defines = [f"{key}={value}" for key, value in defines.items()]
-    compiler = [os.environ.get("CXX", "g++"), *(BUILD_FILES / "compile_flags.txt").read_text().split()]
+    compiler = [*compiler_command(), *(BUILD_FILES / "compile_flags.txt").read_text().split()]
     compiler += [f"-I{TOOLKIT / 'include'}"]
     compiler += [f"-I{Path(folder).resolve()}" for folder in include_dirs] + [f"-D{define}" for define in defines]
     cache = cache_folder()
@@ -49,7 +49,7 @@ def compile(
     try:
         texts = [launchers.preprocess(path, compiler) for path in paths]
         digest = _digest(
-            *map(str, paths), *texts, *compiler, _version(compiler[0]), Path(launchers.__file__).read_text()
+            *map(str, paths), *texts, *compiler, _version(compiler_command()), Path(launchers.__file__).read_text()
         )
         library = cache / digest / f"lib{name or paths[0].stem}.so"
         if not library.exists():
@@ -100,8 +100,8 @@ def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
-def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+def _version(compiler: list[str]) -> str:
+    return subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import functools
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,11 @@ def _build_in_source_tree() -> None:
 def _is_current() -> bool:
     inputs = [PROJECT / "CMakeLists.txt", *SOURCES.glob("*.[ch]*"), *(TOOLKIT / "include").rglob("*")]
     return LIBRARY.exists() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in inputs)
+
+
+def compiler_command() -> list[str]:
+    """The compiler command in CXX, which may have several words ("ccache g++"); default: g++."""
+    return shlex.split(os.environ.get("CXX", "")) or ["g++"]
 
 
 def find_tool(name: str) -> str | None:

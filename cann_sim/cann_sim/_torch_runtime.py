@@ -13,7 +13,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ._runtime import PROJECT, TOOLKIT, cache_folder, find_tool, runtime, toolkit_path
+from ._runtime import PROJECT, TOOLKIT, cache_folder, compiler_command, find_tool, runtime, toolkit_path
 
 FIRST_LIBRARY = "libascendcl.so"  # the others only forward to it
 BUILD_LOG = 40  # lines of a failed build to show
@@ -209,8 +208,8 @@ def _key(part: str, sources: Path, found: Installed, options: dict[str, Any], co
 
 
 def _compiler() -> list[str]:
-    """The compiler command in CXX, which may have several words ("ccache g++"); default: g++."""
-    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    """The compiler command; raises SetupError if there is no such program."""
+    words = compiler_command()
     if shutil.which(words[0]) is None:
         raise SetupError(
             f"{words[0]} is not there to build the simulated runtime: "

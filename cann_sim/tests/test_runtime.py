@@ -305,3 +305,10 @@ def test_what_does_not_exist_or_compile_is_named(tmp_path: Path) -> None:
         cann_sim.compile('#include "kernel_operator.h"\nextern "C" __global__ __aicore__ void k(Unknown u) {}\n')
     with pytest.raises(ValueError, match="vector_scale"):
         cann_sim.Config(vector_scale=0)
+
+
+def test_a_compiler_of_several_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CANN_SIM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "env g++ -DGIVEN")
+    source = '#include "kernel_operator.h"\n#ifdef GIVEN\nextern "C" __global__ __aicore__ void given() {}\n#endif\n'
+    assert cann_sim.compile(source).kernels() == ["given"]

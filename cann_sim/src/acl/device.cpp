@@ -70,8 +70,8 @@ aclError valid_device(const char* api, int32_t device) {
 
 Context* primary(int32_t device) {
   const std::lock_guard<std::mutex> lock(contexts().mutex);
-  Context& context = contexts().primary[device];
-  context.device = device;
+  // Written once: threads that have the context read it without the lock.
+  Context& context = contexts().primary.try_emplace(device, Context{device}).first->second;
   contexts().alive.insert(&context);
   return &context;
 }
