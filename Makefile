@@ -12,6 +12,9 @@
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
+#   make soak     tries load and faults for minutes: threads, forks, signals, memory and disks that are full, kill -9,
+#                 huge tensors, faults of the simulated NPU; ends with a table of counts: about 20 minutes
+#                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -53,7 +56,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 soak bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -165,6 +168,12 @@ ifneq ($(MACHINE),aarch64)
 	@echo "== Testing the variant for SVE under qemu"
 	@$(call arm_pytest,$(SVE256),sve256,$(ARM_TESTS))
 endif
+
+SOAK_SECONDS := 30
+soak:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.npu)
+	@echo "== Trying load and faults"
+	@$(PY) tests/soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
 # torch.compile uses g++ too, as the extension does.
 bench:

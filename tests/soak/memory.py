@@ -1,0 +1,64 @@
+"""Calls without enough memory on the CPU: MemoryError or RuntimeError, and the next call is right.
+
+`python memory.py cpu SECONDS`
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import sys
+from pathlib import Path
+
+# Each allocation of a page or more is the system's, so that each can fail. glibc reads this when a process starts.
+if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4096") != "4096" or "MALLOC_TOP_PAD_" not in os.environ:
+    os.environ["MALLOC_TOP_PAD_"] = "0"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+import torch
+from calls import Tried, main, new_calls, same_bits
+
+
+def size() -> int:
+    """The address space of this process, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def cpu(tried: Tried, seconds: float) -> None:
+    """A limit of the address space (RLIMIT_AS) that leaves 0 bytes or more to a call."""
+    torch.set_num_threads(2)
+    calls = new_calls()
+    torch.set_num_threads(1)
+    expected = {name: call() for name, call in calls.items()}
+    torch.set_num_threads(2)
+    for name, call in calls.items():  # a limit must not meet a start of OpenMP's threads: it ends the process
+        if not name.startswith("linear"):
+            call()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    chosen = random.Random(1)
+    while tried.seconds() < seconds or tried.counts["calls without enough memory"] < 20:
+        name = chosen.choice(list(calls))
+        torch.set_num_threads(1 if name.startswith("linear") else 2)
+        room = int(chosen.choice([1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26, 1 << 28]) * chosen.random())
+        error: BaseException | None = None
+        results: list[torch.Tensor] = []
+        resource.setrlimit(resource.RLIMIT_AS, (size() + room, hard))
+        try:
+            results = calls[name]()
+        except BaseException as raised:
+            error = raised
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        if error is None:
+            tried("calls with just enough memory", same_bits(results, expected[name]), name)
+        else:
+            known = isinstance(error, (MemoryError, RuntimeError))
+            tried("calls without enough memory", known, f"{name}: {type(error).__name__}: {error}")
+            error = None
+        results = []
+        tried("calls after it", same_bits(calls[name](), expected[name]), name)
+
+
+if __name__ == "__main__":
+    main({"cpu": cpu})
