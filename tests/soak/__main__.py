@@ -53,9 +53,10 @@ PARTS = {
 
 def run(part: Part, seconds: float) -> tuple[dict[str, int], list[str]]:
     """What a part has tried, how often, and what failed."""
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         [sys.executable, *part.launcher, str(HERE / part.program), part.part, str(seconds)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | part.environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | part.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -13,7 +13,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from calls import Tried, main
+from tried import Tried, main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_lm.py"
 TINY = ["--vocab-size=512", "--context=32", "--width=32", "--layers=2", "--batch=4", "--lr=0.01", "--loss=npu_xent"]

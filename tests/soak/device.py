@@ -8,8 +8,9 @@ import sys
 import threading
 
 import torch
-from calls import Call, Tried, main, new_calls, same_bits
+from calls import Call, new_calls, same_bits
 from load import Calls, held
+from tried import Tried, main
 
 from cann_sim import acl
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-from calls import Call, Tried, main, new_calls, same_bits
+from calls import Call, new_calls, same_bits
 from torch import Tensor
+from tried import Tried, main
 
 THREADS = 16
 

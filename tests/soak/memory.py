@@ -17,7 +17,8 @@ if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4096") != "4096" or "MALLOC_
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch
-from calls import Tried, main, new_calls, same_bits
+from calls import new_calls, same_bits
+from tried import Tried, main
 
 
 def size() -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import mmap
 
 import torch
-from calls import Tried, main, same_bits
+from calls import same_bits
 from torch import Tensor
+from tried import Tried, main
 
 import npu_xent
 
