@@ -35,6 +35,7 @@ class Part(NamedTuple):
 PARTS = {
     "threads": Part("load.py", "threads"),
     "forks": Part("load.py", "forks"),
+    "busy_forks": Part("load.py", "busy_forks"),
     "signals": Part("load.py", "signals"),
     "steps": Part("load.py", "steps"),
     "memory": Part("memory.py", "cpu"),

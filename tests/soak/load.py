@@ -105,6 +105,38 @@ def forks(tried: Tried, seconds: float) -> None:
             tried(f"children by {method}", all(start(method, names, expected)), "other bits, or no answer")
 
 
+def busy_forks(tried: Tried, seconds: float) -> None:
+    """Forks while other threads take memory from the pool of large outputs and give it back."""
+    torch.set_num_threads(1)
+    rows, classes = 8400, 1000
+    x, y, totals = torch.randn(rows, classes), torch.zeros(rows, dtype=torch.int64), torch.ones(3)
+    ops, done = torch.ops.npu_xent, threading.Event()
+
+    def gradient() -> Tensor:
+        return ops.row_stats_grad(x, y, None, totals, reduction="sum")[-1]
+
+    def work() -> None:
+        while not done.is_set():
+            gradient()
+
+    expected = gradient()
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    try:
+        while tried.seconds() < seconds or tried.counts["children of a busy parent"] < 20:
+            child = os.fork()
+            if child == 0:
+                signal.alarm(60)  # a lock that nobody gives back
+                os._exit(0 if torch.equal(gradient(), expected) else 1)
+            code = os.waitpid(child, 0)[1]
+            tried("children of a busy parent", code == 0, f"wait status {code}")
+    finally:
+        done.set()
+    for worker in workers:
+        worker.join()
+
+
 class Alarm(Exception):
     """What the handler of SIGALRM raises, in every second case."""
 
@@ -178,4 +210,4 @@ def steps(tried: Tried, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main({part.__name__: part for part in (threads, forks, signals, steps)})
+    main({part.__name__: part for part in (threads, forks, busy_forks, signals, steps)})
