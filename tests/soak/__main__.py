@@ -73,6 +73,8 @@ def run(part: Part, seconds: float) -> tuple[dict[str, int], list[str]]:
     counts, failures = (json.loads(found[-1])[key] for key in ("counts", "failures")) if found else ({}, [])
     if process.returncode != 0:
         failures.append(f"exit code {process.returncode}: {output[-2000:]}")
+    elif not counts:
+        failures.append("nothing was tried")
     return counts or {"the part itself": 1}, failures
 
 

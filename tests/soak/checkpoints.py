@@ -18,6 +18,7 @@ from tried import Tried, main
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "train_lm.py"
 TINY = ["--vocab-size=512", "--context=32", "--width=32", "--layers=2", "--batch=4", "--lr=0.01", "--loss=npu_xent"]
 STEPS = 150
+KILLS = 50
 
 
 class Runs:
@@ -86,13 +87,13 @@ def full_disk(tried: Tried, seconds: float) -> None:
 
 
 def kill(tried: Tried, seconds: float) -> None:
-    """kill -9 at random moments, 50 times (more in more time), each followed by a resume to the same losses."""
+    """kill -9 at random moments, KILLS times (more in more time), each followed by a resume to the same losses."""
     with tempfile.TemporaryDirectory() as folder:
         runs, chosen = Runs(Path(folder)), random.Random(time.time_ns())
         began = time.monotonic()
         finished(runs.start("whole", "--save-every=1"))
         longest, expected, number = time.monotonic() - began, runs.losses("whole"), 0
-        while tried.counts["kills"] < 50 or tried.seconds() < seconds:
+        while tried.counts["kills"] < KILLS or tried.seconds() < seconds:
             number += 1
             name = f"run {number}"
             for _ in range(8):

@@ -18,6 +18,7 @@ from torch import Tensor
 from tried import Tried, main
 
 THREADS = 16
+STEPS = 10_000
 
 
 def threads(tried: Tried, seconds: float) -> None:
@@ -29,8 +30,9 @@ def threads(tried: Tried, seconds: float) -> None:
     lock = threading.Lock()
 
     def work(seed: int) -> None:
-        chosen = random.Random(seed)
-        while tried.seconds() < seconds:
+        chosen, n = random.Random(seed), 0
+        while tried.seconds() < seconds or n < 5:
+            n += 1
             name = chosen.choice(list(calls))
             # torch's products have the same bits only with the same number of threads.
             torch.set_num_threads(1 if name in products else chosen.choice([1, 2, 3]))
@@ -196,13 +198,17 @@ def steps(tried: Tried, seconds: float) -> None:
     calls = new_calls()
     names = list(calls)
     before, n = held(), 0
-    while n < 10_000 or tried.seconds() < seconds:
+    while n < STEPS or tried.seconds() < seconds:
         name = names[n % len(names)]
         if not name.endswith("large output") or n % 10 == 0:
             calls[name]()
             tried("steps")
+        if n % 100 == 0:  # more large outputs at once than the pool keeps afterwards
+            alive = [calls[names[-1]]() for _ in range(2)]
+            del alive
+            tried("times that the pool had to unmap")
         n += 1
-        if n == 2000:
+        if n == STEPS // 5:
             before = held()
     grown = {what: now - before[what] for what, now in held().items()}
     for what, allowed in (("bytes", 4 << 20), ("file descriptors", 0), ("threads", 0)):

@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import sys
+import threading
 from pathlib import Path
 
 # Each allocation of a page or more is the system's, so that each can fail. glibc reads this when a process starts.
@@ -17,7 +18,8 @@ if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4096") != "4096" or "MALLOC_
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch
-from calls import new_calls, same_bits
+from calls import Call, new_calls, same_bits
+from torch import Tensor
 from tried import Tried, main
 
 
@@ -26,9 +28,29 @@ def size() -> int:
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Attempt(threading.Thread):
+    """A call in a thread that is new, so that it has no memory of its own yet; `go` starts it."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call, self.go = call, threading.Event()
+        self.results: list[Tensor] = []
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        torch.set_num_threads(1)
+        self.go.wait()
+        self.attempt()
+
+    def attempt(self) -> None:
+        try:
+            self.results = self.call()
+        except BaseException as error:
+            self.error = error
+
+
 def cpu(tried: Tried, seconds: float) -> None:
     """A limit of the address space (RLIMIT_AS) that leaves 0 bytes or more to a call."""
-    torch.set_num_threads(2)
     calls = new_calls()
     torch.set_num_threads(1)
     expected = {name: call() for name, call in calls.items()}
@@ -42,22 +64,22 @@ def cpu(tried: Tried, seconds: float) -> None:
         name = chosen.choice(list(calls))
         torch.set_num_threads(1 if name.startswith("linear") else 2)
         room = int(chosen.choice([1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26, 1 << 28]) * chosen.random())
-        error: BaseException | None = None
-        results: list[torch.Tensor] = []
+        attempt, in_new_thread = Attempt(calls[name]), chosen.random() < 0.5
+        if in_new_thread:
+            attempt.start()
         resource.setrlimit(resource.RLIMIT_AS, (size() + room, hard))
-        try:
-            results = calls[name]()
-        except BaseException as raised:
-            error = raised
-        finally:
-            resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-        if error is None:
-            tried("calls with just enough memory", same_bits(results, expected[name]), name)
+        if in_new_thread:
+            attempt.go.set()
+            attempt.join()
         else:
-            known = isinstance(error, (MemoryError, RuntimeError))
-            tried("calls without enough memory", known, f"{name}: {type(error).__name__}: {error}")
-            error = None
-        results = []
+            attempt.attempt()
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+        if attempt.error is None:
+            tried("calls with just enough memory", same_bits(attempt.results, expected[name]), name)
+        else:
+            known = isinstance(attempt.error, (MemoryError, RuntimeError))
+            tried("calls without enough memory", known, f"{name}: {attempt.error!r}")
+        del attempt
         tried("calls after it", same_bits(calls[name](), expected[name]), name)
 
 
