@@ -8,14 +8,8 @@ from __future__ import annotations
 import os
 import random
 import resource
-import sys
 import threading
 from pathlib import Path
-
-# Each allocation of a page or more is the system's, so that each can fail. glibc reads this when a process starts.
-if os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "4096") != "4096" or "MALLOC_TOP_PAD_" not in os.environ:
-    os.environ["MALLOC_TOP_PAD_"] = "0"
-    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 import torch
 from calls import Call, new_calls, same_bits
