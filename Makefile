@@ -16,6 +16,9 @@
 #                 half an hour or more
 #   make coverage runs the tests on a copy that counts the lines and branches of npu_xent and csrc that they reach, and
 #                 writes build/coverage/index.html: half an hour
+#   make soak     tries load and faults for minutes: threads, forks, signals, memory and disks that are full, kill -9,
+#                 huge tensors, faults of the simulated NPU; ends with a table of counts: about 20 minutes
+#                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -245,6 +248,12 @@ coverage:
 	@$(report) --filter npu_xent/ --print-summary
 	@$(report) --filter csrc/ --print-summary
 	@echo "Wrote build/coverage/index.html"
+
+SOAK_SECONDS := 30
+soak:
+	+@$(call set_up,$(VENV)/.test $(VENV)/.npu)
+	@echo "== Trying load and faults"
+	@$(PY) tests/soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
 # torch.compile uses g++ too, as the extension does.
 bench:

@@ -33,7 +33,7 @@ os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
 import torch
 from torch import Tensor, nn
 
-from lm.checkpoint import save_atomically, set_earlier_run_aside, storable, why_unwritable
+from lm.checkpoint import remove_leftovers, save_atomically, set_earlier_run_aside, storable, why_unwritable
 from lm.data import VALIDATION_BATCHES, Corpus, load_corpus, training_batch, validation_batches
 from lm.losses import make_loss
 from lm.model import GPT
@@ -193,21 +193,30 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
     if checkpoint:
         run.restore(checkpoint)
     if world.rank == 0:
+        remove_leftovers(settings.out)
         for name in [] if checkpoint else set_earlier_run_aside(settings.out):
             say(f"Moved the earlier run's {name} to {settings.out / f'previous-{name}'}")
-        truncate_metrics(settings.out / "metrics.csv", run.step)
 
     say(
         f"Training with --loss {settings.loss} on {device} in {settings.dtype}, {settings.batch} "
         f"windows a step on each of {world.size} rank(s); Ctrl-C saves and stops"
     )
-    stopped_by = run.train()
+    try:
+        if world.rank == 0:
+            truncate_metrics(settings.out / "metrics.csv", run.step)
+        stopped_by = run.train()
+        if not stopped_by and world.rank == 0:
+            run.report()
+    except OSError as error:
+        saved = (settings.out / "checkpoint.pt").is_file()
+        raise SettingError(
+            f"--out {settings.out} cannot be written ({error.strerror}), after {run.step} of {settings.steps} steps; "
+            f"make room there, and {'use --resume: the last checkpoint is whole' if saved else 'start again'}"
+        ) from error
     if stopped_by:
         command = shlex.join([*command_line(world), "--out", str(settings.out), "--resume"])
         name = signal.Signals(stopped_by).name
         say(f"Stopped by {name} and saved, after {run.step} of {settings.steps} steps. To resume:\n{command}")
-    elif world.rank == 0:
-        run.report()
     world.leave()
     return 128 + stopped_by if stopped_by else 0
 

@@ -104,3 +104,11 @@ def test_an_npu_that_is_not_there_is_said_in_one_sentence(tmp_path: Path, monkey
     )
     assert said + "--device cpu, or install torch_npu and CANN" in output
     assert "python -m cann_sim" in output
+
+
+def test_checkpoints_are_read_with_weights_only() -> None:
+    """A file from elsewhere must not run code when it is loaded."""
+    sources = [*(ROOT / "examples").rglob("*.py"), *(ROOT / "npu_xent").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+    loads = [call for path in sources for call in re.findall(r"torch\.load\((?!weights_only)[^)]*", path.read_text())]
+    assert loads
+    assert [call for call in loads if "weights_only=True" not in call] == []

@@ -7,18 +7,20 @@ runs on the device are held against the CPU's.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +35,7 @@ pytest.importorskip("matplotlib")
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "train_lm.py"
 LOSSES = ("torch", "npu_xent", "npu_xent_strict")
 TINY = ["--vocab-size=512", "--context=32", "--width=32", "--layers=2", "--batch=4", "--lr=0.01"]
+FILES = {"checkpoint.pt", "loss.png", "metrics.csv", "summary.json"}  # of a run
 STEPS = 120  # enough to be interrupted half-way
 PATIENCE = 300  # seconds, after which a run counts as hung; busy machines are slow
 
@@ -232,8 +235,7 @@ def test_two_ranks_average_their_own_windows(start: Start, runs: Runs, tmp_path:
     losses = losses_of(tmp_path)
     assert len(losses) == 12
     assert output.count("Validation loss") == 1  # rank 0 alone speaks and writes
-    files = {path.name for path in tmp_path.iterdir()}
-    assert files == {"checkpoint.pt", "loss.png", "metrics.csv", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == FILES
     assert json.loads((tmp_path / "summary.json").read_text())["ranks"] == 2
     assert losses[0] != losses_of(runs["torch"][0])[0]  # rank 1 brings windows of its own
 
@@ -441,6 +443,60 @@ def test_a_damaged_checkpoint_is_named(damage: str, refused: Refused, finished: 
     assert (
         "bring back a copy of it, or start again without --resume, which moves it to previous-checkpoint.pt" in message
     )
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[int], None]]:
+    """full_disk(n): from now on no file of this process may have more than n bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("part", [0.0, 0.02, 0.6, 0.999])
+def test_a_full_disk_leaves_the_file_as_it_was(
+    part: float, full_disk: Callable[[int], None], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the error is the system's. A disk may fill at each byte of the file."""
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    checkpoint = importlib.import_module("lm.checkpoint")
+    path = finished / "checkpoint.pt"
+    before, content = path.read_bytes(), torch.load(path, weights_only=True)
+    full_disk(int(part * len(before)))
+    with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
+        checkpoint.save_atomically(path, content)
+    assert path.read_bytes() == before
+    assert {file.name for file in finished.iterdir()} == FILES
+
+
+@pytest.mark.cpu
+def test_a_full_disk_is_said(
+    full_disk: Callable[[int], None],
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    train_lm = importlib.import_module("train_lm")
+    path = finished / "checkpoint.pt"
+    before = path.read_bytes()
+    full_disk(len(before) // 2)
+    with pytest.raises(SystemExit) as stopped:
+        train_lm.main(["--resume", "--out", str(finished), "--steps", str(STEPS + 9), "--save-every", "3"])
+    assert stopped.value.code == 2
+    said = f"--out {finished} cannot be written ({os.strerror(errno.EFBIG)}), after {STEPS + 3} of {STEPS + 9} steps; "
+    assert said + "make room there, and use --resume: the last checkpoint is whole" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+@pytest.mark.cpu
+def test_what_a_killed_run_left_is_removed(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished / "checkpoint.pt.12345.tmp").write_bytes(b"half a checkpoint")
+    (finished / "mine.tmp").touch()
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    assert importlib.import_module("train_lm").main(["--resume", "--out", str(finished)]) == 0
+    assert {path.name for path in finished.iterdir()} == FILES | {"mine.tmp"}
 
 
 @pytest.mark.npu

@@ -5,6 +5,8 @@
 #include <atomic>
 #include <cstdio>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <thread>
 
 #include "core_state.h"
@@ -69,14 +71,27 @@ CorePool& core_pool() {
   return *pool;
 }
 
+// The order in which cores start: ascending, or with CANN_SIM_SEED a random one for each launch.
+std::vector<uint32_t> order_of_cores(uint32_t cores) {
+  std::vector<uint32_t> order(cores);
+  std::iota(order.begin(), order.end(), 0);
+  if (const char* seed = std::getenv("CANN_SIM_SEED"); seed != nullptr && *seed != '\0') {
+    static std::atomic<uint64_t> launches{0};
+    std::shuffle(order.begin(), order.end(), std::mt19937_64(std::strtoull(seed, nullptr, 10) + launches++));
+  }
+  return order;
+}
+
 }  // namespace
 
 void run_cores(Launch& launch) {
   launch.results.resize(launch.blocks);
+  const std::vector<uint32_t> order = order_of_cores(launch.blocks);
   std::atomic<uint32_t> next{0}, failed{launch.blocks};
   const auto work = [&] {
     std::unique_ptr<RunningCore> core = core_pool().take();
-    for (uint32_t index; (index = next++) < launch.blocks;) {
+    for (uint32_t i; (i = next++) < launch.blocks;) {
+      const uint32_t index = order[i];
       if (index > failed) {  // only the failing core with the lowest index is reported
         continue;
       }

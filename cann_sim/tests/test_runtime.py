@@ -20,6 +20,7 @@ class Range(ctypes.Structure):
 
 
 SOURCE = """
+#include <atomic>
 #include <stdexcept>
 #include "kernel_operator.h"
 using namespace AscendC;
@@ -38,6 +39,14 @@ extern "C" __global__ __aicore__ void numbers(GM_ADDR out, const Options options
   values(2) = small;
   values(3) = static_cast<float>(wide);
   values(4) = table == nullptr ? -1.0f : static_cast<float>(table[0]);
+}
+
+// When this core ran, counted over all launches, in a cache line of its own.
+extern "C" __global__ __aicore__ void turn(GM_ADDR out) {
+  static std::atomic<int32_t> turns{0};
+  GlobalTensor<int32_t> values;
+  values.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(out));
+  values(GetBlockIdx() * 16) = turns++;
 }
 
 // Copies `bytes` from one place to the other through UB.
@@ -144,7 +153,31 @@ def test_outputs_and_workspace_are_unwritten_at_first(library: cann_sim.KernelLi
         assert caught.value.kind == "uninitialised"
 
 
-def test_the_lowest_core_is_reported(library: cann_sim.KernelLibrary) -> None:
+def test_a_seed_changes_the_order_of_the_cores(
+    library: cann_sim.KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each launch anew; without one, and after it, the order is ascending."""
+
+    def order() -> list[int]:
+        turns = np.zeros((20, 16), np.int32)
+        library.launch("turn", 20, turns, config=cann_sim.Config(threads=1))
+        return [int(turn) for turn in turns[:, 0] - turns[:, 0].min()]
+
+    ascending = list(range(20))
+    assert order() == ascending
+    monkeypatch.setenv("CANN_SIM_SEED", "7")
+    orders = [order() for _ in range(3)]
+    assert [sorted(found) for found in orders] == [ascending] * 3
+    assert len({tuple(found) for found in [*orders, ascending]}) == 4
+    monkeypatch.delenv("CANN_SIM_SEED")
+    assert order() == ascending
+
+
+@pytest.mark.parametrize("seed", ["", "1", "2"])
+def test_the_lowest_core_is_reported(
+    seed: str, library: cann_sim.KernelLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CANN_SIM_SEED", seed)
     for first in (0, 3, 11):
         for threads in (1, 4):
             with pytest.raises(cann_sim.KernelError) as caught:

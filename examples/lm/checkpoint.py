@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+FILES = ("checkpoint.pt", "metrics.csv", "summary.json", "loss.png")  # of a run, in its folder
+
 
 class DamagedFile(Exception):
     """torch.load cannot load a file, or the file lacks an entry. The message is a short reason."""
@@ -37,8 +39,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def save_atomically(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        torch.save(content, temporary)
+    """Raises OSError with the system's reason, such as a full disk; torch.save alone says "unexpected pos"."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def load(path: Path, names: Sequence[str]) -> dict[str, Any]:
@@ -64,9 +72,16 @@ def storable(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
 
 
+def remove_leftovers(out: Path) -> None:
+    """Removes the temporary files of a run that was killed while it wrote them."""
+    for name in FILES:
+        for leftover in out.glob(f"{name}.*.tmp"):
+            leftover.unlink()
+
+
 def set_earlier_run_aside(out: Path) -> list[str]:
     """Renames the files of an earlier run to previous-*, instead of overwriting them. Returns their names."""
-    moved = [name for name in ("checkpoint.pt", "metrics.csv", "summary.json", "loss.png") if (out / name).exists()]
+    moved = [name for name in FILES if (out / name).exists()]
     for name in moved:
         os.replace(out / name, out / f"previous-{name}")
     return moved

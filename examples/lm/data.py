@@ -170,7 +170,7 @@ def load_corpus(settings: Settings, world: World, key: str | None) -> Corpus:
         try:
             save_atomically(path, tokenised)
             said += f" and is cached in {path}"
-        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        except OSError as error:
             said += f"; it could not be cached in {path} ({error})"
     say(f"{said}; this run's peak memory on the CPU includes it")
     say(corpus.sizes())

@@ -7,6 +7,7 @@ read before it is written, cores that meet. A kernel that breaks a rule raises, 
 from __future__ import annotations
 
 import math
+import mmap
 import threading
 from typing import Any
 
@@ -21,6 +22,7 @@ import cann_sim
 pytestmark = pytest.mark.cpu
 
 CPU = torch.device("cpu")
+MAP_NORESERVE = 0x4000  # on Linux; Python's mmap has no name for it before 3.13
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FP32 = torch.float32
 
@@ -272,6 +274,29 @@ def test_rows_apart_from_each_other(mode: str) -> None:
     device.row_grad(wider[:, :cols], case.target, None, *stats[:2], totals, case.grad_loss, in_place=True)
     assert_same_bits(wider[:, :cols].contiguous(), expected)
     assert bool(wider[:, cols:].isnan().all())
+
+
+@pytest.mark.parametrize("mode", ["short", "resident", "streaming", "split"])
+def test_rows_further_apart_than_32_bits_count(mode: str) -> None:
+    """Read and written. The elements between the rows are never touched, and take no memory."""
+    rows, cols, _ = MODES[mode]
+    stride = 2**32 + 8
+    case = Case(rows, cols, torch.bfloat16, {})
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
+    memory = torch.frombuffer(mmap.mmap(-1, 2 * rows * stride, flags), dtype=torch.bfloat16)
+    apart = memory.as_strided((rows, cols), (stride, 1))
+    apart.copy_(case.logits)
+    device = Device()
+    expected, stats = device.row_stats(case.logits, case.target), device.row_stats(apart, case.target)
+    assert_same_bits(stats[0], expected[0])
+    totals = device.reduce_rows(case.target, num_classes=cols)
+    for function, inputs in ((device.row_stats_grad, ()), (device.row_grad, (*stats[:2], totals, case.grad_loss))):
+        apart.copy_(case.logits)
+        arguments = (case.target, None, *(inputs or (totals,)))
+        expected = function(case.logits.clone(), *arguments, in_place=True)
+        function(apart, *arguments, in_place=True)
+        grad = expected[4] if isinstance(expected, tuple) else expected
+        assert_same_bits(apart.contiguous(), grad)
 
 
 @pytest.mark.parametrize("mode", ["short", "resident", "split"])

@@ -143,8 +143,8 @@ def near(units: tuple[int, ...], most: int) -> st.SearchStrategy[int]:
 
 
 def magnitudes() -> st.SearchStrategy[int]:
-    """Up to 2^31, small ones as often as large ones."""
-    return st.integers(0, 30).flatmap(lambda bits: st.integers(1 << bits, 2 << bits))
+    """Up to 2^34, small ones as often as large ones."""
+    return st.integers(0, 33).flatmap(lambda bits: st.integers(1 << bits, 2 << bits))
 
 
 ROWS = st.one_of(st.integers(1, 2 * MAX_CORES), near((MAX_CORES, MAX_TILE_ROWS), 200), magnitudes())

@@ -131,12 +131,12 @@ for n, c in ((5, 9000), (300, 100), (50, 5000)):
 """
 
 
-def test_the_same_bits_on_every_chip_and_with_every_queue() -> None:
-    """20 to 48 cores (Atlas A2 and A3), operators submitted at once or by one or two threads."""
+def test_the_same_bits_on_every_chip_and_with_every_queue_and_schedule() -> None:
+    """20 to 48 cores (Atlas A2 and A3), operators submitted at once or by one or two threads, cores in any order."""
     settings = (
         {"TASK_QUEUE_ENABLE": "0", "CANN_SIM_SOC": "Ascend910B1"},
-        {"TASK_QUEUE_ENABLE": "1", "CANN_SIM_SOC": "Ascend910B4"},
-        {"TASK_QUEUE_ENABLE": "2", "CANN_SIM_SOC": "Ascend910_9391"},
+        {"TASK_QUEUE_ENABLE": "1", "CANN_SIM_SOC": "Ascend910B4", "CANN_SIM_SEED": "1"},
+        {"TASK_QUEUE_ENABLE": "2", "CANN_SIM_SOC": "Ascend910_9391", "CANN_SIM_SEED": "2"},
     )
     first, *others = (run(SAME_EVERYWHERE, **setting) for setting in settings)
     assert len(first.splitlines()) == 3
