@@ -12,6 +12,9 @@
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
+#   make fuzz-cpp calls the loops of the CPU and the device kernels on cann_sim with random and hostile rows, in memory
+#                 between pages without access, and compares with float64: 90 seconds (FUZZ_SECONDS=, of which it takes
+#                 half, FUZZ_SEED=); a case that fails is printed with the command that repeats it
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -53,7 +56,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized fuzz-cpp test-aarch64 bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -104,11 +107,12 @@ frameworks:
 # Builds tests/cpp in folder $(1) with the options $(2), and runs it. The host run writes the planner's results; the Arm
 # run compares with them.
 JOBS = $${MAX_JOBS:-$$(nproc)}
-cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
+cxx_build = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
   $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
     $(if $(filter true,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
-  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) && \
+  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS)
+cxx_tests = $(call cxx_build,$(1),$(2)) && \
   $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml
 
 # The C++ tests on this machine; and with checks of addresses and of undefined behaviour. `make test` runs both.
@@ -120,6 +124,15 @@ test-cpp-sanitized:
 	+@$(call set_up,$(TORCH_STAMP))
 	@export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
 	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
+
+# Another seed each time, unless one is given.
+FUZZ_SECONDS ?= 180
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
+fuzz-cpp:
+	+@$(call set_up,$(TORCH_STAMP))
+	@$(call cxx_build,build/tests_host,)
+	@echo "== Fuzzing: build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)"
+	@build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)
 
 # The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
 # under qemu, so they need no code for cross-compiling. The default is torch 2.10.0: the wheel of 2.13.0 for Arm requires
