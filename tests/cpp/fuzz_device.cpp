@@ -23,8 +23,8 @@ using npu_xent::RowMode;
 using npu_xent::Stage;
 
 // Sums are trees; everything is fp32.
-constexpr Rounding kDeviceRounding{/*exp=*/10, /*tanh=*/10, /*factors=*/8, /*joined=*/Format<float>::eps,
-                                   1024,       1024};
+constexpr Rounding kDeviceRounding{
+    /*exp=*/10, /*tanh=*/10, /*factors=*/8 * Format<float>::eps, /*joined=*/Format<float>::eps, 1024, 1024};
 
 template <typename T>
 constexpr LogitsType logits_type() {

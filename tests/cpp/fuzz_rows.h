@@ -8,7 +8,7 @@
 //   |z - lse|    eps of it: an exponent is rounded once or twice
 //   additions    eps / 2 of what is added up, for each addition in one lane of a vector
 //   tanh         eps of z, with a softcap: tanh, its argument, and the product
-//   factors      eps of each term of a row's coefficients; the CPU computes these in double
+//   factors      of each term of a row's coefficients; the CPU computes these in double
 //   joined       eps of the type in which chunks of a row are joined
 //   FLT_MIN      exp is 0 below it
 #pragma once
@@ -128,7 +128,7 @@ struct Problem {
     o.label_smoothing = random.one_in(2) ? 0 : random.one_of({0.1, 1e-10, 0.5, 1.0, random.uniform()});
     o.lse_square_scale = random.one_in(2) ? 0 : random.one_of({1e-4, 1.0, 1e-30, random.uniform()});
     o.logit_scale = random.one_in(2) ? 1 : random.one_of({0.5, -1.0, 0.0, 1e-30, 1e30, 1e-310, 4 * random.uniform()});
-    o.softcap = random.one_in(3) ? random.one_of({1e-6, 1.0, 30.0, 1000.0, 1e6, 10 * random.uniform() + 1e-3}) : 0;
+    o.softcap = random.one_in(5) ? random.one_of({1e-6, 1.0, 30.0, 1000.0, 1e6, 10 * random.uniform() + 1e-3}) : 0;
     o.grad_scale = random.one_in(2) ? o.logit_scale : random.one_of({1.0, 0.0, -2.0, 1e-20, 1e10});
     if (on_device) {
       o.grad_scale = random.one_in(8) ? random.one_of({0.0, -2.0, 1e-5, 1e5}) : 1;
@@ -268,9 +268,11 @@ struct Problem {
     return temperature.data() != nullptr ? option / temperature[n] : option;
   }
   Real u_of(int64_t n) const { return divided(options.grad_scale, n); }
-  // The temperature of an ignored row may be anything.
+  // The temperature of an ignored row may be anything; and with an infinite scale all results are infinite or NaN.
   bool undefined_scale(int64_t n) const {
-    return temperature.data() != nullptr && !(temperature[n] > 0 && temperature[n] <= kLargest<acc>);
+    const bool usable = temperature.data() == nullptr ||
+                        (temperature[n] > 0 && temperature[n] <= kLargest<acc> && 1 / temperature[n] <= kLargest<acc>);
+    return !usable || !(std::fabs(divided(options.logit_scale, n)) <= kLargest<acc>);
   }
 
   // A row after scale and softcap: z, and slope, the derivative's second factor. z is exact, or else off by z_error:
@@ -298,10 +300,9 @@ struct Problem {
         overflows = overflows || !(scaled < largest && std::fabs(z[c]) < largest);
       }
       if (cap != 0) {
-        const Real ratio = Real(x) * Real(scale) / cap, tanh = std::tanh(ratio);
-        z[c] = cap * tanh;
-        const Real cosh = std::cosh(std::fabs(ratio) > 400 ? Real(400) : ratio);
-        slope[c] = std::isnan(ratio) ? ratio : std::isinf(ratio) ? Real(0) : 1 / (cosh * cosh);
+        const Real ratio = Real(x) * Real(scale) / cap, less = std::expm1(-2 * std::fabs(ratio));
+        z[c] = cap * std::copysign(-less / (2 + less), ratio);
+        slope[c] = 4 * (1 + less) / ((2 + less) * (2 + less));
       }
       nan = nan || std::isnan(z[c]);
       max = z[c] > max ? z[c] : max;
@@ -537,10 +538,9 @@ struct Problem {
       const Real h_size = std::fabs(k.h) * (far + std::fabs(k.entropy) + std::fabs(Real(rest)));
       Real error = (std::fabs(k.a) + h_size) * (p_error + eps * p) + std::fabs(k.h) * p * z_error(z[c]);
       error += c == column ? 2 * eps * (std::fabs(k.a * minus_one) + std::fabs(k.a - k.b)) : 0;
-      error +=
-          rounding.factors * eps * (c != column ? p * k.size : std::fabs(k.a * minus_one) + (k.a == k.b ? 0 : k.size));
+      error += rounding.factors * (c != column ? p * k.size : std::fabs(k.a * minus_one) + (k.a == k.b ? 0 : k.size));
       if (of_probabilities || s != 0) {
-        error += eps * std::fabs(s) * weight_size * ((of_probabilities ? 6 : 3) + rounding.factors);
+        error += std::fabs(s) * weight_size * ((of_probabilities ? 6 : 3) * eps + rounding.factors);
       }
       // What is below the smallest normal number may be rounded to 0, before it is multiplied by large factors.
       const Real lost = on_device ? 1e6 * (1 + static_cast<Real>(totals[kClassWeight])) * (1 + weight_size) : 0;
