@@ -19,6 +19,9 @@
 #   make soak     tries load and faults for minutes: threads, forks, signals, memory and disks that are full, kill -9,
 #                 huge tensors, faults of the simulated NPU; ends with a table of counts: about 20 minutes
 #                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
+#   make fuzz-cpp calls the loops of the CPU and the device kernels on cann_sim with random and hostile rows, in memory
+#                 between pages without access, and compares with float64: 90 seconds (FUZZ_SECONDS=, of which it takes
+#                 half, FUZZ_SEED=); a case that fails is printed with the command that repeats it
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -119,11 +122,12 @@ frameworks:
 # Builds tests/cpp in folder $(1) with the options $(2), or of it the target $(3), and runs the tests, or those that
 # ctest's options $(4) select. The host run writes the planner's results; the Arm run compares with them.
 JOBS = $${MAX_JOBS:-$$(nproc)}
-cxx_tests = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
+cxx_build = torch=$$($(PY) -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') && \
   $(VENV)/bin/cmake -S tests/cpp -B $(1) -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV)/bin/ninja) \
     -DPython3_EXECUTABLE=$(abspath $(PY)) -DTORCH_INCLUDE_DIRS=$$torch/include -DTORCH_LIBRARY_DIRS=$$torch/lib \
     $(if $(filter true,$(CI)),-DCMAKE_COMPILE_WARNING_AS_ERROR=ON) -DHOST_PLANS=$(abspath build/plans.txt) $(2) >/dev/null && \
-  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) $(if $(3),--target $(3)) && \
+  $(VENV)/bin/cmake --build $(1) --parallel $(JOBS) $(if $(3),--target $(3))
+cxx_tests = $(call cxx_build,$(1),$(2),$(3)) && \
   $(VENV)/bin/ctest --test-dir $(1) --parallel $(JOBS) --output-on-failure --output-junit junit.xml $(4)
 
 # The C++ tests on this machine; with checks of addresses and of undefined behaviour; and those of many threads with
@@ -174,6 +178,15 @@ test-extension-sanitized:
 	  $(abspath $(PY)) setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; }
 	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
 	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
+
+# Another seed each time, unless one is given.
+FUZZ_SECONDS ?= 180
+FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
+fuzz-cpp:
+	+@$(call set_up,$(TORCH_STAMP))
+	@$(call cxx_build,build/tests_host,)
+	@echo "== Fuzzing: build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)"
+	@build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)
 
 # The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
 # under qemu, so they need no code for cross-compiling. The default is torch 2.10.0: the wheel of 2.13.0 for Arm requires

@@ -139,7 +139,7 @@ class LongFacts {
     const Coefficients k = MakeCoefficients(args_, weight, up, lse, s.row_scale);
     const float entropy = grad_entropy != 0.0f ? entropy_.GetValue(fact) : 0.0f;
     const float h = args_.grad_scale * s.row_scale * grad_entropy;
-    const float factor = 1.0f - lse_low + 0.5f * lse_low * lse_low;  // exp(-lse_low): lse_low is a rounding error
+    const float factor = ExpOfMinus(lse_low);
     s.scale = (k.a - h * (entropy - lse_low)) * factor;
     s.tilt = -h * factor;
     s.offset = k.s;

@@ -223,7 +223,9 @@ __aicore__ inline Upstream ReadUpstream(const XentArgs& args, const RowTensors& 
     up.z = SumOfTwo(up.loss, from_z);
     up.z = mean ? Quotient(up.z, totals.GetValue(kKeptRows)) : up.z;
   }
-  up.loss = mean ? Quotient(up.loss, totals.GetValue(kKeptWeight)) : up.loss;
+  // Not 0 / 0: only the gradient of a mean loss over no weight is undefined.
+  const bool has_loss = args.unit_upstream != 0 || gm.grad_loss != nullptr;
+  up.loss = mean && has_loss ? Quotient(up.loss, totals.GetValue(kKeptWeight)) : up.loss;
   return up;
 }
 

@@ -80,6 +80,22 @@ __aicore__ inline float Expm1NearZero(float x) {
   return x * sum;
 }
 
+// exp(-x) for the low part of an lse. That is at most half a unit in the last place of the high part, so of a row with
+// logits beyond 2^23 it may be the whole logarithm of the sum, and no series near 0 will do.
+__aicore__ inline float ExpOfMinus(float x) {
+  int32_t halved = 0;
+  float y = x < 0.0f ? x : -x;
+  while (y < kNearZero && halved < 8) {
+    y *= 0.5f;
+    ++halved;
+  }
+  float e = 1.0f + Expm1NearZero(y);
+  for (; halved > 0; --halved) {
+    e *= e;
+  }
+  return x < 0.0f ? 1.0f / e : e;
+}
+
 // high + low = a + b exactly (Knuth), high the rounded sum; low is 0 when the sum is not finite.
 struct TwoFloats {
   float high, low;

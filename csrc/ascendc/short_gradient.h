@@ -30,13 +30,13 @@ class ShortGradient {
                   IsFinite(upstream_.class_weight) ? u * args_.class_share * upstream_.class_weight : NaN(), n);
     if (args_.adds_to_a != 0) {
       AscendC::Muls(v[kScratch], v[kGradZ], u, n);
-    } else {
-      AscendC::Mul(v[kScratch], v[kGradZ], v[kLse], n);
+    } else {  // the smaller factors first: the product of the others may overflow
+      AscendC::Muls(v[kScratch], v[kLse], u * 2.0f * args_.lse_square_scale, n);
     }
     PipeBarrier<PIPE_V>();
     AscendC::Muls(v[kB], v[kB], u * args_.target_share, n);
     if (args_.adds_to_a == 0) {
-      AscendC::Muls(v[kScratch], v[kScratch], u * 2.0f * args_.lse_square_scale, n);
+      AscendC::Mul(v[kScratch], v[kScratch], v[kGradZ], n);
     }
     AscendC::Sub(v[kMore], v[kLse], v[kLse], n);  // NaN where lse is not finite, else 0
     PipeBarrier<PIPE_V>();

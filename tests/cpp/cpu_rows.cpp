@@ -10,10 +10,7 @@
 #include "check.h"
 #include "output_memory.h"
 #include "reference.h"
-
-#ifdef __aarch64__
-#include <sys/prctl.h>
-#endif
+#include "variants.h"
 
 namespace {
 
@@ -24,22 +21,6 @@ using npu_xent::give_memory_back;
 using npu_xent::kLargeOutput;
 using npu_xent::kTotals;
 using npu_xent::take_memory;
-
-bool processor_has(const std::string& variant) {
-#ifdef __aarch64__
-  // The length of its vectors is compiled into the variant.
-  return variant == "DEFAULT" || (prctl(PR_SVE_GET_VL) & PR_SVE_VL_LEN_MASK) == 32;
-#else
-  if (variant == "AVX2") {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  }
-  if (variant == "AVX512") {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  }
-  return variant == "DEFAULT";
-#endif
-}
 
 Parallel on_threads(int64_t threads) {
   return {threads, [threads](int64_t n_tasks, const std::function<void(int64_t)>& task) {

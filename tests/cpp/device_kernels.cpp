@@ -160,6 +160,42 @@ class Operation {
     }
   }
 
+  // Logits so far from 0 that lse_low holds the whole logarithm of the sum: the gradient must not lose digits.
+  void check_far_from_0() {
+    const Truth t = truth_of(p_);
+    Floats totals(3), ones(std::vector<float>{1});
+    sum_totals(totals);
+    StatsGm stats(p_.rows, need_wsum_, false), again(p_.rows, need_wsum_, false);
+    row_stats(stats, nullptr);
+    Gm<T> grad(p_.rows * p_.cols), swept(p_.rows * p_.cols);
+    row_grad(stats, totals, &ones, nullptr, grad);
+    row_stats_grad(again, totals, swept);
+    for (int64_t i = 0; i < p_.rows * p_.cols; ++i) {
+      const bool at_target = i % p_.cols == p_.target[i / p_.cols];
+      const double size = std::fabs(t.grad[i]) + (at_target ? 1.0 / static_cast<double>(p_.rows) : 0);
+      check_near<T, float>("grad", i, grad.values()[i], t.grad[i], size, 1, 64);
+      check_near<T, float>("grad of row_stats_grad", i, swept.values()[i], t.grad[i], size, 1, 64);
+    }
+  }
+  // A gradient of the z-loss alone: it is defined for rows without weight too.
+  void check_z_loss_alone() {
+    const Truth t = truth_of(p_);
+    Floats totals(3), from_z(stored<float>(p_.grad_z_loss));
+    sum_totals(totals);
+    StatsGm stats(p_.rows, need_wsum_, false);
+    row_stats(stats, nullptr);
+    Gm<T> grad(p_.rows * p_.cols);
+    row_grad(stats, totals, nullptr, &from_z, grad);
+    const bool mean = p_.options.reduction == Reduction::mean;
+    for (int64_t i = 0; i < p_.rows * p_.cols; ++i) {
+      const int64_t n = i / p_.cols;
+      const double z = mean ? p_.grad_z_loss[0] / static_cast<double>(p_.rows) : p_.grad_z_loss[n];
+      const double factor = z * 2 * p_.options.lse_square_scale * t.lse[n], expected = factor * std::exp(t.log_prob[i]);
+      const bool at_target = i % p_.cols == p_.target[n];  // a (p - 1) + a
+      check_near<T, float>("grad", i, grad.values()[i], expected, std::fabs(at_target ? factor : expected), 1, 64);
+    }
+  }
+
  private:
   static std::vector<float> scales(const Problem& p) {
     std::vector<float> result;
@@ -210,7 +246,7 @@ class Operation {
   // Without upstream gradients: that of the loss is 1.
   void row_grad(StatsGm& stats, Floats& totals, Floats* from_loss, Floats* from_z, Gm<T>& grad) {
     XentArgs args = args_;
-    args.unit_upstream = from_loss == nullptr;
+    args.unit_upstream = from_loss == nullptr && from_z == nullptr;
     launched("row_grad",
              aclrtlaunch_npu_xent_row_grad(cores(chunk_items()), nullptr, logits_.address(), target_.address(),
                                            weight_.address(), row_scale_.address(), stats.lse.address(),
@@ -333,6 +369,46 @@ void test_modes(int64_t cores, size_t turn) {
   }
 }
 
+// Found by the fuzzer.
+void test_far_from_0() {
+  for (const Shape& shape : kShapes) {
+    context = std::string("logits far from 0, ") + shape.name + " rows";
+    const Problem p = make_problem<float>(shape.rows, shape.cols, kCases[0], 1e8);
+    XentPlan plan = npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(LogitsType::fp32));
+    plan.mode = static_cast<int64_t>(shape.mode);
+    if (shape.mode == RowMode::streaming) {
+      plan.parts = 1;
+      plan.chunks_per_part = plan.chunks;
+      plan.slots = npu_xent::kStreamSlots;
+    }
+    Operation<float>(p, plan, 20).check_far_from_0();
+  }
+}
+void test_z_loss_alone() {
+  for (const Shape& shape : {kShapes[0], kShapes[1]}) {
+    const XentPlan plan = npu_xent::plan_rows(shape.rows, shape.cols, static_cast<int64_t>(LogitsType::fp32));
+    context = std::string("z-loss of rows without weight, ") + shape.name + " rows";
+    Problem p = make_problem<float>(shape.rows, shape.cols, kCases[0]);
+    p.options.lse_square_scale = 1e-2;
+    p.weight.assign(shape.cols, 0);
+    p.grad_loss = {0};
+    p.grad_z_loss = {1};
+    Operation<float>(p, plan, 20).check_z_loss_alone();
+
+    // Factors of one term whose product overflows where the term does not.
+    context = std::string("z-loss of large logits, ") + shape.name + " rows";
+    p = make_problem<float>(shape.rows, shape.cols, kCases[0]);
+    for (double& x : p.logits) {
+      x = static_cast<float>(x * 1e33);
+    }
+    p.options.reduction = Reduction::none;
+    p.options.lse_square_scale = 1e-4;
+    p.grad_loss.assign(shape.rows, 0);
+    p.grad_z_loss.assign(shape.rows, 1e6);
+    Operation<float>(p, plan, 20).check_z_loss_alone();
+  }
+}
+
 // Chunks, a tail, and a factor that leaves everything as it is.
 template <typename T>
 void test_scale() {
@@ -358,6 +434,8 @@ int main() {
   test_modes<float>(48, 4);
   test_modes<f16>(20, 0);
   test_modes<bf16>(40, 6);
+  test_far_from_0();
+  test_z_loss_alone();
   test_scale<float>();
   test_scale<f16>();
   test_scale<bf16>();
