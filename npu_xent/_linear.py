@@ -142,6 +142,7 @@ def linear_cross_entropy(
         "logit_scale": logit_scale,
         "softcap": softcap,
         "loss_dtype": loss_dtype,
+        "chunk_rows": chunk_rows,
     }
     check_tensors(
         "linear_cross_entropy",
@@ -151,7 +152,8 @@ def linear_cross_entropy(
         linear_bias=linear_bias,
         weight=weight,
     )
-    check_types("linear_cross_entropy", {**options, "chunk_rows": chunk_rows})
+    check_types("linear_cross_entropy", options)
+    chunk_rows = options.pop("chunk_rows")
     if has_dtensor(input, linear_weight, target, linear_bias, weight):
         from . import _dtensor
 
@@ -190,7 +192,7 @@ def linear_cross_entropy(
         )
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
-            target.reshape(-1, *target.shape[len(shape) :]),
+            target.reshape(shape.numel(), *target.shape[len(shape) :]),
             weight,
             **options,
             return_lse=True,
@@ -206,7 +208,7 @@ def linear_cross_entropy(
             weight,
             **options,
             chunk_rows=chunk_rows,
-            need_lse=return_lse,
+            need_lse=bool(return_lse),
         )
     if reduction == "none":
         loss = loss.view(shape)

@@ -34,12 +34,6 @@ def has_dtensor(*tensors: Any) -> bool:
     return False
 
 
-def require_dense(function: str, **tensors: Tensor) -> None:
-    """Raise TypeError for sparse, nested and quantized tensors."""
-    for argument, tensor in tensors.items():
-        _check_dense(function, argument, tensor)
-
-
 def _check_dense(function: str, argument: str, tensor: Tensor) -> None:
     if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
         return

@@ -185,6 +185,7 @@ class Case:
         call.rules(rules)
         before = [s for value in (*call.arguments.values(), *self.leaves.values()) for s in seen(value)]
         was, error, out = settings(), None, None
+        original = {n: call.arguments[n].detach().clone() for n in ("input", "logits") if self._consumes(n)}
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
@@ -197,19 +198,20 @@ class Case:
         if call.torchs is not None:
             return self._same_as_torch(out, error, before)
         for warning in warned:
-            if not re.search(WARNINGS, str(warning.message)):
+            complex_ids = call.name.startswith("npu_xent.compat.nnsight") and "Casting complex" in str(warning.message)
+            if not (complex_ids or re.search(WARNINGS, str(warning.message))):
                 raise Failure(f"warned: {warning.category.__name__}: {warning.message}")
         self._check_unchanged(before, () if error else call.notes.get("written", ()), error is None)
         if error is not None:
             return self._judge_error(error, rules)
         if rules.broken:
             raise Failure(f"returned, although the call breaks {rules.broken}")
-        return self._judge_results(out, before, rules)
+        return self._judge_results(out, before, rules, original)
 
     def _check_unchanged(self, before: list[Seen], written: tuple[str, ...], returned: bool) -> None:
         may_change = [self.call.arguments.get(name) for name in written]
-        if returned and self._consumes():
-            may_change += [self.call.arguments.get(name) for name in ("input", "logits")]
+        if returned:
+            may_change += [self.call.arguments.get(name) for name in ("input", "logits") if self._consumes(name)]
         for tensor, memory, facts in before:
             if any(tensor is t for t in may_change):
                 continue
@@ -222,11 +224,17 @@ class Case:
             if tensor.is_leaf and tensor.grad is not None:
                 raise Failure(f"{name} got a gradient")
 
-    def _consumes(self) -> bool:
-        return bool(self.call.arguments.get("consume_logits")) and self.mode not in ("no_grad", "inference")
+    def _consumes(self, name: str) -> bool:
+        """Whether the call may overwrite this argument."""
+        flag, value = self.call.arguments.get("consume_logits"), self.call.arguments.get(name)
+        if not flag or self.mode in ("no_grad", "inference") or functions.is_freed(value):
+            return False
+        return isinstance(value, Tensor) and value.layout is torch.strided and value.requires_grad
 
     def _judge_error(self, error: Exception, rules: Rules) -> str:
         message = str(error)
+        if "no implementation found" in message and any(isinstance(v, type) for v in self.call.arguments.values()):
+            return "TypeError: a class"  # torch's, of its protocol __torch_function__
         for errors, names in rules.broken:
             if isinstance(error, errors) and any(re.search(rf"\b{re.escape(n)}", message) for n in names):
                 self._check_message(message)
@@ -235,6 +243,12 @@ class Case:
             if "" not in rules.open:
                 self._check_message(message)
             return f"{type(error).__name__}: open"
+        if (
+            isinstance(error, NotImplementedError)
+            and "meta tensor" in message
+            and self.call.name.startswith("npu_xent.compat.nnsight")
+        ):
+            return "NotImplementedError: meta"  # torch's: the loss cannot be moved to the CPU
         trace = "".join(traceback.format_exception(error)[-3:])
         broken = f"; the call breaks {rules.broken}, open {rules.open}" if rules.broken or rules.open else ""
         raise Failure(f"raised {type(error).__name__}: {message[:500]}{broken}\n{trace[-1500:]}")
@@ -250,7 +264,7 @@ class Case:
         values = (out,) if isinstance(out, Tensor) else tuple(out or ())
         return {n: v for n, v in zip(self.call.outputs, values, strict=False) if v is not None}
 
-    def _judge_results(self, out: Any, before: list[Seen], rules: Rules) -> str:
+    def _judge_results(self, out: Any, before: list[Seen], rules: Rules, original: dict[str, Tensor]) -> str:
         call, a = self.call, self.call.arguments
         if not call.outputs:
             return "returned"
@@ -262,7 +276,7 @@ class Case:
             return "returned"
         if any(isinstance(v, Tensor) and v.is_meta for v in a.values()):
             upstream = {n: torch.zeros(u.shape, dtype=u.dtype) for n, u in upstream.items()}
-        expected = call.truth(a | {"autocast": self.mode == "autocast", "notes": call.notes}, upstream)
+        expected = call.truth(a | original | {"autocast": self.mode == "autocast", "notes": call.notes}, upstream)
         if not expected:
             return "returned"
         for name, value in outputs.items():
@@ -309,7 +323,7 @@ class Case:
         of, grads = [outputs[n] for n in upstream], list(upstream.values())
         if any(o.is_meta for o in of):
             return {}
-        twice = self.source.maybe(0.1) and not self._consumes()
+        twice = self.source.maybe(0.1) and not any(map(self._consumes, ("input", "logits")))
         try:
             found = torch.autograd.grad(of, leaves, grads, retain_graph=twice, allow_unused=True)
             if twice:
@@ -349,15 +363,16 @@ class Case:
         x = self.call.arguments["input"]
         if not bool(x.isfinite().all()):
             return "returned"  # NaN in ignored rows
-        eps = torch.finfo(out.dtype).eps
+        largest = x.detach().double().abs().max().item() if x.numel() else 0.0
         for name, a, b in [("loss", out, theirs), *((n, mine[n], of_torch[n]) for n in mine)]:
             if (a is None) != (b is None):
                 raise Failure(f"{name}: {a}, and torch {b}")
             if a is None:
                 continue
+            eps = max(torch.finfo(a.dtype).eps, torch.finfo(out.dtype).eps)
             a, b = (t.detach().double().as_subclass(Tensor) for t in (a, b))
             size = b.abs().nan_to_num(0, 0, 0).amax() if b.numel() else 1.0
-            close = ((a - b).abs() <= 64 * eps * (size + x.detach().double().abs().max().item() + 1)) | (a == b)
+            close = ((a - b).abs() <= 64 * eps * (size + largest + 1)) | (a == b)
             if not bool((close | (a.isnan() & b.isnan())).all()):
                 raise Failure(f"{name}: {a.flatten()[:8].tolist()}, and torch {b.flatten()[:8].tolist()}")
         return "right"
@@ -452,7 +467,7 @@ def child(seed: int, first: int, step: int, device: str, board: str, seconds: fl
         if failure is not None:
             print(repr(("failure", number, name, failure)), flush=True)
         number, done = number + step, done + 1
-        if done % 500 == 0:
+        if done % 100 == 0:
             print(repr(("counts", dict(batch))), flush=True)
             batch.clear()
     print(repr(("counts", dict(batch))), flush=True)

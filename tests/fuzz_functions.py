@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from fuzz_inputs import BAD, EXTREME, FLAGS, GOOD, INTEGERS, LOGITS, Source
-from reference import stats_dtype, tolerance, truth
+from reference import scaled_and_capped, stats_dtype, tolerance, truth
 from token_cases import selected_truth, token_truth
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,6 +48,7 @@ NAMES = {
     "logits": ("logits", "input"),
     "target": ("target", "probabilities", "label", "target_ids"),
     "lse_square_scale_for_zloss": ("lse_square_scale_for_zloss", "lse_square_scale"),
+    "target_ids": ("target_ids", "target"),
     "mult": ("mult", "logit_scale"),
 }
 
@@ -98,9 +99,7 @@ class Rules:
         """Their storages must not have been freed."""
         for name in names:
             t = self.a.get(name)
-            if isinstance(t, Tensor) and t.layout is torch.strided and not t.is_meta and t.numel() and not t.is_nested:
-                last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
-                self.need(t.untyped_storage().nbytes() >= last * t.element_size(), RuntimeError, name)
+            self.need(not is_freed(t), RuntimeError, name)
 
     def one_device(self, *names: str) -> None:
         tensors = {n: self.a[n] for n in names if isinstance(self.a.get(n), Tensor)}
@@ -187,20 +186,34 @@ class Rules:
     def classes_in(self, name: str, classes: int, ignore_index: Any, errors: Any = IndexError) -> None:
         """Class indices must be in range, on the CPU."""
         y = self.a[name]
-        if y.device.type != "cpu" or y.numel() == 0 or classes <= 0:
+        if y.device.type != "cpu" or y.numel() == 0 or classes <= 0 or is_freed(y):
             return
+        if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
+            ignore_index = None
         y = _int64(y)
         bad = ((y < 0) | (y >= classes)) & (y != ignore_index if ignore_index is not None else True)
         self.need(not bool(bad.any()), errors, name)
 
-    def consumable(self, name: str, contiguous: Tensor) -> None:
+    def consumable(self, name: str, class_dim: int) -> None:
         """With consume_logits, where a gradient is needed."""
         t = self.a[name]
         if not (self.a.get("consume_logits") and t.requires_grad and self.grad_mode):
             return
+        if is_freed(t):
+            return
         base = t._base
-        self.need(not (t.is_leaf or (base is not None and base.is_leaf and base.requires_grad)), ValueError, name, "leaf")
-        self.need(contiguous.is_contiguous() and not t.is_neg(), ValueError, name)
+        self.need(
+            not (t.is_leaf or (base is not None and base.is_leaf and base.requires_grad)), ValueError, name, "leaf"
+        )
+        self.need(t.movedim(class_dim, -1).is_contiguous() and not t.is_neg(), ValueError, name)
+
+
+def is_freed(t: Any) -> bool:
+    """Whether a tensor's storage has been freed or shrunk."""
+    if not isinstance(t, Tensor) or t.layout is not torch.strided or t.is_meta or t.is_nested or not t.numel():
+        return False
+    last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+    return t.untyped_storage().nbytes() < last * t.element_size()
 
 
 def _size(value: Any) -> int:
@@ -243,7 +256,9 @@ def options(source: Source, names: Iterable[str], *, spoil: float = 0.06) -> tup
         elif kind < 0.3:
             chosen[name] = source.pick(GOOD[name])
         else:
-            chosen[name] = source.pick([v for v in GOOD[name] if v is None or type(v) in (str, float, torch.dtype)] or [-100])
+            chosen[name] = source.pick(
+                [v for v in GOOD[name] if v is None or type(v) in (str, float, torch.dtype)] or [-100]
+            )
     return chosen, compared
 
 
@@ -265,7 +280,7 @@ def number(value: Any, default: float) -> Any:
 
 
 def index_of(value: Any) -> int:
-    return -100 if value is None else operator.index(value)
+    return -100 if value is None else _plain_index(value)
 
 
 def _values(a: dict[str, Any], name: str) -> Tensor:
@@ -281,11 +296,34 @@ def _reduced(upstream: dict[str, Tensor], name: str, shape: Any = None) -> Tenso
     return upstream[name].detach().cpu().double().as_subclass(Tensor).reshape(-1)
 
 
-def near(value: Tensor, terms: Any, dtype: torch.dtype, roundings: int = 1, shape: Any = None) -> Near:
+def near(
+    value: Tensor, terms: Any, dtype: torch.dtype, roundings: int = 1, shape: Any = None, of: Any = torch.float64
+) -> Near:
+    """Within the tests' tolerance of a result in dtype, made of logits in the dtype `of`."""
     allowed = torch.as_tensor(tolerance(value, terms, dtype, roundings)).expand(value.shape)
+    stats = torch.finfo(stats_dtype(of))
+    if stats.bits == 32 and dtype is torch.float64:
+        allowed = allowed + 4 * stats.eps * terms + stats.tiny
     if shape is not None:
         value, allowed = value.reshape(shape), allowed.reshape(shape)
     return Near(value, allowed, dtype)
+
+
+def lse_terms(rows: Tensor, chosen: dict[str, Any], lse: Tensor) -> Tensor:
+    """Of log sum exp: the largest logit, and the logarithm of a sum of at least 1."""
+    z, _ = scaled_and_capped(rows, chosen["logit_scale"], chosen["softcap"])
+    return 1 + z.amax(1).abs().nan_to_num(0, 0, 0) + lse.abs().nan_to_num(0, 0, 0)
+
+
+def z_terms(t: Any, rows: Tensor, chosen: dict[str, Any]) -> Tensor:
+    """Of the z-loss: lse squared is off by twice lse times its own error."""
+    lse = t.lse.abs().nan_to_num(0, 0, 0)
+    by_row = chosen["lse_square_scale"] * (2 * lse * lse_terms(rows, chosen, t.lse) + lse.square())
+    if chosen["reduction"] == "none":
+        return by_row
+    return 4 * t.z_loss.abs().nan_to_num(0, 0, 0) + (
+        by_row.sum() if chosen["reduction"] == "sum" else by_row.amax() if len(by_row) else 0
+    )
 
 
 _LOSS = ("reduction", "label_smoothing", "lse_square_scale", "logit_scale", "softcap", "ignore_index")
@@ -356,7 +394,9 @@ def cross_entropy(source: Source) -> Call:
     names = (*_LOSS, "loss_dtype", "return_lse", "return_z_loss", "consume_logits")
     chosen, compared = options(source, names)
     if source.maybe(0.04):
-        chosen.update(source.pick(({"size_average": True}, {"size_average": False}, {"reduce": False, "size_average": 1})))
+        chosen.update(
+            source.pick(({"size_average": True}, {"size_average": False}, {"reduce": False, "size_average": 1}))
+        )
     shape, dtype = _shape(source), source.pick(LOGITS)
     dim = min(len(shape) - 1, 1) if shape else 0
     x = source.logits(shape, dtype, dim)
@@ -459,7 +499,7 @@ def cross_entropy_rules(r: Rules) -> None:
         return
     if y.shape == of_rows:
         r.classes_in("target", classes, -100 if ignore_index is None else ignore_index)
-    r.consumable("input", x.movedim(dim, -1))
+    r.consumable("input", dim)
 
 
 def loss_numbers(r: Rules) -> None:
@@ -483,7 +523,7 @@ def cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth
     of_loss = of_rows if chosen["reduction"] == "none" else ()
     if y.is_floating_point():
         return _probabilities_truth(x, y, w, dim, chosen, dtype, of_loss, a, upstream)
-    rows = x.movedim(dim, -1).reshape(-1, x.shape[dim])
+    rows = x.movedim(dim, -1).reshape(of_rows.numel(), x.shape[dim])
     t = truth(
         rows,
         _int64(y).reshape(-1),
@@ -493,11 +533,11 @@ def cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth
         grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
     )
     back = [*of_rows, x.shape[dim]]
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss)}
+    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
-        found["lse"] = near(t.lse, t.lse.abs().nan_to_num(0, 0, 0), stats_dtype(x.dtype), shape=of_rows)
+        found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=of_rows)
     if a.get("return_z_loss"):
-        found["z_loss"] = near(t.z_loss, 4 * t.z_loss.abs().nan_to_num(0, 0, 0), dtype, shape=of_loss)
+        found["z_loss"] = near(t.z_loss, z_terms(t, rows, chosen), dtype, shape=of_loss, of=x.dtype)
     grad = near(t.grad, t.grad_terms, x.dtype, roundings=2, shape=back)
     found["input"] = Near(grad.value.movedim(-1, dim), grad.allowed.movedim(-1, dim), x.dtype)
     return found
@@ -532,11 +572,11 @@ def _probabilities_truth(
         t if chosen["reduction"] == "none" else t.sum() / count if count else t.sum() * math.nan
         for t in (rows, terms, z_rows)
     )
-    found = {"loss": near(loss.detach(), 8 * terms.detach(), dtype, shape=of_loss)}
+    found = {"loss": near(loss.detach(), 8 * terms.detach(), dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
         found["lse"] = near(lse.detach(), 4 * lse.detach().abs() + 4, stats_dtype(x.dtype))
     if a.get("return_z_loss"):
-        found["z_loss"] = near(z_loss.detach(), 8 * z_loss.detach().abs(), dtype, shape=of_loss)
+        found["z_loss"] = near(z_loss.detach(), 8 * z_loss.detach().abs(), dtype, shape=of_loss, of=x.dtype)
     outputs = [o for name, o in (("loss", loss), ("lse", lse)) if name in upstream]
     grads = [upstream[name].detach().cpu().double().as_subclass(Tensor) for name in ("loss", "lse") if name in upstream]
     if not outputs:
@@ -551,7 +591,9 @@ def _probabilities_truth(
     size *= 1 + float(probabilities.detach().abs().sum(dim).max()) if lse.numel() else 1
     for name, of, like in (("input", of_x, x), ("target", of_q, q)):
         if of is not None:
-            found[name] = near(of, size / max(count, 1) if "lse" not in upstream else size, like.dtype, roundings=3)
+            found[name] = near(
+                of, size / max(count, 1) if "lse" not in upstream else size, like.dtype, roundings=3, of=x.dtype
+            )
     return found
 
 
@@ -635,7 +677,7 @@ def contract_rules(r: Rules) -> None:
         r.need(not a.get("return_zloss"), broken, "return_zloss")
         if isinstance(w, Tensor):
             r.need(w.dtype is torch.float32, broken, "weight")
-            if w.device.type == "cpu" and not w.is_complex() and w.untyped_storage().nbytes() >= w.numel() * w.element_size():
+            if w.device.type == "cpu" and not (w.is_complex() or is_freed(w)):
                 r.need(bool(((w > 0) & (w <= 1)).all()), broken, "weight")
         if x.requires_grad and r.grad_mode:
             if a.get("reduction", "mean") == "mean":
@@ -659,15 +701,18 @@ def contract_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         grad_z_loss=_reduced(upstream, "zloss") if "zloss" in upstream else 0.0,
     )
     of_loss = (len(x),) if chosen["reduction"] == "none" else (1,)
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss)}
+    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
     nothing = torch.zeros(0, dtype=torch.float64)
     terms = (x.double().abs() + t.lse.abs()[:, None]).nan_to_num(0, 0, 0)
     with_log_prob = a.get("need_log_prob", True)
     found["log_prob"] = near(t.log_prob, terms, x.dtype) if with_log_prob else near(nothing, 0.0, x.dtype)
-    z_terms = 4 * t.z_loss.abs().nan_to_num(0, 0, 0)
-    found["zloss"] = near(t.z_loss, z_terms, dtype, shape=of_loss) if a.get("return_zloss") else near(nothing, 0, dtype)
+    found["zloss"] = (
+        near(t.z_loss, z_terms(t, x, chosen), dtype, shape=of_loss, of=x.dtype)
+        if a.get("return_zloss")
+        else near(nothing, 0, dtype)
+    )
     lse = t.lse if chosen["lse_square_scale"] else nothing
-    found["lse_for_zloss"] = near(lse, lse.abs().nan_to_num(0, 0, 0), dtype, roundings=2)
+    found["lse_for_zloss"] = near(lse, lse_terms(x, chosen, t.lse) if len(lse) else 0.0, dtype, roundings=2, of=x.dtype)
     found["input"] = near(t.grad, t.grad_terms, x.dtype, roundings=2)
     return found
 
@@ -747,11 +792,16 @@ def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
     allowed = t.dtype is torch.float32 or (t.dtype is torch.float64 and dtype is torch.float64)
     good = r.need(allowed, TypeError, "temperature")
     if t.requires_grad:
-        r.need(False, (RuntimeError, TypeError), "temperature")
-        if not r.grad_mode:
+        if r.grad_mode:
+            r.need(False, (RuntimeError, TypeError), "temperature")
+        else:
             r.open.add("temperature")
-    elif good and t.device.type == "cpu" and (t.dim() > 0 or shape is None or math.prod(shape)):
-        r.need(bool(((t > 0) & t.isfinite()).all()), ValueError, "temperature")
+    elif good and t.device.type == "cpu" and not is_freed(t) and shape is not None and math.prod(shape):
+        fits = (t > 0) & t.isfinite()
+        y = a.get("target")
+        if isinstance(y, Tensor) and y.dtype in INTEGERS and not (is_freed(y) or y.is_meta):
+            fits = fits | (_int64(y) == _plain_index(a.get("ignore_index", -100)))
+        r.need(bool(fits.all()), ValueError, "temperature")
 
 
 def token_rules(r: Rules) -> None:
@@ -770,7 +820,7 @@ def token_rules(r: Rules) -> None:
     r.need(x.shape[-1] > 0, ValueError, "logits")
     if r.need(y.dtype in INTEGERS, TypeError, "target"):
         r.classes_in("target", x.shape[-1], _plain_index(a.get("ignore_index", -100)))
-    r.consumable("logits", x)
+    r.consumable("logits", -1)
 
 
 def _token_options(a: dict[str, Any]) -> dict[str, Any]:
@@ -983,18 +1033,20 @@ def linear_cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -
         by_loss = by_row.sum() if chosen["reduction"] == "sum" else by_row.max() if len(by_row) else by_row.sum()
         if chosen["reduction"] == "mean" and w is not None:  # the mean of weights may be smaller than the largest
             by_loss = by_row.sum() / w.double()[w > 0].min() if bool((w > 0).any()) else by_loss
-    found = {"loss": _moved(near(t.loss, t.loss_terms, loss_dtype, shape=of_loss), by_loss)}
+    found = {"loss": _moved(near(t.loss, t.loss_terms, loss_dtype, shape=of_loss, of=dtype), by_loss)}
     if a.get("return_lse"):
         lse = near(t.lse, t.lse.abs().nan_to_num(0, 0, 0), stats_dtype(dtype), shape=of_rows)
         found["lse"] = _moved(lse, moved)
     if a.get("return_z_loss"):
-        z = near(t.z_loss, 4 * t.z_loss.abs().nan_to_num(0, 0, 0), loss_dtype, shape=of_loss)
+        z = near(t.z_loss, 4 * t.z_loss.abs().nan_to_num(0, 0, 0), loss_dtype, shape=of_loss, of=dtype)
         found["z_loss"] = _moved(z, by_loss)
     return found | layer.gradients(t.grad, t.grad_terms, moved)
 
 
 def _moved(n: Near, by: Any) -> Near:
-    return n._replace(allowed=n.allowed + torch.as_tensor(by).reshape(n.allowed.shape) if n.value.numel() else n.allowed)
+    return n._replace(
+        allowed=n.allowed + torch.as_tensor(by).reshape(n.allowed.shape) if n.value.numel() else n.allowed
+    )
 
 
 class _Layer:
@@ -1008,24 +1060,36 @@ class _Layer:
             cast = torch.get_autocast_dtype("cpu")
             x, w, b = x.to(cast), w.to(cast), b if b is None else b.to(cast)
         self.x, self.shape = x, x.shape
-        self.rows, self.weight, self.bias = x.reshape(-1, x.shape[-1]).double(), w.double(), b if b is None else b.double()
+        self.rows, self.weight, self.bias = (
+            x.reshape(x.shape[:-1].numel(), x.shape[-1]).double(),
+            w.double(),
+            b if b is None else b.double(),
+        )
         self.logits = F.linear(self.rows, self.weight, self.bias)
         self.eps = torch.finfo(x.dtype).eps
         # Sums of products are made in float32 (float64), and rounded.
         stats = torch.finfo(stats_dtype(x.dtype)).eps
         sizes = F.linear(self.rows.abs(), self.weight.abs(), None if self.bias is None else self.bias.abs())
         self.stats = stats
-        self.error = (self.eps * self.logits.abs() + (4 + x.shape[-1]) * stats * sizes).amax(1) if w.shape[0] else sizes.sum(1)
+        self.error = (
+            (self.eps * self.logits.abs() + (4 + x.shape[-1]) * stats * sizes).amax(1) if w.shape[0] else sizes.sum(1)
+        )
 
     def gradients(self, grad: Tensor, terms: Tensor, moved: Tensor) -> Truth:
         """Of the layer's tensors, from that of the logits and the sizes of its terms."""
-        off = (2 * self.eps + 8 * self.stats + 4 * moved[:, None]) * terms + 2 * self.eps * grad.abs().nan_to_num(0, 0, 0)
+        off = (2 * self.eps + 8 * self.stats + 4 * moved[:, None]) * terms + 2 * self.eps * grad.abs().nan_to_num(
+            0, 0, 0
+        )
         size = grad.abs().nan_to_num(0, 0, 0) + off
         many = (8 + max(grad.shape, default=1)) * self.stats + (4 * self.eps if self.eps > 1e-4 else 0)
         tiny = float(torch.finfo(self.x.dtype).tiny)
         found = {
             "input": (grad @ self.weight, off @ self.weight.abs() + many * (size @ self.weight.abs()), self.shape),
-            "linear_weight": (grad.t() @ self.rows, off.t() @ self.rows.abs() + many * (size.t() @ self.rows.abs()), None),
+            "linear_weight": (
+                grad.t() @ self.rows,
+                off.t() @ self.rows.abs() + many * (size.t() @ self.rows.abs()),
+                None,
+            ),
             "linear_bias": (grad.sum(0), off.sum(0) + many * size.sum(0), None),
         }
         results = {}
@@ -1077,7 +1141,7 @@ def linear_token_rules(r: Rules) -> None:
 def linear_token_log_probs_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     layer, y = _Layer(a), _int64(_values(a, "target"))
     of_rows = layer.shape[:-1]
-    logits = layer.logits.reshape(*of_rows, -1)
+    logits = layer.logits.reshape(*of_rows, layer.logits.shape[1])
     upstream = {name: value.detach().cpu().as_subclass(Tensor) for name, value in upstream.items()}
     chosen = _token_options(a)
     found = _token_outputs(a, logits, y, upstream, "logits")

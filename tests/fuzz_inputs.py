@@ -66,7 +66,7 @@ class Source(random.Random):
             flat = x.view(-1)
             for _ in range(self.randrange(1, 4)):
                 flat[self.randrange(flat.numel())] = self.pick((NAN, INF, -INF, -INF, 100.0, -100.0, 1e-30))
-            if self.maybe(0.2):
+            if self.maybe(0.2) and x.dim():
                 x.select(class_dim, 0).fill_(-INF)
         return x
 

@@ -14,7 +14,6 @@ from fuzz_functions import (
     Rules,
     Truth,
     _int64,
-    _Layer,
     _layer_rules,
     _loss_options,
     _plain_index,
@@ -22,18 +21,21 @@ from fuzz_functions import (
     _target_of,
     _token_outputs,
     _values,
+    is_freed,
     linear_cross_entropy_truth,
     loss_numbers,
+    lse_terms,
     near,
     number,
     options,
     spoil,
     token_numbers,
+    z_terms,
 )
 from fuzz_functions import _head as head
 from fuzz_functions import _rows_shape as rows_shape
 from fuzz_inputs import INTEGERS, LOGITS, Source
-from reference import stats_dtype, tolerance, truth
+from reference import stats_dtype, truth
 from torch import Tensor
 
 import npu_xent
@@ -53,7 +55,9 @@ def rows_of(
     t = truth(x, y, reduction="none", grad_loss=by_row, **chosen)
     terms = of_loss(t.loss_terms.nan_to_num(0, 0, 0) + t.loss.abs().nan_to_num(0, 0, 0)).detach().abs()
     loss = loss.detach()
-    return near(loss, 2 * terms.nan_to_num(0, 0, 0), dtype, 2), near(t.grad, t.grad_terms.nan_to_num(0, 0, 0), x.dtype, 2)
+    return near(loss, 2 * terms.nan_to_num(0, 0, 0), dtype, 2, of=x.dtype), near(
+        t.grad, t.grad_terms.nan_to_num(0, 0, 0), x.dtype, 2
+    )
 
 
 # nnsight --------------------------------------------------------------------------------------------------------------
@@ -95,7 +99,7 @@ def nnsight_rules(r: Rules) -> None:
     if not r.need(len(x_shape) == 3 and x_shape[:2] == y_shape, AssertionError, "logits", "target_ids"):
         return
     r.need(x_shape[2] > 0, ValueError, "logits")
-    if y.dtype not in INTEGERS or y.is_meta or x.is_meta:
+    if y.dtype not in INTEGERS or y.is_meta or x.is_meta or is_freed(y):
         return
     scored = _int64(y).reshape(y_shape)
     scored = scored[:, 1:] if a.get("shift") else scored
@@ -123,7 +127,7 @@ def nnsight_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
 
     dtype = stats_dtype(x.dtype) if a["autocast"] else x.dtype
     up = upstream["loss"].detach().cpu().as_subclass(Tensor) if "loss" in upstream else None
-    loss, grad = rows_of(x.reshape(-1, classes), y.reshape(-1), of_loss, up, dtype)
+    loss, grad = rows_of(x.reshape(batch * length, classes), y.reshape(-1), of_loss, up, dtype)
     return {"loss": loss, "logits": Near(grad.value.view(shape), grad.allowed.view(shape), grad.dtype)}
 
 
@@ -167,7 +171,9 @@ def unit_scaling(source: Source) -> Call:
     )
     if source.maybe(0.3):
         call.name = "npu_xent.compat.unit_scaling.CrossEntropyLoss"
-        call.function = lambda input, target, **keywords: compat.unit_scaling.CrossEntropyLoss(**keywords)(input, target)
+        call.function = lambda input, target, **keywords: compat.unit_scaling.CrossEntropyLoss(**keywords)(
+            input, target
+        )
     return call
 
 
@@ -178,10 +184,7 @@ def unit_scaling_rules(r: Rules) -> None:
         value = a.get(name, default)
         kept = value is default or (isinstance(value, (int, float)) and default is not None and value == default)
         r.need(kept, ValueError, name)
-    mult = a.get("mult")
-    if isinstance(mult, Tensor):
-        r.need(False, TypeError, "mult")
-    else:
+    if "mult" in a:
         r.number("mult", -1.7976931348623157e308, 1.7976931348623157e308)
     ignore_index = r.number("ignore_index", -(2**63), 2**63 - 1, whole=True)
     if not r.dense("input", "target"):
@@ -215,7 +218,7 @@ def unit_scaling_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     if y.is_floating_point():
         return {}
     shape, classes = x.shape, x.shape[-1]
-    x, y = x.reshape(-1, classes), _int64(y).reshape(-1)
+    x, y = x.reshape(shape[:-1].numel(), classes), _int64(y).reshape(-1)
     factor = 1 / len(x) if a.get("reduction", "mean") == "mean" else 1.0
     ignore_index = _plain_index(a.get("ignore_index", -100))
     t = truth(
@@ -230,7 +233,7 @@ def unit_scaling_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     dtype = stats_dtype(x.dtype) if a["autocast"] else x.dtype
     grad = near(t.grad, t.grad_terms, x.dtype, 3)
     return {
-        "loss": near(t.loss * factor, 2 * t.loss_terms * factor, dtype, 3),
+        "loss": near(t.loss * factor, 2 * t.loss_terms * factor, dtype, 3, of=x.dtype),
         "input": Near(grad.value.view(shape), grad.allowed.view(shape), x.dtype),
     }
 
@@ -307,7 +310,11 @@ def mindformers_rules(r: Rules) -> None:
         return
     r.need(y.numel() == n, ValueError, "label")
     good = r.need(y.dtype in (torch.int32, torch.int64), TypeError, "label")
-    if good and y.numel() == n == mask.numel() and not (y.is_meta or mask.is_meta or mask.is_complex()):
+    if (
+        good
+        and y.numel() == n == mask.numel()
+        and not (y.is_meta or mask.is_meta or mask.is_complex() or is_freed(y) or is_freed(mask))
+    ):
         y, kept = _int64(y).reshape(-1), mask.reshape(-1).cpu() != 0
         bad = ((y < 0) | (y >= classes)) & kept
         r.need(not bool(bad.any()), IndexError, "label")
@@ -351,7 +358,9 @@ def _sharded(source: Source, chosen: dict[str, Any], columns: int) -> None:
     if source.maybe(0.2):
         chosen["group"] = source.pick((None, group, group, "world", 1))
     if source.maybe(0.25):
-        chosen["num_classes"] = source.pick((columns, columns, max(columns - 1, 0), columns + 1, None, -1, "5", 2.5, 2**63))
+        chosen["num_classes"] = source.pick(
+            (columns, columns, max(columns - 1, 0), columns + 1, None, -1, "5", 2.5, 2**63)
+        )
         if source.maybe(0.4):
             chosen["class_range"] = source.pick(
                 ((0, columns), (0, max(columns - 1, 0)), (1, columns), (0, columns + 1), (-1, 2), None, (0,), "ab", 3)
@@ -436,8 +445,7 @@ def parallel_rules(r: Rules) -> None:
     x, y = a["logits"], a["target"]
     r.logits("logits")
     r.loss_dtype("logits")
-    if a.get("loss_dtype", 0) is None:
-        r.open.add("loss_dtype")
+    r.need(a.get("loss_dtype", 0) is not None, TypeError, "loss_dtype")
     r.one_device("logits", "target", "weight")
     r.stored("logits", "target", "weight")
     if not r.need(x.dim() > 0 and y.shape == x.shape[:-1], ValueError, "target"):
@@ -450,7 +458,7 @@ def parallel_rules(r: Rules) -> None:
         r.open.add("weight")
     if r.need(y.dtype in INTEGERS, TypeError, "target") and total is not None:
         r.classes_in("target", total, _plain_index(a.get("ignore_index", -100)))
-    r.consumable("logits", x)
+    r.consumable("logits", -1)
 
 
 def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
@@ -461,7 +469,7 @@ def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     if a.get("normalizer") is not None:
         return {}
     columns, total = x.shape[-1], a.get("num_classes") or x.shape[-1]
-    rows = x.reshape(-1, columns)[:, :total]
+    rows = x.reshape(y.numel(), columns)[:, :total]
     t = truth(
         rows,
         y.reshape(-1),
@@ -471,11 +479,11 @@ def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
     )
     of_loss = y.shape if chosen["reduction"] == "none" else ()
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss)}
+    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
-        found["lse"] = near(t.lse, t.lse.abs().nan_to_num(0, 0, 0), stats_dtype(x.dtype), shape=y.shape)
+        found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=y.shape)
     if a.get("return_z_loss"):
-        found["z_loss"] = near(t.z_loss, 4 * t.z_loss.abs().nan_to_num(0, 0, 0), dtype, shape=of_loss)
+        found["z_loss"] = near(t.z_loss, z_terms(t, rows, chosen), dtype, shape=of_loss, of=x.dtype)
     found["logits"] = _padded(near(t.grad, t.grad_terms, x.dtype, 2), columns - total, x.shape)
     return found
 
@@ -528,7 +536,7 @@ def parallel_token_rules(r: Rules) -> None:
     total = shard_rules(r, x.shape[-1])
     if r.need(y.dtype in INTEGERS, TypeError, "target") and total is not None:
         r.classes_in("target", total, _plain_index(a.get("ignore_index", -100)))
-    r.consumable("logits", x)
+    r.consumable("logits", -1)
 
 
 def parallel_token_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
@@ -580,7 +588,8 @@ def parallel_linear_rules(r: Rules) -> None:
     if a.get("linear_bias") is not None:  # a ValueError for both here
         bias = a["linear_bias"]
         r.need(bias.dtype == a["input"].dtype or r.autocast, (TypeError, ValueError), "linear_bias")
-    if a.get("loss_dtype", 0) is None or r.autocast:
+    r.need(a.get("loss_dtype", 0) is not None, TypeError, "loss_dtype")
+    if r.autocast:
         r.open.add("loss_dtype")
     r.loss_dtype("input")
     if found is None:
@@ -685,6 +694,3 @@ def operators(source: Source) -> Call:
 
     written = ("self",) if name == "scale_" else ()
     return Call(f"torch.ops.npu_xent.{name}", operator, arguments, (), rules, outputs=(), notes={"written": written})
-
-
-_ = (_Layer, tolerance)
