@@ -368,10 +368,10 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
     """
     if input.dim() == 2:
         return input, target
-    if input.dim() == 1:
-        return input.unsqueeze(0), target.reshape(1)
     require_storage("input", input)
     require_storage("target", target)
+    if input.dim() == 1:
+        return input.unsqueeze(0), target.reshape(1)
     classes_last = input.movedim(1, -1)
     if in_place and not classes_last.is_contiguous():
         raise ValueError(
@@ -444,11 +444,12 @@ def _of_probabilities(
     """Loss, z-loss and lse of class probabilities, by the fused operator."""
     _require_no_ignored_class(ignore_index)
     logits, probabilities = input, target
+    if input.dim() != 2:
+        require_storage("input", input)
+        require_storage("target", target)
     if input.dim() == 1:
         logits, probabilities = input.unsqueeze(0), target.unsqueeze(0)
     elif input.dim() > 2:
-        require_storage("input", input)
-        require_storage("target", target)
         logits, probabilities = _as_images(input), _as_images(target)
         if not (_read_as_images(logits) or _read_as_images(probabilities)):
             logits, probabilities = logits.flatten(0, 1), probabilities.flatten(0, 1)

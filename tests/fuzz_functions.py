@@ -240,7 +240,7 @@ def _int64(y: Tensor) -> Tensor:
 # Options --------------------------------------------------------------------------------------------------------------
 
 
-def options(source: Source, names: Iterable[str], *, spoil: float = 0.06) -> tuple[dict[str, Any], bool]:
+def options(source: Source, names: Iterable[str], *, spoil: float = 0.03) -> tuple[dict[str, Any], bool]:
     """Values of some of the options, and whether results with them can be compared."""
     chosen, compared = {}, True
     for name in names:
@@ -267,7 +267,11 @@ def spoil(source: Source, arguments: dict[str, Any], names: Iterable[str]) -> No
     if source.maybe(0.3):
         for _ in range(1 + source.maybe(0.15)):
             name = source.pick([n for n in names if isinstance(arguments.get(n), Tensor)] or [None])
-            if name is not None and arguments[name].layout is torch.strided and not arguments[name].is_nested:
+            if (
+                name is not None
+                and arguments[name].layout is torch.strided
+                and not (arguments[name].is_nested or is_freed(arguments[name]))
+            ):
                 try:
                     arguments[name] = source.spoilt(arguments[name])
                 except (RuntimeError, NotImplementedError, TypeError):  # torch has no such tensor
@@ -572,6 +576,7 @@ def _probabilities_truth(
         t if chosen["reduction"] == "none" else t.sum() / count if count else t.sum() * math.nan
         for t in (rows, terms, z_rows)
     )
+    z_loss = z_loss if chosen["lse_square_scale"] else torch.zeros_like(loss)
     found = {"loss": near(loss.detach(), 8 * terms.detach(), dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
         found["lse"] = near(lse.detach(), 4 * lse.detach().abs() + 4, stats_dtype(x.dtype))

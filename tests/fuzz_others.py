@@ -403,24 +403,25 @@ def shard_rules(r: Rules, columns: int) -> int | None:
     group = a.get("group")
     r.need(group is None or isinstance(group, dist.ProcessGroup), TypeError, "group")
     total, within = a.get("num_classes"), a.get("class_range")
-    if "num_classes" in a and not (total is None or (isinstance(total, int) and -1 < total < 2**63)):
-        r.need(False, (TypeError, ValueError), "num_classes")
-        return None
+    known = r.need(
+        total is None or (isinstance(total, int) and -1 < total < 2**63), (TypeError, ValueError), "num_classes"
+    )
     if within is not None:
         r.need(total is not None, ValueError, "num_classes")
         fits = isinstance(within, tuple) and len(within) == 2 and all(isinstance(n, int) for n in within)
-        if not r.need(fits, (TypeError, ValueError), "class_range") or total is None:
+        if not r.need(fits, (TypeError, ValueError), "class_range") or total is None or not known:
             return None
         fits = 0 <= within[0] <= within[1] <= total and within[1] - within[0] <= columns
         r.need(fits, ValueError, "class_range")
-        # One rank must have all classes: compared on the CPU, if they get there.
-        if fits:
-            r.need(within == (0, total), ValueError, "class_range")
-        r.need(total > 0, ValueError, "logits")
+        # One rank must have all classes.
+        r.need(not fits or within == (0, total), ValueError, "class_range")
+        r.need(total > 0, ValueError, "logits", "num_classes")
         return total if within == (0, total) else None
+    if not known:
+        return None
     total = columns if total is None else total
     r.need(total <= columns, ValueError, "num_classes", "columns")
-    r.need(total > 0, ValueError, "logits")
+    r.need(total > 0, ValueError, "logits", "num_classes")
     return total if 0 < total <= columns else None
 
 
@@ -669,20 +670,32 @@ def operators(source: Source) -> Call:
         if "Tensor" in kind:
             arguments[argument.name] = tensor(argument.name)
         elif argument.name in ("class_start", "num_classes"):
-            arguments[argument.name] = source.pick((0, 0, 1, c, c, c + 3, -1, 2**63 - 1, -(2**63)))
+            arguments[argument.name] = source.pick(
+                (0, 1, c + 3, -1, 2**63 - 1, -(2**63))
+                if source.maybe(0.1)
+                else (0,)
+                if argument.name == "class_start"
+                else (c,)
+            )
         elif "bool" in kind and "List" not in kind:
             arguments[argument.name] = source.maybe(0.5)
         elif "List" in kind:
             arguments[argument.name] = [source.maybe(0.5) for _ in range(source.pick((3, 3, 3, 2)))]
         elif argument.name == "loss_dtype" or "ScalarType" in kind:
-            arguments[argument.name] = source.pick((torch.float32, torch.float64, dtype, torch.int64))
+            arguments[argument.name] = source.pick(
+                (torch.float32, torch.float64, dtype, dtype, stats, torch.int64 if source.maybe(0.1) else stats)
+            )
         elif argument.name == "reduction":
-            arguments[argument.name] = source.pick(("mean", "sum", "none", "none", "x"))
+            arguments[argument.name] = source.pick(
+                ("mean", "sum", "none", "none", "x" if source.maybe(0.1) else "none")
+            )
         elif "float" in kind:
-            arguments[argument.name] = source.pick((0.0, 1.0, 0.5, 2.0, -1.0, 1e300, math.nan, math.inf))
+            arguments[argument.name] = source.pick(
+                (0.0, 2.0, -1.0, 1e300, math.nan, math.inf) if source.maybe(0.05) else (1.0, 0.5)
+            )
         else:
             arguments[argument.name] = source.pick((-100, 0, 1, 5, 2**62, -1))
-    if source.maybe(0.3):
+    if source.maybe(0.15):
         names = [k for k, v in arguments.items() if isinstance(v, Tensor)]
         if names:
             which = source.pick(names)
