@@ -182,9 +182,13 @@ def linear_cross_entropy(
             class_dim=0,
         )
         return loss
-    if input.dim() != 2:
+    if input.dim() != 2 or torch.is_autocast_enabled(input.device.type):  # torch reads them before the operator
         require_storage("input", input)
         require_storage("target", target)
+        require_storage("linear_weight", linear_weight)
+        if linear_bias is not None:
+            require_storage("linear_bias", linear_bias)
+    if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
         _check_as_the_operator_does(

@@ -255,6 +255,10 @@ def linear_token_log_probs(
         )
     prepare(input)
     require_storage("input", input)
+    require_storage("target", target)
+    require_storage("linear_weight", linear_weight)  # autocast reads both before the operator
+    if linear_bias is not None:
+        require_storage("linear_bias", linear_bias)
     outputs = torch.ops.npu_xent.linear_token_log_probs.default(
         _rows(input),
         linear_weight,

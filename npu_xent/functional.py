@@ -323,6 +323,8 @@ def npu_cross_entropy_loss(
         )
         if lifted:
             warn_of_lifted(lifted)
+    if input.dim() != 2:
+        raise ValueError(f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}.")
     prepare(input)
     options["lse_square_scale"] = lse_square_scale
     fused = functools.partial(
@@ -342,8 +344,6 @@ def npu_cross_entropy_loss(
             loss, z_loss, lse, log_prob = fused_gradient(fused, tensors, class_dim=1)
         else:
             check_ranges(options)
-            if input.dim() != 2:
-                raise ValueError(f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}.")
             _check_shapes(input, target)
             loss, z_loss, lse = _by_torch_operations(
                 *tensors, **options, logit_scale=1.0, softcap=None, return_lse=lse_square_scale != 0.0

@@ -143,7 +143,9 @@ class Case:
             if consumes and name in ("input", "logits"):
                 value = value.contiguous()
             else:
-                value = source.lay_out(value)
+                # torch's products in bfloat16 read, and multiply by 0, what lies behind rows of odd length.
+                by_torch = "linear" in call.name and value.element_size() == 2
+                value = source.lay_out(value, 1.0 if by_torch else float("nan"))
             value = source.dressed(value)
             # Of bare operators no derivative is asked for.
             wants = name in call.differentiable and value.dtype.is_floating_point and source.maybe(0.75)
@@ -357,7 +359,10 @@ class Case:
             raise Failure(f"requires_grad is {out.requires_grad}, and torch's {theirs.requires_grad}")
         upstream = self._upstream({"loss": out})
         mine = self._gradients({"loss": out}, upstream)
-        of_torch = self._gradients({"loss": theirs}, upstream)
+        try:
+            of_torch = self._gradients({"loss": theirs}, upstream)
+        except Failure:  # torch takes uint8 in the forward alone, at times
+            return "returned"
         if out.is_meta or out.layout is not torch.strided:
             return "returned"
         x = self.call.arguments["input"]

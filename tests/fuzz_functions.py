@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from fuzz_inputs import BAD, EXTREME, FLAGS, GOOD, INTEGERS, LOGITS, Source
+from fuzz_inputs import BAD, EXTREME, FLAGS, GOOD, INTEGERS, LOGITS, OTHER_FLOATS, Source
 from reference import scaled_and_capped, stats_dtype, tolerance, truth
 from token_cases import selected_truth, token_truth
 from torch import Tensor
@@ -158,6 +158,9 @@ class Rules:
         value = self.a.get("loss_dtype")
         dtype = getattr(self.a.get(logits), "dtype", None)
         if value is None and ("loss_dtype" not in self.a or optional):
+            return
+        if dtype is None:
+            self.need(isinstance(value, torch.dtype), TypeError, "loss_dtype")
             return
         allowed = {torch.float32, dtype} | ({torch.float64} if not self.on_npu() else set())
         self.need(isinstance(value, torch.dtype) and value in allowed, TypeError, "loss_dtype")
@@ -475,11 +478,11 @@ def cross_entropy_rules(r: Rules) -> None:
     if a.get("size_average") is None and a.get("reduce") is None:
         r.reduction()
     loss_numbers(r)
+    r.loss_dtype("input")
     if not (r.dense("input", "target") & r.dense("weight", optional=True)):
         return
     x, y = a["input"], a["target"]
     r.logits("input")
-    r.loss_dtype("input")
     r.one_device("input", "target", "weight")
     r.stored("input", "target", "weight")
     if not r.need(x.dim() > 0, ValueError, "input", "target"):
@@ -682,7 +685,7 @@ def contract_rules(r: Rules) -> None:
         r.need(not a.get("return_zloss"), broken, "return_zloss")
         if isinstance(w, Tensor):
             r.need(w.dtype is torch.float32, broken, "weight")
-            if w.device.type == "cpu" and not (w.is_complex() or is_freed(w)):
+            if w.device.type == "cpu" and not (w.is_complex() or is_freed(w) or w.dtype in OTHER_FLOATS):
                 r.need(bool(((w > 0) & (w <= 1)).all()), broken, "weight")
         if x.requires_grad and r.grad_mode:
             if a.get("reduction", "mean") == "mean":
@@ -804,7 +807,7 @@ def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
     elif good and t.device.type == "cpu" and not is_freed(t) and shape is not None and math.prod(shape):
         fits = (t > 0) & t.isfinite()
         y = a.get("target")
-        if isinstance(y, Tensor) and y.dtype in INTEGERS and not (is_freed(y) or y.is_meta):
+        if isinstance(y, Tensor) and y.dtype in INTEGERS and not (is_freed(y) or y.is_meta) and y.shape == shape:
             fits = fits | (_int64(y) == _plain_index(a.get("ignore_index", -100)))
         r.need(bool(fits.all()), ValueError, "temperature")
 
@@ -958,6 +961,8 @@ def _layer_rules(r: Rules) -> tuple[int, torch.dtype] | None:
     casts = r.autocast and all(d.is_floating_point and d is not torch.float64 for d in dtypes)
     if r.autocast and not casts:
         r.open |= {"input", "linear_weight", "linear_bias"}  # torch's autocast decides
+    if r.autocast and r.on_meta():
+        r.open |= {"dtype", "device"}  # it casts the tensors of one device
     if not casts:
         r.need(x.dtype in LOGITS and not (x.dtype is torch.float64 and r.on_npu()), TypeError, "input")
         r.need(w.dtype == x.dtype, TypeError, "linear_weight", "input")
@@ -970,7 +975,7 @@ def _layer_rules(r: Rules) -> tuple[int, torch.dtype] | None:
         return None
     r.need(w.shape[0] > 0, ValueError, "linear_weight", "input")
     r.need(b is None or b.shape == w.shape[:1], ValueError, "linear_bias")
-    return w.shape[0], torch.get_autocast_dtype(x.device.type) if casts else x.dtype
+    return w.shape[0], torch.get_autocast_dtype("cpu") if casts else x.dtype
 
 
 def linear_rules(r: Rules) -> None:

@@ -93,7 +93,7 @@ class Source(random.Random):
             w[self.randrange(classes)] = 0.0
         return w.to(self.pick((torch.float32, torch.float32, dtype)))
 
-    def lay_out(self, values: Tensor) -> Tensor:
+    def lay_out(self, values: Tensor, garbage: float = NAN) -> Tensor:
         """The same values (of one row, if expanded) in other memory, with garbage around them."""
         if self.maybe(0.4) or values.dtype in OTHER_FLOATS or values.numel() > 100_000:
             return values.to(self.device) if self.device.type != "cpu" else values
@@ -105,9 +105,10 @@ class Source(random.Random):
             return torch.complex(torch.zeros_like(values), -values).conj().imag  # torch's negative bit
         if kind < 0.2 and values.dim() == 4:
             return values.contiguous(memory_format=torch.channels_last)
-        garbage = NAN if values.is_floating_point() or values.is_complex() else 77
         if values.dtype is torch.bool:
             garbage = True
+        elif not (values.is_floating_point() or values.is_complex()):
+            garbage = 77
         order = list(range(values.dim()))
         if self.maybe(0.5):
             self.shuffle(order)
