@@ -12,6 +12,8 @@
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
+#   make fuzz     calls every public function with random arguments, good and bad, and feeds random bytes to the parsers:
+#                 three minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -53,7 +55,7 @@ SIM_SOURCES := $(shell find cann_sim/src cann_sim/cann_sim/toolkit -type f -not 
 CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name '*.cpp' \) -not -path '*/build/*')
 
 .DELETE_ON_ERROR:
-.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 bench docs wheel smoke build build-npu check format clean
+.PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-aarch64 fuzz bench docs wheel smoke build build-npu check format clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -165,6 +167,19 @@ ifneq ($(MACHINE),aarch64)
 	@echo "== Testing the variant for SVE under qemu"
 	@$(call arm_pytest,$(SVE256),sve256,$(ARM_TESTS))
 endif
+
+# Half of the time for the C++ part, if there is one. Failures come with the command that repeats them.
+FUZZ_SECONDS := 180
+FUZZ_SEED := 1
+fuzz: seconds = $(shell expr $(FUZZ_SECONDS) / $(1))
+fuzz:
+	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.npu)
+	+@! grep -q '^fuzz-cpp:' Makefile || $(MAKE) --no-print-directory fuzz-cpp FUZZ_SECONDS=$(call seconds,2)
+	@echo "== Fuzzing the public functions"
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,4) --seed $(FUZZ_SEED)
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,8) --seed $(FUZZ_SEED) --device npu
+	@echo "== Fuzzing the parsers"
+	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,8) --seed $(FUZZ_SEED)
 
 # torch.compile uses g++ too, as the extension does.
 bench:
@@ -343,6 +358,12 @@ $(VENV)/.test: $(VENV)/.train
 	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2 \
 	  transformers==5.24.0 regex==2026.11.19 safetensors==0.8.0 accelerate==1.15.0 peft==0.21.2 psutil==7.2.2 \
 	  megatron-core==0.16.1
+	@touch $@
+
+# libFuzzer for Python has wheels for some releases of Python alone.
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "== Installing what fuzzing needs"
+	@$(PIP) install atheris || echo "The parsers are fuzzed without atheris, which cannot be installed"
 	@touch $@
 
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.

@@ -182,7 +182,9 @@ def linear_cross_entropy(
             class_dim=0,
         )
         return loss
-    if input.dim() != 2 or torch.is_autocast_enabled(input.device.type):  # torch reads them before the operator
+    if (
+        probabilities or input.dim() != 2 or torch.is_autocast_enabled(input.device.type)
+    ):  # torch reads them before the operator
         require_storage("input", input)
         require_storage("target", target)
         require_storage("linear_weight", linear_weight)
@@ -234,7 +236,12 @@ def _check_as_the_operator_does(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """Raise the operator's errors, using meta tensors. F.linear checks the devices."""
+    """Raise the operator's errors, using meta tensors."""
+    for argument, tensor in {"linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"npu_xent: {argument} must be on the device of input, {input.device}, but is on {tensor.device}."
+            )
 
     autocast = torch.is_autocast_enabled(input.device.type)
 

@@ -6,8 +6,8 @@
 
 A call is right if its results and gradients are those of the references in float64 within the tests' tolerances, or if
 it raises the error that is documented for what is wrong, with the argument's name in the message. It must leave the
-caller's tensors and torch's settings as they were. The calls are made in a child process: if it dies or hangs, that is a
-failure of the case that it was at, and another child goes on after it.
+caller's tensors and torch's settings as they were. The calls are made in a child process: if it dies or hangs, that is
+a failure of the case that it was at, and another child goes on after it.
 """
 
 from __future__ import annotations
@@ -319,7 +319,7 @@ class Case:
 
     def _gradients(self, outputs: dict[str, Tensor], upstream: dict[str, Tensor]) -> dict[str, Tensor | None]:
         """Of the leaves. At times twice, which must give the same."""
-        leaves = [leaf for leaf in self.leaves.values()]
+        leaves = list(self.leaves.values())
         if not upstream or not leaves:
             return {}
         of, grads = [outputs[n] for n in upstream], list(upstream.values())
@@ -349,6 +349,8 @@ class Case:
                     theirs = self.call.torchs(**self.call.arguments)
             except Exception as raised:
                 their_error = raised
+        if any(functions.is_freed(v) for v in self.call.arguments.values()) and isinstance(error, RuntimeError):
+            return "RuntimeError: freed"  # torch reads freed memory
         if (error is None) != (their_error is None) or type(error) is not type(their_error):
             raise Failure(f"{error!r:.600}, and torch {their_error!r:.600}")
         if error is not None:
@@ -435,7 +437,7 @@ class Counts:
     def lines(self) -> list[str]:
         by_function: dict[str, Counter[str]] = {}
         for (name, verdict), n in self.of.items():
-            kind, _, about = verdict.partition(": ")
+            kind = verdict.partition(": ")[0]
             by_function.setdefault(name, Counter())[kind] += n
         lines = []
         for name, verdicts in sorted(by_function.items()):

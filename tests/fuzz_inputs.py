@@ -178,7 +178,7 @@ class Source(random.Random):
         return self.pick((None, "x", 1.5, 3, (), {}, object(), tensor.reshape(-1), Tensor))
 
 
-# Values of options: documented ones with moderate results, documented ones that are not compared, and others -----------
+# Values of options: documented ones with moderate results, documented ones that are not compared, and others ---------
 
 NO_NUMBERS = ("0.1", None, [0.1], (), {}, 1j, b"1", 10**400, -(10**400), object(), float, np.array([0.1, 0.2]))
 TENSORS_AS_NUMBERS = (
@@ -224,8 +224,11 @@ BAD: dict[str, tuple[Any, ...]] = {
     "mult": (NAN, INF, -INF, *NO_NUMBERS, *TENSORS_AS_NUMBERS),
     "softcap": (0, 0.0, -1.0, NAN, INF, 1e-7, 1e7, 2**70, *NO_NUMBERS, *TENSORS_AS_NUMBERS),
     "temperature": (0, -1.0, NAN, INF, 1e-7, 1e7, 2**70, *NO_NUMBERS, *TENSORS_AS_NUMBERS),
-    "ignore_index": (1.5, NAN, 2**63, -(2**63) - 1, 2**70, np.float64(1), np.uint64(2**63), *NO_NUMBERS)
-    + TENSORS_AS_NUMBERS,
+    "ignore_index": (
+        *(1.5, NAN, 2**63, -(2**63) - 1, 2**70, np.float64(1), np.uint64(2**63)),
+        *NO_NUMBERS,
+        *TENSORS_AS_NUMBERS,
+    ),
     "chunk_rows": (0, -1, 1.5, NAN, 2**63, *NO_NUMBERS, *TENSORS_AS_NUMBERS),
     "loss_dtype": (torch.int64, torch.bfloat16, torch.complex64, torch.float8_e4m3fn, "float32", np.float32, float, 1),
 }

@@ -1,4 +1,4 @@
-"""The second half of tests/fuzz_functions.py: npu_xent.compat, npu_xent.distributed with one rank, and the operators."""
+"""The rest of tests/fuzz_functions.py: npu_xent.compat, npu_xent.distributed with one rank, and the operators."""
 
 from __future__ import annotations
 
@@ -558,7 +558,7 @@ def parallel_linear(source: Source) -> Call:
     chosen, compared = options(source, (*_LOSS, "loss_dtype", "chunk_rows"))
     if chosen.get("loss_dtype", 0) is None and source.maybe(0.9):
         del chosen["loss_dtype"]
-    arguments, of_rows, classes, dtype = head(source)
+    arguments, of_rows, classes, _ = head(source)
     _sharded(source, chosen, classes)
     if source.maybe(0.1):
         chosen[source.pick(("sequence_parallel", "reduce_input_grad"))] = source.maybe(0.5)

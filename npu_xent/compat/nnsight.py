@@ -65,7 +65,7 @@ def cross_entropy_loss(
             "nnsight.cross_entropy_loss: logits must have shape [B, T, C] and target_ids [B, T], but they have "
             f"{list(logits.shape)} and {list(target_ids.shape)}"
         )
-    batch, length, classes = logits.shape
+    batch, length, _ = logits.shape
     target = target_ids.to(logits.device, torch.int64)
     if shift and length:
         nothing = target.new_full((batch, 1), IGNORE_INDEX)

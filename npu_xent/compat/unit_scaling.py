@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from .. import functional
 from .._loading import prepare
 from .._options import as_number
-from .._tensors import check_tensors, index_target, require_storage, transformed
+from .._tensors import LOGITS, check_tensors, index_target, require_storage, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -129,6 +129,10 @@ def cross_entropy(
     if classes == 0:
         raise ValueError(
             f"unit_scaling.cross_entropy: input must have at least one class, but has shape {list(input.shape)}"
+        )
+    if input.dtype not in LOGITS:
+        raise TypeError(
+            f"unit_scaling.cross_entropy: input must be float32, bfloat16, float16 or float64, but is {input.dtype}"
         )
     if target.is_floating_point() and target.shape != input.shape:
         raise ValueError(
