@@ -121,7 +121,7 @@ def check_types(function: str, options: dict[str, Any]) -> None:
         if value is None and name in _OPTIONAL:
             continue
         if type(value) is kind:
-            if kind is int and not torch.compiler.is_compiling():
+            if isinstance(value, int) and kind is int and not torch.compiler.is_compiling():
                 _check_64_bits(function, name, value)
             continue
         if kind is str:
@@ -150,21 +150,20 @@ def as_number(function: str, name: str, value: Any, kind: type[Any]) -> Any:
         raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a Tensor of shape {list(value.shape)}")
     if torch.compiler.is_compiling() or isinstance(value, _SYMBOLS):  # not traced, and without need of these messages
         return value
-    what = "an integer" if kind is int else "a number"
     try:
         if isinstance(value, (str, bytes)) or (kind is float and not hasattr(value, "__float__")):
             raise TypeError
-        converted = operator.index(value) if kind is int else float(value)
+        converted: Any = operator.index(value) if kind is int else float(value)
     except OverflowError:
         raise ValueError(
             f"npu_xent.{function}: {name} must be within the range of float64, but this {type(value).__name__} is not"
         ) from None
     except (TypeError, ValueError, RuntimeError):  # torch's for tensors of the meta device, sparse ones and others
+        seen = type(value).__name__ + (f" of {value.dtype} on {value.device}" if is_tensor else "")
         way_out = "; leave it out for the default" if value is None else ""
-        kind_of_tensor = f" of {value.dtype} on {value.device}" if is_tensor else ""
-        raise TypeError(
-            f"npu_xent.{function}: {name} must be {what}, but is a {type(value).__name__}{kind_of_tensor}{way_out}"
-        ) from None
+        if kind is int:
+            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {seen}{way_out}") from None
+        raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {seen}{way_out}") from None
     if kind is int:
         _check_64_bits(function, name, converted)
     return converted

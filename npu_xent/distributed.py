@@ -273,9 +273,8 @@ def vocab_parallel_linear_cross_entropy(
         )
     if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight, linear_bias = (
-            t.to(dtype) if t is not None and t.is_floating_point() else t for t in (input, linear_weight, linear_bias)
-        )
+        input, linear_weight = _cast(input, dtype), _cast(linear_weight, dtype)
+        linear_bias = linear_bias if linear_bias is None else _cast(linear_bias, dtype)
     if input.dtype not in LOGITS or linear_weight.dtype != input.dtype:
         raise TypeError(
             f"npu_xent.{name}: input and linear_weight must have the same dtype, float32, bfloat16, float16 or "
@@ -437,6 +436,11 @@ def _check_plain(name: str, **tensors: Any) -> None:
                 f"npu_xent.{name}: {argument} is a DTensor; call npu_xent.{name.removeprefix('vocab_parallel_')} with "
                 f"it, or pass {argument}.to_local()"
             )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast: only floating-point tensors."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _check_storages(**tensors: Tensor | None) -> None:

@@ -84,7 +84,7 @@ def soc_names(data: bytes) -> None:
             must("SoC" in str(error), error)
         else:
             names = (found,) if isinstance(found, str) else found
-            must(0 < len(names) and set(names) <= set(_soc.SUPPORTED), names)
+            must(len(names) > 0 and set(names) <= set(_soc.SUPPORTED), names)
     assert _soc.choose(text, _soc.SUPPORTED) in (None, *_soc.SUPPORTED)
 
 
