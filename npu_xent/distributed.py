@@ -302,6 +302,8 @@ def vocab_parallel_linear_cross_entropy(
     }
     check_types("linear_cross_entropy", options)
     chunk_rows = options.pop("chunk_rows")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"npu_xent.{name}: chunk_rows must be at least 1, but is {chunk_rows}")
     check_ranges(options)
     _check_loss_dtype(name, options.pop("loss_dtype"), input)
     ranks, rank = _place(name, group)
@@ -321,7 +323,7 @@ def vocab_parallel_linear_cross_entropy(
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(input), normalizer)
-    layer = _Layer(shard, group, options, loss_dtype, max(1, chunk_rows), sequence_parallel, reduce_input_grad)
+    layer = _Layer(shard, group, options, loss_dtype, chunk_rows, sequence_parallel, reduce_input_grad)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, linear_weight, linear_bias, indices, weight, totals, layer
     )
@@ -460,9 +462,15 @@ def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor)
         raise RuntimeError(
             "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
-    if weight is None or not (torch.is_autocast_enabled(like.device.type) and weight.is_floating_point()):
-        return weight
-    return weight.to(_stats_dtype(like))
+    if weight is None:
+        return None
+    if torch.is_autocast_enabled(like.device.type) and weight.is_floating_point():
+        return weight.to(_stats_dtype(like))
+    if weight.dtype not in (torch.float32, like.dtype):
+        raise TypeError(
+            f"npu_xent.{name}: weight must be float32 or of the logits' dtype {like.dtype}, but is {weight.dtype}"
+        )
+    return weight
 
 
 def _rows_of(
