@@ -311,7 +311,9 @@ class Case:
             if source.maybe(0.3):
                 grad = torch.ones(like.shape, dtype=like.dtype)
             elif source.maybe(0.2):
-                grad = torch.full((), source.pick((0.5, -3.0, 0.0)), dtype=like.dtype).expand(like.shape)
+                grad = torch.full(
+                    (), source.pick((0.5, -3.0) if "selected" in self.call.name else (0.5, -3.0, 0.0)), dtype=like.dtype
+                ).expand(like.shape)
             else:
                 grad = source.normal(like.shape, like.dtype)
             grads[name] = grad.to(like.device)

@@ -204,7 +204,7 @@ class Rules:
         if is_freed(t):
             return
         if t.numel() == 0:  # nothing is overwritten
-            self.open.add(name)
+            self.open |= {name, "leaf"}
             return
         base = t._base
         self.need(

@@ -269,6 +269,20 @@ def test_freed_storages_are_not_read_by_compat(of: str) -> None:
             compat.nnsight.cross_entropy_loss(tensors["logits"], tensors["label"])
 
 
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5, 3), (1, 5, 1, 1)], ids=str)
+def test_a_leaf_that_is_a_view_is_not_consumed(shape: tuple[int, ...], device: torch.device) -> None:
+    """The operators saw views of it, whose base requires no gradient, and the leaf was overwritten."""
+    classes_last = torch.zeros(*shape[:1], *shape[2:], *shape[1:2], device=device)
+    leaf = classes_last.movedim(-1, min(len(shape) - 1, 1)).requires_grad_()
+    target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match="would overwrite a leaf"):
+        npu_xent.cross_entropy(leaf, target, consume_logits=True)
+    leaf = torch.zeros(2, 3, 5, device=device).view(3, 2, 5).requires_grad_()
+    with pytest.raises(ValueError, match="would overwrite a leaf"):
+        npu_xent.token_log_probs(leaf, torch.zeros(3, 2, device=device).long(), consume_logits=True)
+    assert not leaf.any()
+
+
 @pytest.fixture
 def alone() -> Iterator[None]:
     """A process group of this process."""
@@ -315,7 +329,7 @@ def test_sharded_losses_of_no_features_and_of_freed_storages(alone: None) -> Non
     torch.testing.assert_close(loss, torch.tensor(5.0).log())
     layer = {"input": torch.zeros(2, 3), "linear_weight": torch.ones(5, 3), "target": torch.tensor([1, 2])}
     layer["linear_weight"].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="linear_weight with shape .* needs"):
+    with pytest.raises(RuntimeError, match=r"linear_weight with shape .* needs"):
         distributed.vocab_parallel_linear_cross_entropy(**layer)
     logits = torch.zeros(2, 5)
     out = distributed.vocab_parallel_token_log_probs(logits, layer["target"], return_entropy="yes", return_top1=[])
