@@ -22,6 +22,8 @@
 #   make fuzz-cpp calls the loops of the CPU and the device kernels on cann_sim with random and hostile rows, in memory
 #                 between pages without access, and compares with float64: 90 seconds (FUZZ_SECONDS=, of which it takes
 #                 half, FUZZ_SEED=); a case that fails is printed with the command that repeats it
+#   make fuzz     calls every public function with random arguments, good and bad, and feeds random bytes to the parsers:
+#                 three minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -268,6 +270,19 @@ soak:
 	@echo "== Trying load and faults"
 	@$(PY) tests/soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
+# Half of the time for the C++ part, if there is one. Failures come with the command that repeats them.
+FUZZ_SECONDS := 180
+FUZZ_SEED := 1
+fuzz: seconds = $(shell expr $(FUZZ_SECONDS) / $(1))
+fuzz:
+	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.npu)
+	+@! grep -q '^fuzz-cpp:' Makefile || $(MAKE) --no-print-directory fuzz-cpp FUZZ_SECONDS=$(call seconds,2)
+	@echo "== Fuzzing the public functions"
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,4) --seed $(FUZZ_SEED)
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,8) --seed $(FUZZ_SEED) --device npu
+	@echo "== Fuzzing the parsers"
+	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,8) --seed $(FUZZ_SEED)
+
 # torch.compile uses g++ too, as the extension does.
 bench:
 	+@$(call set_up,$(VENV)/.bench $(VENV)/.build)
@@ -464,6 +479,12 @@ $(VENV)/.test: $(VENV)/.train
 	@$(PIP) install --no-deps unit-scaling==0.3.5 nnsight==0.1.18 docstring_parser==0.18.0 einops==0.8.2 \
 	  transformers==5.24.0 regex==2026.11.19 safetensors==0.8.0 accelerate==1.15.0 peft==0.21.2 psutil==7.2.2 \
 	  megatron-core==0.16.1
+	@touch $@
+
+# libFuzzer for Python has wheels for some releases of Python alone.
+$(VENV)/.fuzz: $(VENV)/.test
+	@echo "== Installing what fuzzing needs"
+	@$(PIP) install atheris || echo "The parsers are fuzzed without atheris, which cannot be installed"
 	@touch $@
 
 # --no-deps: on a CPU, cut-cross-entropy does not need its dependency triton, which is hundreds of megabytes.

@@ -206,18 +206,20 @@ inline void check_row_temperature(const OptionalTensor& temperature, const c10::
                   " rows, but has ", temperature->sym_size(0), ".");
 }
 
-// The values of float32 or float64 temperatures, [N], but for ignored rows. Only on the CPU can they be read.
+// The values of float32 or float64 temperatures, [N], but for ignored rows, if there is a target. Only on the CPU can
+// they be read.
 inline void check_temperatures(const Tensor& given, const Tensor& target, int64_t ignore_index) {
   if (!given.is_cpu()) {
     return;
   }
   check_storages({{"temperature", given}});
-  const auto temperature = given.contiguous(), targets = target.contiguous();
-  const auto* y = targets.const_data_ptr<int64_t>();
+  const auto temperature = given.contiguous(), targets = target.defined() ? target.contiguous() : target;
+  const auto* y = targets.defined() ? targets.const_data_ptr<int64_t>() : nullptr;
   const auto check = [&](const auto* values) {
     for (int64_t n = 0; n < temperature.numel(); ++n) {
-      TORCH_CHECK_VALUE((values[n] > 0 && std::isfinite(values[n])) || y[n] == ignore_index, "npu_xent: temperature[",
-                        n, "] is ", values[n], ", but must be positive and finite.");
+      const bool ignored = y != nullptr && y[n] == ignore_index;
+      TORCH_CHECK_VALUE((values[n] > 0 && std::isfinite(values[n])) || ignored, "npu_xent: temperature[", n, "] is ",
+                        values[n], ", but must be positive and finite.");
     }
   };
   temperature.scalar_type() == at::kFloat ? check(temperature.const_data_ptr<float>())

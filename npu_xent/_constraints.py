@@ -196,7 +196,7 @@ def _check_weight(weight: Tensor, input: Tensor, lifted: Lifted | None) -> None:
         outside = ((weight > 0) & (weight <= 1)).logical_not()
         if outside.any():
             first = int(outside.nonzero()[0])
-            seen = f"weight[{first}] is {float(weight[first])}"
+            seen = f"weight[{first}] is {weight[first].item()}"
             _require(lifted, False, "the values of weight must lie in (0, 1]", seen)
 
 

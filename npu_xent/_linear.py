@@ -142,6 +142,7 @@ def linear_cross_entropy(
         "logit_scale": logit_scale,
         "softcap": softcap,
         "loss_dtype": loss_dtype,
+        "chunk_rows": chunk_rows,
     }
     check_tensors(
         "linear_cross_entropy",
@@ -151,7 +152,8 @@ def linear_cross_entropy(
         linear_bias=linear_bias,
         weight=weight,
     )
-    check_types("linear_cross_entropy", {**options, "chunk_rows": chunk_rows})
+    check_types("linear_cross_entropy", options)
+    chunk_rows = options.pop("chunk_rows")
     if has_dtensor(input, linear_weight, target, linear_bias, weight):
         from . import _dtensor
 
@@ -186,9 +188,15 @@ def linear_cross_entropy(
             class_dim=0,
         )
         return loss
-    if input.dim() != 2:
+    if (
+        probabilities or input.dim() != 2 or torch.is_autocast_enabled(input.device.type)
+    ):  # torch reads them before the operator
         require_storage("input", input)
         require_storage("target", target)
+        require_storage("linear_weight", linear_weight)
+        if linear_bias is not None:
+            require_storage("linear_bias", linear_bias)
+    if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
         _check_as_the_operator_does(
@@ -196,7 +204,7 @@ def linear_cross_entropy(
         )
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
-            target.reshape(-1, *target.shape[len(shape) :]),
+            target.reshape(shape.numel(), *target.shape[len(shape) :]),
             weight,
             **options,
             return_lse=True,
@@ -212,7 +220,7 @@ def linear_cross_entropy(
             weight,
             **options,
             chunk_rows=chunk_rows,
-            need_lse=return_lse,
+            need_lse=bool(return_lse),
         )
     if reduction == "none":
         loss = loss.view(shape)
@@ -234,7 +242,12 @@ def _check_as_the_operator_does(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """Raise the operator's errors, using meta tensors. F.linear checks the devices."""
+    """Raise the operator's errors, using meta tensors."""
+    for argument, tensor in {"linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"npu_xent: {argument} must be on the device of input, {input.device}, but is on {tensor.device}."
+            )
 
     autocast = torch.is_autocast_enabled(input.device.type)
 

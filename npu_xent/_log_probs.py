@@ -86,7 +86,7 @@ def token_log_probs(
             classes are not adjacent in memory.
         target: class indices in [0, C) or ignore_index, [...], any integer dtype.
         temperature: a number in [1e-6, 1e6]; or a tensor in the shape of target or [], float32 (or float64 for float64
-            logits), with a positive temperature for each row. It must not require a gradient.
+            logits), with a positive temperature for each row that is not ignored. It must not require a gradient.
         softcap: in [1e-6, 1e6], or None for no softcap.
         logit_scale: finite. z is scaled first, then capped, then divided by the temperature.
         ignore_index: rows with this target are ignored: log-probability 0, entropy 0, top1 False, gradient 0. Their
@@ -162,8 +162,8 @@ def token_log_probs(
         _indices(target).reshape(-1),
         row_temperature,
         **options,
-        need_entropy=return_entropy,
-        need_top1=return_top1,
+        need_entropy=bool(return_entropy),
+        need_top1=bool(return_top1),
     )
     return _returned(outputs, target, return_entropy, return_top1)
 
@@ -255,6 +255,10 @@ def linear_token_log_probs(
         )
     prepare(input)
     require_storage("input", input)
+    require_storage("target", target)
+    require_storage("linear_weight", linear_weight)  # autocast reads both before the operator
+    if linear_bias is not None:
+        require_storage("linear_bias", linear_bias)
     outputs = torch.ops.npu_xent.linear_token_log_probs.default(
         _rows(input),
         linear_weight,
@@ -262,8 +266,8 @@ def linear_token_log_probs(
         _indices(target).reshape(-1),
         row_temperature,
         **options,
-        need_entropy=return_entropy,
-        need_top1=return_top1,
+        need_entropy=bool(return_entropy),
+        need_top1=bool(return_top1),
     )
     return _returned(outputs, target, return_entropy, return_top1)
 

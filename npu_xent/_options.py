@@ -6,6 +6,7 @@ The signatures repeat names and defaults, for readers and tools; tests/test_opti
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from typing import Any, NamedTuple
 
@@ -111,10 +112,17 @@ _RANGES = tuple(option for option in OPTIONS if option.message)
 
 
 def check_types(function: str, options: dict[str, Any]) -> None:
-    """Raise TypeError for an option of the wrong type, with a clearer message than the C++ operators'."""
+    """Raise TypeError for an option of the wrong type, with a clearer message than the C++ operators'.
+
+    Numbers of other types, such as numpy's, become int or float in `options`.
+    """
     for name, kind in _CHECKED[function]:
         value = options[name]
-        if type(value) is kind or (value is None and name in _OPTIONAL):
+        if value is None and name in _OPTIONAL:
+            continue
+        if type(value) is kind:
+            if isinstance(value, int) and kind is int and not torch.compiler.is_compiling():
+                _check_64_bits(function, name, value)
             continue
         if kind is str:
             if not isinstance(value, str):  # the only string is the reduction
@@ -123,25 +131,49 @@ def check_types(function: str, options: dict[str, Any]) -> None:
                 )
         elif kind is torch.dtype:
             raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
-        elif isinstance(value, torch.Tensor) and (
-            name == "logit_scale" or value.requires_grad  # torch takes constants
-        ):
-            raise TypeError(
-                f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}, which would get no "
-                f"gradient; pass {name}.item()" + (", or multiply the logits by it" if name == "logit_scale" else "")
-            )
-        elif isinstance(value, torch.Tensor) and value.numel() != 1:
-            raise TypeError(
-                f"npu_xent.{function}: {name} must be a number, but is a Tensor of shape {list(value.shape)}"
-            )
-        elif torch.compiler.is_compiling():
-            continue  # compilers cannot trace hasattr here, and do not need these messages
-        elif kind is int and not hasattr(value, "__index__"):
-            way_out = "; leave it out for the default" if value is None else ""
-            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {type(value).__name__}{way_out}")
-        elif kind is float and not hasattr(value, "__float__"):
-            way_out = "; leave it out for the default" if value is None else ""
-            raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}{way_out}")
+        else:
+            options[name] = as_number(function, name, value, kind)
+
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+def as_number(function: str, name: str, value: Any, kind: type[Any]) -> Any:
+    """Convert a value to an int or a float, or raise; TypeError also for a tensor that may be trained."""
+    is_tensor = isinstance(value, torch.Tensor)
+    if is_tensor and (name == "logit_scale" or value.requires_grad):  # torch takes constants
+        raise TypeError(
+            f"npu_xent.{function}: {name} must be a number, but is a {type(value).__name__}, which would get no "
+            f"gradient; pass {name}.item()" + (", or multiply the logits by it" if name == "logit_scale" else "")
+        )
+    if is_tensor and value.numel() != 1:
+        raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a Tensor of shape {list(value.shape)}")
+    if torch.compiler.is_compiling() or isinstance(value, _SYMBOLS):  # not traced, and without need of these messages
+        return value
+    try:
+        if isinstance(value, (str, bytes)) or (kind is float and not hasattr(value, "__float__")):
+            raise TypeError
+        converted: Any = operator.index(value) if kind is int else float(value)
+    except OverflowError:
+        raise ValueError(
+            f"npu_xent.{function}: {name} must be within the range of float64, but this {type(value).__name__} is not"
+        ) from None
+    except (TypeError, ValueError, RuntimeError):  # torch's for tensors of the meta device, sparse ones and others
+        seen = type(value).__name__ + (f" of {value.dtype} on {value.device}" if is_tensor else "")
+        way_out = "; leave it out for the default" if value is None else ""
+        if kind is int:
+            raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {seen}{way_out}") from None
+        raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {seen}{way_out}") from None
+    if kind is int:
+        _check_64_bits(function, name, converted)
+    return converted
+
+
+def _check_64_bits(function: str, name: str, value: int) -> None:
+    if not -(2**63) <= value < 2**63:  # not printed: Python refuses to print very long integers
+        raise ValueError(
+            f"npu_xent.{function}: {name} must fit in a signed 64-bit integer, but has {value.bit_length()} bits"
+        )
 
 
 def check_loss_dtype(loss_dtype: torch.dtype | None, input: torch.Tensor) -> None:

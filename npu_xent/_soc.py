@@ -62,7 +62,9 @@ def detect() -> str | None:
 
 def from_board(report: str) -> str | None:
     """The SoC that `npu-smi info -t board` describes: "Chip Type" + "Chip Name" on A2, with "NPU Name" on A3."""
-    fields = dict(re.findall(r"^\s*(Chip Type|Chip Name|NPU Name)\s*:\s*(\S+)\s*$", report, flags=re.MULTILINE))
+    fields = dict(
+        re.findall(r"^[ \t]*(Chip Type|Chip Name|NPU Name)[ \t]*:[ \t]*(\S+)[ \t]*$", report, flags=re.MULTILINE)
+    )
     chip, npu = fields.get("Chip Name", ""), fields.get("NPU Name")
     try:
         return canonical(f"{chip}_{npu}" if npu else chip)

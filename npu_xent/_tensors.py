@@ -34,12 +34,6 @@ def has_dtensor(*tensors: Any) -> bool:
     return False
 
 
-def require_dense(function: str, **tensors: Tensor) -> None:
-    """Raise TypeError for sparse, nested and quantized tensors."""
-    for argument, tensor in tensors.items():
-        _check_dense(function, argument, tensor)
-
-
 def _check_dense(function: str, argument: str, tensor: Tensor) -> None:
     if tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized):
         return
@@ -89,7 +83,10 @@ def check_overwritable(function: str, argument: str, logits: Tensor, overwrite: 
             f"npu_xent.{function}: consume_logits needs class indices and no torch.func transform, since only "
             "the fused operator can write over the logits; leave it off"
         )
-    if not torch.compiler.is_compiling() and logits.is_neg():
+    if torch.compiler.is_compiling():
+        return
+    check_not_leaf(function, logits)  # the operator cannot tell from a view of a leaf that is a view itself
+    if logits.is_neg():
         raise ValueError(
             f"npu_xent.{function}: consume_logits cannot write over a view with torch's negative bit (torch.is_neg), "
             f"such as the imaginary part of a conjugate; pass {argument}.resolve_neg(), or leave it off"

@@ -23,10 +23,12 @@ def version(toolkit: Path) -> str | None:
             text = (toolkit / name).read_text(errors="replace")
         except OSError:  # missing, or no permission to read it
             continue
+        # Not \s, which would read blank lines again from each of them.
         versions: dict[str, str] = dict(
-            re.findall(r"^\s*(\w*version)\s*=\s*\[?([^\s\],]+)", text.lower(), re.MULTILINE)
+            re.findall(r"^[ \t]*(\w*version)[ \t]*=[ \t]*\[?([^\s\],]+)", text.lower(), re.MULTILINE)
         )
         found = versions.get("toolkit_running_version") or next(iter(versions.values()), None)
-        if found:
-            return found.rpartition(":")[2]  # the public release number follows an internal one
+        release = (found or "").rpartition(":")[2]  # the public release number follows an internal one
+        if release:
+            return release
     return None

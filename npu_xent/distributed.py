@@ -27,9 +27,9 @@ from torch.overrides import has_torch_function_variadic
 
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
-from ._options import check_loss_dtype, check_ranges, check_types
+from ._options import as_number, check_loss_dtype, check_ranges, check_types
 from ._overrides import overridden
-from ._tensors import LOGITS, check_not_leaf, check_tensors, has_dtensor, index_target, z_loss_like
+from ._tensors import LOGITS, check_not_leaf, check_tensors, has_dtensor, index_target, require_storage, z_loss_like
 from .functional import CrossEntropyOutput
 
 __all__ = [
@@ -113,18 +113,20 @@ def vocab_parallel_cross_entropy(
     name = "vocab_parallel_cross_entropy"
     _check_plain(name, logits=logits, target=target, weight=weight)
     check_tensors(name, logits=logits, target=target, weight=weight)
+    _check_storages(logits=logits, target=target, weight=weight)
     _check_normalizer(name, normalizer, reduction)
-    options = {
+    options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "loss_dtype": loss_dtype,
     }
-    check_types("cross_entropy", {**options, "loss_dtype": loss_dtype})
+    check_types("cross_entropy", options)
     check_ranges(options)
-    check_loss_dtype(loss_dtype, logits)
+    _check_loss_dtype(name, options.pop("loss_dtype"), logits)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     weight = _class_weight(name, weight, shard, rows)
     indices = index_target(target).reshape(-1)
@@ -139,7 +141,7 @@ def vocab_parallel_cross_entropy(
     )
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(rows), normalizer)
     loss, lse, z_loss = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, indices, weight, totals, shard, group, options, loss_dtype, return_lse, consume_logits
+        rows, indices, weight, totals, shard, group, options, loss_dtype, bool(return_lse), bool(consume_logits)
     )
     loss = loss.view(target.shape) if reduction == "none" else loss
     if not (return_lse or return_z_loss):
@@ -184,20 +186,21 @@ def vocab_parallel_token_log_probs(
     name = "vocab_parallel_token_log_probs"
     _check_plain(name, logits=logits, target=target)
     check_tensors(name, logits=logits, target=target)
-    options = {
+    _check_storages(logits=logits, target=target)
+    options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
         "temperature": temperature,
     }
-    check_types("token_log_probs", {**options, "chunk_rows": None})
+    check_types("token_log_probs", options)
     check_ranges(options)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
     wanted = {"return_entropy": return_entropy, "return_top1": return_top1}
     _compare(name, group, rows=rows.shape[0], dtype=str(rows.dtype), num_classes=shard.num_classes, **options, **wanted)
     log_probs, *extras = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
-        rows, indices, shard, group, options, return_entropy, return_top1, consume_logits
+        rows, indices, shard, group, options, bool(return_entropy), bool(return_top1), bool(consume_logits)
     )
     log_probs = log_probs.view(target.shape)
     if not (return_entropy or return_top1):
@@ -261,6 +264,7 @@ def vocab_parallel_linear_cross_entropy(
     name = "vocab_parallel_linear_cross_entropy"
     _check_plain(name, input=input, linear_weight=linear_weight, target=target)
     check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    _check_storages(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     _check_normalizer(name, normalizer, reduction)
     if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
         raise ValueError(
@@ -269,8 +273,8 @@ def vocab_parallel_linear_cross_entropy(
         )
     if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
-        input, linear_weight = input.to(dtype), linear_weight.to(dtype)
-        linear_bias = linear_bias if linear_bias is None else linear_bias.to(dtype)
+        input, linear_weight = _cast(input, dtype), _cast(linear_weight, dtype)
+        linear_bias = linear_bias if linear_bias is None else _cast(linear_bias, dtype)
     if input.dtype not in LOGITS or linear_weight.dtype != input.dtype:
         raise TypeError(
             f"npu_xent.{name}: input and linear_weight must have the same dtype, float32, bfloat16, float16 or "
@@ -281,21 +285,31 @@ def vocab_parallel_linear_cross_entropy(
             f"npu_xent.{name}: linear_bias must have shape {list(linear_weight.shape[:1])} and dtype {input.dtype}, "
             f"but has {list(linear_bias.shape)} and {linear_bias.dtype}"
         )
-    options = {
+    for argument, tensor in {"linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"npu_xent.{name}: {argument} must be on the device of input, {input.device}, but is on {tensor.device}"
+            )
+    options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
         "lse_square_scale": lse_square_scale,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "loss_dtype": loss_dtype,
+        "chunk_rows": chunk_rows,
     }
-    check_types("linear_cross_entropy", {**options, "loss_dtype": loss_dtype, "chunk_rows": chunk_rows})
+    check_types("linear_cross_entropy", options)
+    chunk_rows = options.pop("chunk_rows")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"npu_xent.{name}: chunk_rows must be at least 1, but is {chunk_rows}")
     check_ranges(options)
-    check_loss_dtype(loss_dtype, input)
+    _check_loss_dtype(name, options.pop("loss_dtype"), input)
     ranks, rank = _place(name, group)
     shard = _shard_of(name, linear_weight.shape[0], ranks, rank, num_classes, class_range)
     weight = _class_weight(name, weight, shard, input)
-    rows = input.reshape(-1, input.shape[-1])
+    rows = input.reshape(input.shape[:-1].numel(), input.shape[-1])
     expected = [len(rows) * ranks] if sequence_parallel else list(input.shape[:-1])
     if list(target.shape) != expected or target.device != input.device:
         raise ValueError(
@@ -314,7 +328,7 @@ def vocab_parallel_linear_cross_entropy(
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(input), normalizer)
-    layer = _Layer(shard, group, options, loss_dtype, max(1, chunk_rows), sequence_parallel, reduce_input_grad)
+    layer = _Layer(shard, group, options, loss_dtype, chunk_rows, sequence_parallel, reduce_input_grad)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, linear_weight, linear_bias, indices, weight, totals, layer
     )
@@ -347,10 +361,20 @@ def _shard_of(
     name: str, columns: int, ranks: int, rank: int, num_classes: int | None, class_range: tuple[int, int] | None
 ) -> _Shard:
     """The classes of this rank's columns: see vocab_parallel_cross_entropy."""
+    if num_classes is not None:
+        num_classes = as_number(name, "num_classes", num_classes, int)
+    if class_range is not None and not (
+        isinstance(class_range, (tuple, list))
+        and len(class_range) == 2
+        and all(isinstance(bound, (int, torch.SymInt)) for bound in class_range)
+    ):
+        raise TypeError(f"npu_xent.{name}: class_range must be two integers, (begin, end), but is {class_range!r:.60}")
     if num_classes is None:
         if class_range is not None:
             raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
         return _Shard(rank * columns, columns, ranks * columns)
+    if num_classes < 0:
+        raise ValueError(f"npu_xent.{name}: num_classes must not be negative, but is {num_classes}")
     chunk = -(-num_classes // ranks)
     if class_range is not None:
         begin, end = class_range
@@ -403,6 +427,14 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
         )
 
 
+def _check_loss_dtype(name: str, loss_dtype: torch.dtype | None, logits: Tensor) -> None:
+    if loss_dtype is None:  # which the plain functions take
+        raise TypeError(
+            f"npu_xent.{name}: loss_dtype must be a torch.dtype, but is a NoneType; leave it out for float32"
+        )
+    check_loss_dtype(loss_dtype, logits)
+
+
 def _check_plain(name: str, **tensors: Any) -> None:
     """Raise ValueError for a DTensor, which the plain functions take."""
     for argument, tensor in tensors.items():
@@ -411,6 +443,17 @@ def _check_plain(name: str, **tensors: Any) -> None:
                 f"npu_xent.{name}: {argument} is a DTensor; call npu_xent.{name.removeprefix('vocab_parallel_')} with "
                 f"it, or pass {argument}.to_local()"
             )
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast: only floating-point tensors."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_storages(**tensors: Tensor | None) -> None:
+    for argument, tensor in tensors.items():
+        if tensor is not None:
+            require_storage(argument, tensor)
 
 
 def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor) -> Tensor | None:
@@ -424,9 +467,15 @@ def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor)
         raise RuntimeError(
             "npu_xent: weight requires a gradient, which cross entropy does not compute; pass weight.detach()."
         )
-    if weight is None or not (torch.is_autocast_enabled(like.device.type) and weight.is_floating_point()):
-        return weight
-    return weight.to(_stats_dtype(like))
+    if weight is None:
+        return None
+    if torch.is_autocast_enabled(like.device.type) and weight.is_floating_point():
+        return weight.to(_stats_dtype(like))
+    if weight.dtype not in (torch.float32, like.dtype):
+        raise TypeError(
+            f"npu_xent.{name}: weight must be float32 or of the logits' dtype {like.dtype}, but is {weight.dtype}"
+        )
+    return weight
 
 
 def _rows_of(

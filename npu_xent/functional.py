@@ -234,7 +234,7 @@ def cross_entropy(
         check_overwritable("cross_entropy", "input", input, overwrite)
         rows, indices = _as_rows(input, target, overwrite)
         op = torch.ops.npu_xent.cross_entropy_ if overwrite else torch.ops.npu_xent.cross_entropy
-        loss, z_loss, lse, _ = op.default(rows, index_target(indices), weight, **options, need_lse=return_lse)
+        loss, z_loss, lse, _ = op.default(rows, index_target(indices), weight, **options, need_lse=bool(return_lse))
     shape = _shape_of_rows(input)
     if reduction == "none":
         loss = loss.view(shape)
@@ -306,12 +306,13 @@ def npu_cross_entropy_loss(
         "ignore_index": ignore_index,
         "reduction": reduction,
         "label_smoothing": label_smoothing,
-        "loss_dtype": input.dtype if loss_dtype is None else loss_dtype,
+        "lse_square_scale_for_zloss": lse_square_scale_for_zloss,
+        "loss_dtype": loss_dtype,
     }
-    check_types(
-        "npu_cross_entropy_loss",
-        {**options, "lse_square_scale_for_zloss": lse_square_scale_for_zloss, "loss_dtype": loss_dtype},
-    )
+    check_types("npu_cross_entropy_loss", options)
+    if loss_dtype is None:
+        options["loss_dtype"] = input.dtype
+    lse_square_scale = options.pop("lse_square_scale_for_zloss")
     if strict is None or strict:
         lifted: Lifted | None = [] if strict is None else None
         check_documented_constraints(
@@ -319,29 +320,31 @@ def npu_cross_entropy_loss(
             target,
             weight,
             reduction,
-            ignore_index,
-            label_smoothing,
-            lse_square_scale_for_zloss,
+            options["ignore_index"],
+            options["label_smoothing"],
+            lse_square_scale,
             return_zloss,
             lifted,
         )
         if lifted:
             warn_of_lifted(lifted)
+    if input.dim() != 2:
+        raise ValueError(f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}.")
     fusable = not return_zloss and input.dtype is not torch.float16
     if fusable and one_compiled_gradient():
         options.update(
-            {"lse_square_scale_for_zloss": lse_square_scale_for_zloss, "need_log_prob": need_log_prob, "strict": False}
+            {"lse_square_scale_for_zloss": lse_square_scale, "need_log_prob": need_log_prob, "strict": False}
         )
         outputs = whole("npu_cross_entropy_loss", input, target, weight, **options)
         return outputs
     prepare(input)
-    options["lse_square_scale"] = lse_square_scale_for_zloss
+    options["lse_square_scale"] = lse_square_scale
     fused = functools.partial(
         torch.ops.npu_xent.cross_entropy.default,
         **options,
-        need_lse=lse_square_scale_for_zloss != 0.0,
-        need_log_prob=need_log_prob,
-        differentiable_z_loss=return_zloss,
+        need_lse=lse_square_scale != 0.0,
+        need_log_prob=bool(need_log_prob),
+        differentiable_z_loss=bool(return_zloss),
     )
     tensors = (input, index_target(target), weight)
     # A compiled graph raises when it runs, outside of any Python that could be traced here.
@@ -353,11 +356,9 @@ def npu_cross_entropy_loss(
             loss, z_loss, lse, log_prob = fused_gradient(fused, tensors, class_dim=1)
         else:
             check_ranges(options)
-            if input.dim() != 2:
-                raise ValueError(f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}.")
             _check_shapes(input, target)
             loss, z_loss, lse = _by_torch_operations(
-                *tensors, **options, logit_scale=1.0, softcap=None, return_lse=lse_square_scale_for_zloss != 0.0
+                *tensors, **options, logit_scale=1.0, softcap=None, return_lse=lse_square_scale != 0.0
             )
             log_prob = input.detach().log_softmax(1) if need_log_prob else input.new_empty(0)
     if reduction != "none":
@@ -379,10 +380,10 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
     """
     if input.dim() == 2:
         return input, target
-    if input.dim() == 1:
-        return input.unsqueeze(0), target.reshape(1)
     require_storage("input", input)
     require_storage("target", target)
+    if input.dim() == 1:
+        return input.unsqueeze(0), target.reshape(1)
     classes_last = input.movedim(1, -1)
     if in_place and not classes_last.is_contiguous():
         raise ValueError(
@@ -455,16 +456,17 @@ def _of_probabilities(
     """Loss, z-loss and lse of class probabilities, by the fused operator."""
     _require_no_ignored_class(ignore_index)
     logits, probabilities = input, target
+    if input.dim() != 2:
+        require_storage("input", input)
+        require_storage("target", target)
     if input.dim() == 1:
         logits, probabilities = input.unsqueeze(0), target.unsqueeze(0)
     elif input.dim() > 2:
-        require_storage("input", input)
-        require_storage("target", target)
         logits, probabilities = _as_images(input), _as_images(target)
         if not (_read_as_images(logits) or _read_as_images(probabilities)):
             logits, probabilities = logits.flatten(0, 1), probabilities.flatten(0, 1)
     outputs: tuple[Tensor, Tensor, Tensor] = torch.ops.npu_xent.prob_cross_entropy.default(
-        logits, probabilities, weight, **options, need_lse=return_lse
+        logits, probabilities, weight, **options, need_lse=bool(return_lse)
     )
     return outputs
 
@@ -484,6 +486,10 @@ def _by_torch_operations(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, z-loss and lse by torch operations, in float32 (float64): for probabilities and for torch.func."""
+    require_storage("input", input)
+    require_storage("target", target)
+    if weight is not None:
+        require_storage("weight", weight)
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from reference import make_logits, make_target
+import torch.distributed as dist
+from reference import INF, NAN, assert_same_bits, make_logits, make_target
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_xent
+from npu_xent import compat, distributed
 
 
 def make(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -100,3 +107,231 @@ def test_shapes_that_are_often_meant_get_a_hint(device: torch.device) -> None:
         npu_xent.cross_entropy(torch.zeros(4, 7, device=device), torch.zeros(4, device=device))
     with pytest.raises(ValueError, match=r"input\.flatten\(0, -2\), target\.flatten\(\)"):
         npu_xent.cross_entropy(torch.zeros(2, 5, 7, device=device), torch.zeros(2, 5, device=device).long())
+
+
+def loss(device: torch.device, **options: Any) -> Tensor:
+    logits, target = make(device)
+    return npu_xent.cross_entropy(logits, target, **options)
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"ignore_index": torch.tensor(0.9)}, TypeError, "ignore_index must be an integer, but is a Tensor of"),
+        ({"ignore_index": np.array(1.5)}, TypeError, "ignore_index must be an integer, but is a ndarray"),
+        ({"ignore_index": 2**63}, ValueError, "ignore_index must fit in a signed 64-bit integer, but has 64 bits"),
+        ({"ignore_index": 10**5000}, ValueError, "ignore_index must fit in a signed 64-bit integer"),
+        ({"label_smoothing": 10**400}, ValueError, "label_smoothing must be within the range of float64"),
+        ({"softcap": np.array([1.0, 2.0])}, TypeError, "softcap must be a number, but is a ndarray"),
+        ({"softcap": torch.tensor(1j)}, TypeError, r"softcap must be a number, but is a Tensor of torch\.complex64"),
+        ({"lse_square_scale": torch.tensor(0.1, device="meta")}, TypeError, "lse_square_scale must be a number"),
+    ],
+)
+def test_numbers_that_do_not_convert_are_named(
+    options: dict[str, Any], error: type[Exception], words: str, device: torch.device
+) -> None:
+    """Tensors and arrays lost their fractions; the others raised torch's RuntimeError about the schema."""
+    with pytest.raises(error, match=words):
+        loss(device, **options)
+    with pytest.raises(error, match=words):
+        npu_xent.CrossEntropyLoss(**options)
+
+
+@pytest.mark.parametrize("value", [np.float16(0.5), Fraction(1, 2), Decimal("0.5")], ids=str)
+@pytest.mark.parametrize("name", ["label_smoothing", "lse_square_scale", "logit_scale", "softcap"])
+def test_numbers_of_other_types_are_numbers(name: str, value: Any, device: torch.device) -> None:
+    """Also where torch operations compute the loss, which took no Fraction and no Decimal."""
+    logits, target = make_logits(5, 7, torch.float32, device), make_target(5, 7, device)
+    q = logits.softmax(1).bfloat16()
+    for second in (target, q):
+        assert_same_bits(
+            npu_xent.cross_entropy(logits, second, **{name: value}),
+            npu_xent.cross_entropy(logits, second, **{name: 0.5}),
+        )
+
+
+@pytest.mark.parametrize("flag", ["yes", [], 2, None], ids=str)
+def test_flags_may_be_anything(flag: Any, device: torch.device) -> None:
+    """A string or a list raised torch's RuntimeError about the schema."""
+    logits, target = make_logits(5, 7, torch.float32, device), make_target(5, 7, device)
+    out = npu_xent.cross_entropy(logits, target, return_lse=flag, return_z_loss=True)
+    assert (out.lse is not None) == bool(flag)
+    out = npu_xent.token_log_probs(logits, target, return_entropy=flag, return_top1=True)
+    assert (out.entropy is not None) == bool(flag)
+    weight = torch.ones(3, 7, device=device)
+    out = npu_xent.linear_cross_entropy(logits, weight, target % 3, return_lse=flag, return_z_loss=True)
+    assert (out.lse is not None) == bool(flag)
+    *_, zloss, _ = npu_xent.npu_cross_entropy_loss(logits, target, return_zloss=flag, strict=False)
+    assert len(zloss) == bool(flag)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("bad", [0.0, -1.0, NAN, INF])
+def test_temperatures_of_selected_classes_are_checked(bad: float) -> None:
+    """They are those of rows that count as ignored to the sweeps."""
+    logits, index = torch.zeros(2, 3), torch.zeros(2, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"temperature\[1\] is .*, but must be positive and finite"):
+        npu_xent.selected_log_probs(logits, index, temperature=torch.tensor([1.0, bad]))
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("of", ["input", "target", "weight"])
+def test_freed_storages_are_not_read_by_torch_operations(of: str) -> None:
+    """Probabilities in another dtype, one sample, and a product under autocast: torch read beyond the end."""
+    shapes = {"input": (2, 3), "target": (2, 3), "weight": (3,)}
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items()}
+    tensors["target"] = tensors["target"].bfloat16()
+    tensors[of].untyped_storage().resize_(1)
+    with pytest.raises(RuntimeError, match=f"{of} with shape .* needs"):
+        npu_xent.cross_entropy(**tensors)
+    one = {"input": torch.ones(3), "target": torch.tensor(1)}
+    if of in one:
+        one[of].untyped_storage().resize_(1)
+        with pytest.raises(RuntimeError, match=f"{of} with shape .* needs"):
+            npu_xent.cross_entropy(**one)
+    layer = {"input": torch.ones(2, 3), "linear_weight": torch.ones(4, 3), "target": torch.tensor([1, 2])}
+    freed = "linear_weight" if of == "weight" else of
+    layer[freed].untyped_storage().resize_(1)
+    for function in (npu_xent.linear_cross_entropy, npu_xent.linear_token_log_probs):
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match=f"{freed} with shape .* needs"):
+            function(**layer)
+
+
+def test_the_contract_has_two_dimensions(device: torch.device) -> None:
+    """The operator reads [B, R, C] as well."""
+    with pytest.raises(ValueError, match=r"logits must have shape \[N, C\]"):
+        npu_xent.npu_cross_entropy_loss(
+            torch.zeros(1, 3, 4, device=device), torch.zeros(3, device=device).long(), strict=False
+        )
+
+
+def test_probabilities_of_no_class_and_of_another_device() -> None:
+    """F.linear takes tensors of two devices if they have no rows."""
+    x, q = torch.zeros(0, 2), torch.zeros(0, 3)
+    with pytest.raises(ValueError, match="linear_weight must be on the device of input"):
+        npu_xent.linear_cross_entropy(x, torch.zeros(3, 2, device="meta"), q)
+    with pytest.raises(ValueError, match="at least one class"):
+        npu_xent.linear_cross_entropy(torch.zeros(2, 2), torch.zeros(0, 2), torch.zeros(2, 0))
+
+
+@pytest.mark.cpu
+def test_bool_options_are_left_to_torch() -> None:
+    """F.cross_entropy takes no bool for a number, under patch_torch either."""
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    with npu_xent.patch_torch(), pytest.raises(TypeError, match="must be int, not bool"):
+        torch.nn.functional.cross_entropy(logits, target, ignore_index=True)
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [0.0], "x"], ids=str)
+def test_what_is_no_tensor_is_named_in_compat(wrong: Any, device: torch.device) -> None:
+    """It raised AttributeError."""
+    logits, target = torch.zeros(3, 4, device=device), torch.zeros(3, dtype=torch.long, device=device)
+    mask, mindformers = torch.ones(3, device=device), compat.mindformers.CrossEntropyLoss()
+    for function, names, tensors in (
+        (compat.nnsight.cross_entropy_loss, ("logits", "target_ids"), (logits, target)),
+        (compat.unit_scaling.cross_entropy, ("input", "target"), (logits, target)),
+        (mindformers, ("logits", "label", "input_mask"), (logits, target, mask)),
+    ):
+        for i, name in enumerate(names):
+            arguments = [*tensors[:i], wrong, *tensors[i + 1 :]]
+            with pytest.raises(TypeError, match=f"{name} must be a torch.Tensor"):
+                function(*arguments)
+
+
+def test_compat_refuses_in_its_own_words(device: torch.device) -> None:
+    logits, target = torch.zeros(3, 4, device=device), torch.zeros(3, dtype=torch.long, device=device)
+    scaling = compat.unit_scaling.cross_entropy
+    with pytest.raises(ValueError, match="label_smoothing is not supported"):
+        scaling(logits, target, label_smoothing=torch.tensor([0.0, 0.1]))
+    with pytest.raises(TypeError, match="mult must be a number"):
+        scaling(logits, target, mult="2")
+    with pytest.raises(ValueError, match="target holds class probabilities and must have the shape of input"):
+        scaling(logits, target.float())
+    with pytest.raises(ValueError, match="input must have at least one class"):
+        scaling(logits[:, :0], target)
+    with pytest.raises(TypeError, match="input must be float32"):
+        scaling(logits.to(torch.float8_e5m2), logits)
+    with pytest.raises(ValueError, match="at least one class"):
+        compat.nnsight.cross_entropy_loss(logits[:, :0], target)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("of", ["logits", "label", "input_mask"])
+def test_freed_storages_are_not_read_by_compat(of: str) -> None:
+    """torch reads them, and the process may end."""
+    tensors = {"logits": torch.zeros(3, 4), "label": torch.zeros(3, dtype=torch.long), "input_mask": torch.ones(3)}
+    tensors[of].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=f"{of} with shape .* needs"):
+        compat.mindformers.CrossEntropyLoss()(**tensors)
+    if of != "input_mask":
+        named = "target_ids" if of == "label" else of
+        with pytest.raises(RuntimeError, match=f"{named} with shape .* needs"):
+            compat.nnsight.cross_entropy_loss(tensors["logits"], tensors["label"])
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5, 3), (1, 5, 1, 1)], ids=str)
+def test_a_leaf_that_is_a_view_is_not_consumed(shape: tuple[int, ...], device: torch.device) -> None:
+    """The operators saw views of it, whose base requires no gradient, and the leaf was overwritten."""
+    classes_last = torch.zeros(*shape[:1], *shape[2:], *shape[1:2], device=device)
+    leaf = classes_last.movedim(-1, min(len(shape) - 1, 1)).requires_grad_()
+    target = torch.zeros(shape[:1] + shape[2:] if len(shape) > 1 else (), dtype=torch.long, device=device)
+    with pytest.raises(ValueError, match="would overwrite a leaf"):
+        npu_xent.cross_entropy(leaf, target, consume_logits=True)
+    leaf = torch.zeros(2, 3, 5, device=device).view(3, 2, 5).requires_grad_()
+    with pytest.raises(ValueError, match="would overwrite a leaf"):
+        npu_xent.token_log_probs(leaf, torch.zeros(3, 2, device=device).long(), consume_logits=True)
+    assert not leaf.any()
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "changed, error, words",
+    [
+        ({"num_classes": "5"}, TypeError, "num_classes must be an integer"),
+        ({"num_classes": 2.5}, TypeError, "num_classes must be an integer"),
+        ({"num_classes": -1}, ValueError, "num_classes must not be negative"),
+        ({"num_classes": 5, "class_range": "ab"}, TypeError, "class_range must be two integers"),
+        ({"num_classes": 5, "class_range": (0,)}, TypeError, "class_range must be two integers"),
+        ({"loss_dtype": None}, TypeError, "loss_dtype must be a torch.dtype"),
+        ({"weight": torch.ones(5).to(torch.float8_e5m2)}, TypeError, "weight must be float32"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
+        (
+            {"linear_weight": torch.ones(5, 0, device="meta")},
+            ValueError,
+            "linear_weight must be on the device of input",
+        ),
+    ],
+)
+def test_sharded_losses_name_what_is_wrong(
+    changed: dict[str, Any], error: type[Exception], words: str, alone: None
+) -> None:
+    """Some were taken, and others raised an error of something else."""
+    layer = {"input": torch.zeros(0, 0), "linear_weight": torch.ones(5, 0), "target": torch.zeros(0).long()}
+    with pytest.raises(error, match=words):
+        distributed.vocab_parallel_linear_cross_entropy(**layer | changed)
+    if not {"chunk_rows", "linear_weight"} & set(changed):
+        with pytest.raises(error, match=words):
+            distributed.vocab_parallel_cross_entropy(torch.zeros(0, 5), torch.zeros(0).long(), **changed)
+
+
+@pytest.mark.cpu
+def test_sharded_losses_of_no_features_and_of_freed_storages(alone: None) -> None:
+    layer = {"input": torch.zeros(2, 0), "linear_weight": torch.ones(5, 0), "target": torch.tensor([1, 2])}
+    loss = distributed.vocab_parallel_linear_cross_entropy(**layer)
+    torch.testing.assert_close(loss, torch.tensor(5.0).log())
+    layer = {"input": torch.zeros(2, 3), "linear_weight": torch.ones(5, 3), "target": torch.tensor([1, 2])}
+    layer["linear_weight"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"linear_weight with shape .* needs"):
+        distributed.vocab_parallel_linear_cross_entropy(**layer)
+    logits = torch.zeros(2, 5)
+    out = distributed.vocab_parallel_token_log_probs(logits, layer["target"], return_entropy="yes", return_top1=[])
+    assert out.entropy is not None
+    assert out.top1 is None

@@ -121,10 +121,15 @@ def compare(
 ) -> str:
     """Several launches side by side, a column each: time, GM traffic, instructions and busy share of each pipe.
 
-    Column heads are `labels`, by default the kernels' names. `elements`, one number per launch, adds GM bytes per
-    element.
+    Column heads are `labels`, by default the kernels' names. `elements`, one positive number per launch, adds GM bytes
+    per element.
     """
     reports = list(reports)
+    for name, given in (("labels", labels), ("elements", elements)):
+        if given is not None and len(given) != len(reports):
+            raise ValueError(f"{name} must have one value for each of the {len(reports)} reports, but has {len(given)}")
+    if elements is not None and not all(n > 0 for n in elements):
+        raise ValueError(f"elements must be positive, but are {list(elements)}")
     rows: list[list[str]] = [["", *(labels or [report.kernel for report in reports])]]
 
     def add(name: str, values: Iterable[str]) -> None:

@@ -171,10 +171,14 @@ void check_index(const Tensor& index, const Tensor& logits) {
                   n_rows(logits), " rows of the logits, but has ", index.sym_size(0), ".");
 }
 
-// On the CPU, where values can be read.
+// On the CPU, but not in a compiler's tensors.
+bool has_readable_values(const Tensor& t) {
+  return t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides() &&
+         !t.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}));
+}
+
 void check_index_range(const Tensor& index, const Tensor& logits) {
-  if (!index.is_cpu() || index.unsafeGetTensorImpl()->has_symbolic_sizes_strides() ||
-      index.key_set().has_any(c10::DispatchKeySet({c10::DispatchKey::Python, c10::DispatchKey::Functionalize}))) {
+  if (!has_readable_values(index)) {
     return;
   }
   const int64_t classes = logits.size(1);
@@ -199,6 +203,9 @@ Tensor selected_log_probs_autograd(const Options& options, const Tensor& logits,
   check_no_forward_mode(logits, "selected_log_probs");
   check_no_forward_mode(row_temperature, "selected_log_probs");
   check_index_range(index, logits);
+  if (row_temperature && has_readable_values(*row_temperature)) {
+    check_temperatures(*row_temperature, {}, kIgnored);
+  }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
     return SelectedLogProbs::apply(logits, index, row_temperature, o);
   }

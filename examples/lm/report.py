@@ -15,18 +15,28 @@ METRICS_HEADER = "step,loss,tokens_per_s,peak_mb"
 
 def metric_lines(path: Path) -> list[str]:
     """The complete lines below the header."""
-    lines = path.read_text().splitlines()[1:] if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines()[1:] if path.is_file() else []
     return [line for line in lines if line.count(",") == METRICS_HEADER.count(",")]
 
 
+def numbers(path: Path, line: str) -> list[float]:
+    """The numbers of a line: step, loss, tokens a second, peak memory in MB."""
+    try:
+        return [float(value) for value in line.split(",")]
+    except ValueError:
+        raise SettingError(
+            f"{path} is damaged: {line[:60]!r} has no numbers; start a new run in another --out"
+        ) from None
+
+
 def read_metrics(path: Path) -> list[list[float]]:
-    """A row for each step: step, loss, tokens a second, peak memory in MB."""
-    return [[float(value) for value in line.split(",")] for line in metric_lines(path)]
+    """A row of numbers for each step."""
+    return [numbers(path, line) for line in metric_lines(path)]
 
 
 def first_metrics(path: Path, steps: int) -> list[str]:
     """The lines of the first `steps` steps."""
-    kept = [line for line in metric_lines(path) if int(line.partition(",")[0]) < steps]
+    kept = [line for line in metric_lines(path) if numbers(path, line)[0] < steps]
     if len(kept) != steps:
         raise SettingError(
             f"--resume: {path} has {len(kept)} of the {steps} steps in checkpoint.pt, so they "

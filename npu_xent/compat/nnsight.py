@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tensors import require_dense
+from .._tensors import check_tensors, require_storage
 from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
@@ -53,7 +53,9 @@ def cross_entropy_loss(
     - The page says that the result has shape [B] without avg_batch. The code returns [B, T] if avg_token is False too.
     - The page asks for both tensors on one device. The code moves both to the CPU, so they may be on different ones.
     """
-    require_dense("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
+    check_tensors("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
+    require_storage("logits", logits)
+    require_storage("target_ids", target_ids)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     if target_ids.dim() == 1:
@@ -63,13 +65,13 @@ def cross_entropy_loss(
             "nnsight.cross_entropy_loss: logits must have shape [B, T, C] and target_ids [B, T], but they have "
             f"{list(logits.shape)} and {list(target_ids.shape)}"
         )
-    batch, length, classes = logits.shape
+    batch, length, _ = logits.shape
     target = target_ids.to(logits.device, torch.int64)
     if shift and length:
         nothing = target.new_full((batch, 1), IGNORE_INDEX)
         target = torch.cat([target[:, 1:], nothing], dim=1)
     loss: Tensor = cross_entropy(
-        logits.reshape(-1, classes),
+        logits.flatten(0, 1),
         target.reshape(-1),
         reduction="none",
         ignore_index=IGNORE_INDEX,

@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from .. import functional
 from .._loading import prepare
-from .._tensors import index_target, require_dense, transformed
+from .._options import as_number
+from .._tensors import LOGITS, check_tensors, index_target, require_storage, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -61,7 +62,7 @@ def _require_defaults(
         ("reduce", reduce, None),
         ("label_smoothing", label_smoothing, 0.0),
     ):
-        if value is not default and value != default:
+        if not (value is default or (isinstance(value, (int, float)) and value == default)):
             raise ValueError(
                 f"unit_scaling.{name}: {argument} is not supported and must keep its default {default}, but is "
                 f"{value!r}; use npu_xent.{name} for it"
@@ -112,7 +113,7 @@ def cross_entropy(
       divides by N, ignored rows included.
     - The page does not say that the gradient is not multiplied by mult, nor divided by N for "mean".
     """
-    require_dense("compat.unit_scaling.cross_entropy", input=input, target=target)
+    check_tensors("compat.unit_scaling.cross_entropy", input=input, target=target)
     _require_defaults("cross_entropy", weight, size_average, reduce, label_smoothing)
     if reduction not in ("mean", "sum"):
         raise AssertionError(f'unit_scaling.cross_entropy: reduction must be "mean" or "sum", but is {reduction!r}')
@@ -120,7 +121,24 @@ def cross_entropy(
         raise AssertionError(
             f"unit_scaling.cross_entropy: input must have shape [N, V] or [V], but has shape {list(input.shape)}"
         )
+    mult = as_number("compat.unit_scaling.cross_entropy", "mult", mult, float)
+    ignore_index = as_number("compat.unit_scaling.cross_entropy", "ignore_index", ignore_index, int)
+    require_storage("input", input)
+    require_storage("target", target)
     rows, classes = (1, input.shape[0]) if input.dim() == 1 else input.shape
+    if classes == 0:
+        raise ValueError(
+            f"unit_scaling.cross_entropy: input must have at least one class, but has shape {list(input.shape)}"
+        )
+    if input.dtype not in LOGITS:
+        raise TypeError(
+            f"unit_scaling.cross_entropy: input must be float32, bfloat16, float16 or float64, but is {input.dtype}"
+        )
+    if target.is_floating_point() and target.shape != input.shape:
+        raise ValueError(
+            "unit_scaling.cross_entropy: floating point target holds class probabilities and must have the shape of "
+            f"input, {list(input.shape)}, but has shape {list(target.shape)}; class indices are integers"
+        )
     grad_scale = classes / math.sqrt(classes - 1)
     loss_scale = 1.0 / rows if reduction == "mean" else 1.0
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32

@@ -152,10 +152,10 @@ def _distribution() -> str:
 def _processor() -> str:
     """Read the processor from /proc/cpuinfo: "model name" on x86-64, numeric codes on Arm."""
     try:
-        text = Path("/proc/cpuinfo").read_text()
+        text = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return "unknown processor"
-    fields = dict(re.findall(r"^(model name|CPU implementer|CPU part)\s*:\s*(.*)$", text, re.MULTILINE))
+    fields = dict(re.findall(r"^(model name|CPU implementer|CPU part)[ \t]*:[ \t]*(.*)$", text, re.MULTILINE))
     return fields.get("model name") or ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
@@ -164,6 +164,6 @@ def _driver(npu_smi: str | None) -> str | None:
     found = None
     with contextlib.suppress(OSError):  # a driver's files may be readable by one group only
         text = DRIVER.read_text(errors="replace")
-        found = re.search(r"^\s*Version\s*=\s*(\S+)", text, re.MULTILINE | re.IGNORECASE)
+        found = re.search(r"^[ \t]*Version[ \t]*=[ \t]*(\S+)", text, re.MULTILINE | re.IGNORECASE)
     found = found or re.search(r"Version:\s*(\S+)", npu_smi or "")
     return found[1] if found else None

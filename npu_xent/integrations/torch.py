@@ -110,7 +110,9 @@ def _serves(input: Any, target: Any, weight: Any, ignore_index: Any, reduction: 
         return False
     if dtype not in LOGITS or (dtype is torch.float64 and device.type == "npu"):
         return False
-    if not (isinstance(ignore_index, int) and isinstance(label_smoothing, (float, int)) and 0 <= label_smoothing <= 1):
+    # torch takes no bool.
+    numbers = type(ignore_index) is int and type(label_smoothing) in (float, int)
+    if not (numbers and 0 <= label_smoothing <= 1):
         return False
     if target.is_floating_point():
         if target.dtype is not dtype or target.shape != input.shape or ignore_index >= 0:
