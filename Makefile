@@ -19,11 +19,9 @@
 #   make soak     tries load and faults for minutes: threads, forks, signals, memory and disks that are full, kill -9,
 #                 huge tensors, faults of the simulated NPU; ends with a table of counts: about 20 minutes
 #                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
-#   make fuzz-cpp calls the loops of the CPU and the device kernels on cann_sim with random and hostile rows, in memory
-#                 between pages without access, and compares with float64: 90 seconds (FUZZ_SECONDS=, of which it takes
-#                 half, FUZZ_SEED=); a case that fails is printed with the command that repeats it
-#   make fuzz     calls every public function with random arguments, good and bad, and feeds random bytes to the parsers:
-#                 three minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
+#   make fuzz     compares the loops of the CPU and the device kernels on cann_sim with float64, on random and hostile
+#                 rows between pages without access (make fuzz-cpp: only this); calls every public function with random
+#                 arguments, good and bad; and feeds bytes to the parsers: three minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -181,9 +179,9 @@ test-extension-sanitized:
 	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
 	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
 
-# Another seed each time, unless one is given.
+# The C++ part takes half of the time. Failures come with the command that repeats them.
 FUZZ_SECONDS ?= 180
-FUZZ_SEED := $(or $(FUZZ_SEED),$(shell date +%s))
+FUZZ_SEED ?= 1
 fuzz-cpp:
 	+@$(call set_up,$(TORCH_STAMP))
 	@$(call cxx_build,build/tests_host,)
@@ -270,13 +268,9 @@ soak:
 	@echo "== Trying load and faults"
 	@$(PY) tests/soak --seconds $(SOAK_SECONDS) $(SOAK_ARGS)
 
-# Half of the time for the C++ part, if there is one. Failures come with the command that repeats them.
-FUZZ_SECONDS := 180
-FUZZ_SEED := 1
 fuzz: seconds = $(shell expr $(FUZZ_SECONDS) / $(1))
-fuzz:
+fuzz: fuzz-cpp
 	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.npu)
-	+@! grep -q '^fuzz-cpp:' Makefile || $(MAKE) --no-print-directory fuzz-cpp FUZZ_SECONDS=$(call seconds,2)
 	@echo "== Fuzzing the public functions"
 	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,4) --seed $(FUZZ_SEED)
 	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,8) --seed $(FUZZ_SEED) --device npu
