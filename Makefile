@@ -270,12 +270,11 @@ soak:
 
 fuzz: seconds = $(shell expr $(FUZZ_SECONDS) / $(1))
 fuzz: fuzz-cpp
-	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.npu)
+	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.build $(VENV)/.cann_sim)
 	@echo "== Fuzzing the public functions"
-	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,4) --seed $(FUZZ_SEED)
-	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,8) --seed $(FUZZ_SEED) --device npu
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,3) --seed $(FUZZ_SEED)
 	@echo "== Fuzzing the parsers"
-	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,8) --seed $(FUZZ_SEED)
+	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,6) --seed $(FUZZ_SEED)
 
 # torch.compile uses g++ too, as the extension does.
 bench:

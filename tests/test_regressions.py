@@ -175,6 +175,16 @@ def test_temperatures_of_selected_classes_are_checked(bad: float) -> None:
 
 
 @pytest.mark.cpu
+def test_temperatures_with_the_negative_bit_are_read_as_they_are() -> None:
+    temperature = torch.tensor([2 - 2j]).conj().imag
+    assert temperature.is_neg()
+    assert temperature.is_contiguous()
+    logits, index = torch.randn(1, 3), torch.zeros(1, 1, dtype=torch.long)
+    expected = npu_xent.selected_log_probs(logits, index, temperature=temperature.clone().resolve_neg())
+    assert_same_bits(npu_xent.selected_log_probs(logits, index, temperature=temperature), expected)
+
+
+@pytest.mark.cpu
 @pytest.mark.parametrize("of", ["input", "target", "weight"])
 def test_freed_storages_are_not_read_by_torch_operations(of: str) -> None:
     """Probabilities in another dtype, one sample, and a product under autocast: torch read beyond the end."""
@@ -251,6 +261,8 @@ def test_compat_refuses_in_its_own_words(device: torch.device) -> None:
         scaling(logits[:, :0], target)
     with pytest.raises(TypeError, match="input must be float32"):
         scaling(logits.to(torch.float8_e5m2), logits)
+    with pytest.raises(TypeError, match="input_mask must be real numbers"):
+        compat.mindformers.CrossEntropyLoss()(logits, target, torch.ones(3, dtype=torch.complex64, device=device))
     with pytest.raises(ValueError, match="at least one class"):
         compat.nnsight.cross_entropy_loss(logits[:, :0], target)
 

@@ -204,7 +204,7 @@ Tensor selected_log_probs_autograd(const Options& options, const Tensor& logits,
   check_no_forward_mode(row_temperature, "selected_log_probs");
   check_index_range(index, logits);
   if (row_temperature && has_readable_values(*row_temperature)) {
-    check_temperatures(*row_temperature, {}, kIgnored);
+    check_temperatures(row_temperature->resolve_neg(), {}, kIgnored);  // above the key that resolves it
   }
   if (at::GradMode::is_enabled() && logits.requires_grad()) {
     return SelectedLogProbs::apply(logits, index, row_temperature, o);

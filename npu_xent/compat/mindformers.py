@@ -68,7 +68,8 @@ class CrossEntropyLoss(nn.Module):
 
     Raises:
         NotImplementedError: class probabilities where model_parallel is above 1.
-        TypeError: label is neither int32 nor int64 nor floating point, or logits have another dtype.
+        TypeError: label is neither int32 nor int64 nor floating point, logits have another dtype, or input_mask is
+            complex.
         ValueError: logits are not [N, C] with C > 0; class indices or input_mask do not have N values; class
             probabilities do not have the shape of logits; the group does not have model_parallel ranks.
         RuntimeError: N = 0; input_mask requires a gradient; model_parallel is above 1 and there is no process group.
@@ -145,6 +146,8 @@ class CrossEntropyLoss(nn.Module):
                 )
         if rows == 0:
             raise RuntimeError("mindformers.CrossEntropyLoss: logits have no rows, so there is nothing to average")
+        if input_mask.is_complex():
+            raise TypeError(f"mindformers.CrossEntropyLoss: input_mask must be real numbers, but is {input_mask.dtype}")
         if input_mask.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "mindformers.CrossEntropyLoss: input_mask requires a gradient, which is not computed; pass "
