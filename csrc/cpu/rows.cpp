@@ -86,8 +86,9 @@ struct Scratch {
     return exps_.data();
   }
   static Scratch& of_this_thread() {
-    static thread_local Scratch scratch;
-    return scratch;
+    // On the heap: where a thread has no memory left for thread-local data of this size, glibc aborts.
+    static thread_local const auto scratch = std::make_unique<Scratch>();
+    return *scratch;
   }
 
  private:

@@ -39,7 +39,7 @@ PARTS = {
     "signals": Part("load.py", "signals"),
     "steps": Part("load.py", "steps"),
     # glibc then asks the system for each larger allocation, so that each can fail.
-    "memory": Part("memory.py", "cpu", (), {"MALLOC_MMAP_THRESHOLD_": "65536"}),
+    "memory": Part("memory.py", "cpu", (), {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}),
     "elements": Part("sizes.py", "elements"),
     "strides": Part("sizes.py", "strides"),
     "full_disk": Part("checkpoints.py", "full_disk"),

@@ -43,6 +43,16 @@ class Attempt(threading.Thread):
             self.error = error
 
 
+def right(name: str, results: list[Tensor], expected: list[Tensor]) -> bool:
+    """The same bits; of products nearly so, since torch.mm computes otherwise without memory for its workspace."""
+    if name.startswith("linear"):
+        return all(
+            torch.allclose(result, wanted, rtol=1e-5, atol=1e-5)
+            for result, wanted in zip(results, expected, strict=True)
+        )
+    return same_bits(results, expected)
+
+
 def cpu(tried: Tried, seconds: float) -> None:
     """A limit of the address space (RLIMIT_AS) that leaves 0 bytes or more to a call."""
     calls = new_calls()
@@ -54,10 +64,10 @@ def cpu(tried: Tried, seconds: float) -> None:
             call()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     chosen = random.Random(1)
-    while tried.seconds() < seconds or tried.counts["calls without enough memory"] < 20:
+    while tried.seconds() < seconds or tried.counts["calls after it"] < 60:
         name = chosen.choice(list(calls))
         torch.set_num_threads(1 if name.startswith("linear") else 2)
-        room = int(chosen.choice([1 << 12, 1 << 17, 1 << 20, 1 << 23, 1 << 26, 1 << 28]) * chosen.random())
+        room = int(chosen.choice([0, 1 << 12, 1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 26]) * chosen.random())
         attempt, in_new_thread = Attempt(calls[name]), chosen.random() < 0.5
         if in_new_thread:
             attempt.start()
@@ -69,12 +79,14 @@ def cpu(tried: Tried, seconds: float) -> None:
             attempt.attempt()
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
         if attempt.error is None:
-            tried("calls with just enough memory", same_bits(attempt.results, expected[name]), name)
+            tried("calls with just enough memory", right(name, attempt.results, expected[name]), name)
         else:
             known = isinstance(attempt.error, (MemoryError, RuntimeError))
             tried("calls without enough memory", known, f"{name}: {attempt.error!r}")
         del attempt
         tried("calls after it", same_bits(calls[name](), expected[name]), name)
+    failed = tried.counts["calls without enough memory"]
+    tried("looks at whether enough calls failed", 4 * failed > tried.counts["calls after it"], f"only {failed}")
 
 
 if __name__ == "__main__":
