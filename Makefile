@@ -151,7 +151,7 @@ test-cpp-threads:
 SANITIZE_MORE := $(SANITIZE) -fsanitize=float-cast-overflow -D_GLIBCXX_ASSERTIONS
 SANITIZED := build/sanitized
 sanitized_copy = mkdir -p $(SANITIZED) && tar --exclude='*.so' --exclude=__pycache__ --exclude=npu_xent/kernels \
-  --exclude=cann_sim/build --exclude=npu_xent/_build.py -c CMakeLists.txt setup.py pyproject.toml README.md LICENSE \
+  --exclude=cann_sim/build --exclude=npu_xent/_build.py -c CMakeLists.txt setup.py pyproject.toml README.md LICENSE NOTICE \
   cmake csrc npu_xent cann_sim | tar -x -C $(SANITIZED)
 sanitized_pytest = $(SANITIZERS) \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
@@ -184,9 +184,9 @@ FUZZ_SECONDS ?= 180
 FUZZ_SEED ?= 1
 fuzz-cpp:
 	+@$(call set_up,$(TORCH_STAMP))
-	@$(call cxx_build,build/tests_host,)
-	@echo "== Fuzzing: build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)"
-	@build/tests_host/fuzz --seconds $$(( $(FUZZ_SECONDS) / 2 )) $(FUZZ_SEED)
+	@$(call cxx_build,build/tests_host,,fuzz)
+	@echo "== Fuzzing: build/tests_host/fuzz --seconds $$(( ($(FUZZ_SECONDS) + 1) / 2 )) $(FUZZ_SEED)"
+	@build/tests_host/fuzz --seconds $$(( ($(FUZZ_SECONDS) + 1) / 2 )) $(FUZZ_SEED)
 
 # The extension for Arm is cross-compiled by this machine's CMake and g++. setup.py and the tests run in an arm64 Python
 # under qemu, so they need no code for cross-compiling. The default is torch 2.10.0: the wheel of 2.13.0 for Arm requires
@@ -262,7 +262,7 @@ coverage:
 	@$(report) --filter csrc/ --print-summary
 	@echo "Wrote build/coverage/index.html"
 
-SOAK_SECONDS := 30
+SOAK_SECONDS ?= 30
 soak:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.npu)
 	@echo "== Trying load and faults"

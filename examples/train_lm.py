@@ -17,6 +17,7 @@ Run.loss_of. The other parts are in the folder lm.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shlex
@@ -43,6 +44,9 @@ from lm.report import first_metrics, truncate_metrics, write_report
 from lm.settings import SettingError, Settings, build_parser, importing, read_settings
 
 SECONDS_BETWEEN_LINES = 5.0
+
+# What the system says of a folder that cannot be written any more.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Run:
@@ -208,6 +212,8 @@ def train_and_report(settings: Settings, checkpoint: dict[str, Any] | None, worl
         if not stopped_by and world.rank == 0:
             run.report()
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         saved = (settings.out / "checkpoint.pt").is_file()
         raise SettingError(
             f"--out {settings.out} cannot be written ({error.strerror}), after {run.step} of {settings.steps} steps; "

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from . import _linear, _log_probs, distributed, functional
 from ._options import CROSS_ENTROPY, LINEAR, LOG_PROBS
-from ._tensors import check_not_leaf
+from ._tensors import check_not_leaf, is_autocast_on
 
 _Placements = tuple[Placement, ...]
 
@@ -275,5 +275,5 @@ def _local(
 
 def _loss_dtype(loss_dtype: torch.dtype | None, logits: Tensor) -> torch.dtype:
     """The default of the plain functions, which npu_xent.distributed does not have."""
-    autocast = torch.is_autocast_enabled(logits.device.type) and logits.dtype != torch.float64
+    autocast = is_autocast_on(logits) and logits.dtype != torch.float64
     return loss_dtype or (torch.float32 if autocast else logits.dtype)

@@ -13,7 +13,15 @@ from ._func import fused_gradient, one_compiled_gradient, one_gradient, whole
 from ._loading import prepare
 from ._options import check_types
 from ._overrides import not_scriptable, overridden
-from ._tensors import check_tensors, has_dtensor, index_target, require_storage, transformed, z_loss_like
+from ._tensors import (
+    check_tensors,
+    has_dtensor,
+    index_target,
+    is_autocast_on,
+    require_storage,
+    transformed,
+    z_loss_like,
+)
 from .functional import CrossEntropyOutput, cross_entropy
 
 
@@ -188,9 +196,7 @@ def linear_cross_entropy(
             class_dim=0,
         )
         return loss
-    if (
-        probabilities or input.dim() != 2 or torch.is_autocast_enabled(input.device.type)
-    ):  # torch reads them before the operator
+    if probabilities or input.dim() != 2 or is_autocast_on(input):  # torch reads them before the operator
         require_storage("input", input)
         require_storage("target", target)
         require_storage("linear_weight", linear_weight)
@@ -249,7 +255,7 @@ def _check_as_the_operator_does(
                 f"npu_xent: {argument} must be on the device of input, {input.device}, but is on {tensor.device}."
             )
 
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = is_autocast_on(input)
 
     def shape_of(tensor: Tensor | None, *, is_cast: bool = True) -> Tensor | None:
         if tensor is None:

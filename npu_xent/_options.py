@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn._reduction import legacy_get_string
@@ -121,8 +121,8 @@ def check_types(function: str, options: dict[str, Any]) -> None:
         if value is None and name in _OPTIONAL:
             continue
         if type(value) is kind:
-            if isinstance(value, int) and kind is int and not torch.compiler.is_compiling():
-                _check_64_bits(function, name, value)
+            if kind is int and not torch.compiler.is_compiling():
+                _check_64_bits(function, name, cast(int, value))
             continue
         if kind is str:
             if not isinstance(value, str):  # the only string is the reduction

@@ -113,6 +113,11 @@ def transformed() -> bool:
 transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def is_autocast_on(tensor: Tensor) -> bool:
+    """Whether operations on the tensor's device are under autocast, which torch does not know for meta tensors."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def forward_mode() -> bool:
     """Whether forward-mode derivatives (torch.autograd.forward_ad) are computed."""
     return forward_ad._current_level >= 0

@@ -29,7 +29,16 @@ from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import as_number, check_loss_dtype, check_ranges, check_types
 from ._overrides import overridden
-from ._tensors import LOGITS, check_not_leaf, check_tensors, has_dtensor, index_target, require_storage, z_loss_like
+from ._tensors import (
+    LOGITS,
+    check_not_leaf,
+    check_tensors,
+    has_dtensor,
+    index_target,
+    is_autocast_on,
+    require_storage,
+    z_loss_like,
+)
 from .functional import CrossEntropyOutput
 
 __all__ = [
@@ -271,7 +280,7 @@ def vocab_parallel_linear_cross_entropy(
             f"npu_xent.{name}: input must have shape [..., H] and linear_weight [C_local, H], but they have "
             f"{list(input.shape)} and {list(linear_weight.shape)}"
         )
-    if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+    if is_autocast_on(input) and input.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = _cast(input, dtype), _cast(linear_weight, dtype)
         linear_bias = linear_bias if linear_bias is None else _cast(linear_bias, dtype)
@@ -363,12 +372,13 @@ def _shard_of(
     """The classes of this rank's columns: see vocab_parallel_cross_entropy."""
     if num_classes is not None:
         num_classes = as_number(name, "num_classes", num_classes, int)
-    if class_range is not None and not (
-        isinstance(class_range, (tuple, list))
-        and len(class_range) == 2
-        and all(isinstance(bound, (int, torch.SymInt)) for bound in class_range)
-    ):
-        raise TypeError(f"npu_xent.{name}: class_range must be two integers, (begin, end), but is {class_range!r:.60}")
+    if class_range is not None:
+        if not (isinstance(class_range, (tuple, list)) and len(class_range) == 2):
+            raise TypeError(
+                f"npu_xent.{name}: class_range must be two integers, (begin, end), but is {class_range!r:.60}"
+            )
+        first, second = class_range
+        class_range = as_number(name, "class_range", first, int), as_number(name, "class_range", second, int)
     if num_classes is None:
         if class_range is not None:
             raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
@@ -469,7 +479,7 @@ def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor)
         )
     if weight is None:
         return None
-    if torch.is_autocast_enabled(like.device.type) and weight.is_floating_point():
+    if is_autocast_on(like) and weight.is_floating_point():
         return weight.to(_stats_dtype(like))
     if weight.dtype not in (torch.float32, like.dtype):
         raise TypeError(

@@ -26,6 +26,7 @@ from ._tensors import (
     forward_mode,
     has_dtensor,
     index_target,
+    is_autocast_on,
     require_storage,
     transformed,
     z_loss_like,
@@ -497,7 +498,7 @@ def _by_torch_operations(
         raise ValueError(
             f"npu_xent: weight must have one value for each of the {classes} classes, but has {list(weight.shape)}."
         )
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = is_autocast_on(input)
     allowed = weight is None or weight.dtype in (torch.float32, input.dtype)
     if weight is not None and not (allowed or (autocast and weight.is_floating_point())):
         raise TypeError(

@@ -29,11 +29,12 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ROOT / "cann_sim/cann_sim/toolkit/tools/tikcpp/ascendc_kernel_cmake"
-sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "cann_sim"), str(LAUNCHERS)]
+sys.path += [str(ROOT / "examples"), str(ROOT / "cann_sim"), str(LAUNCHERS)]
 LONGEST = 1 << 16
 SLOWEST = 2.0  # seconds for one input
 
-FOLDER = Path(tempfile.mkdtemp(prefix="fuzz_parsers"))  # in memory, if /tmp is
+_FOLDER = tempfile.TemporaryDirectory(prefix="fuzz_parsers")  # in memory, if /tmp is; removed at exit
+FOLDER = Path(_FOLDER.name)
 
 
 class Parser(NamedTuple):
@@ -404,11 +405,14 @@ def with_atheris(name: str, seed: int, seconds: float) -> None:
 def by_atheris(name: str, seed: int, seconds: float) -> tuple[int, bytes | None, str]:
     """The same results as of mutate, from another process."""
     command = [sys.executable, __file__, name, "--atheris", "--seconds", str(seconds), "--seed", str(seed)]
-    process = subprocess.run(command, capture_output=True, errors="replace", timeout=seconds + 120)
+    try:
+        process = subprocess.run(command, capture_output=True, errors="replace", timeout=seconds + 120)
+    except subprocess.TimeoutExpired:
+        return 0, b"", "it does not end"
     said = process.stdout + process.stderr
     count = next((int(line.split(":")[-1]) for line in said.splitlines() if "number_of_executed_units" in line), 0)
     if process.returncode == 0:
-        return count, None, ""
+        return count, None, "" if count else "no input ran"
     files = [Path(line.split()[-1]) for line in said.splitlines() if "Test unit written to" in line]
     data = files[0].read_bytes() if files and files[0].is_file() else b""
     return count, data, said[-4000:]
@@ -448,7 +452,11 @@ def main() -> int:
         if why:
             failed += 1
             data = data or b""
-            kept = f"--bytes {data.hex()}" if len(data) < 500 else f"--file {file_of(data, f'failed_{name}')}"
+            kept = f"--bytes {data.hex()}"
+            if len(data) >= 500:
+                file = Path(tempfile.gettempdir(), f"fuzz_parsers_failed_{name}")
+                file.write_bytes(data)
+                kept = f"--file {file}"
             again = f"python tests/fuzz_parsers.py {name} {kept}"
             print(f"{why}\n  {len(data)} bytes: {data[:300]!r}\n  again: {again}", flush=True)
     return int(failed > 0)

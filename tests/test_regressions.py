@@ -347,3 +347,14 @@ def test_sharded_losses_of_no_features_and_of_freed_storages(alone: None) -> Non
     out = distributed.vocab_parallel_token_log_probs(logits, layer["target"], return_entropy="yes", return_top1=[])
     assert out.entropy is not None
     assert out.top1 is None
+
+
+def test_the_functions_take_meta_tensors() -> None:
+    """Which torch knows no autocast for."""
+    x, layer = torch.randn(4, 3, device="meta"), torch.randn(5, 3, device="meta")
+    y, q = torch.zeros(4, dtype=torch.int64, device="meta"), torch.rand(4, 5, device="meta")
+    for target in (y, q):
+        for loss in (npu_xent.linear_cross_entropy(x, layer, target), npu_xent.cross_entropy(x @ layer.T, target)):
+            assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (), torch.float32)
+    assert npu_xent.linear_cross_entropy(x[None], layer, y[None], reduction="none").shape == (1, 4)
+    assert npu_xent.linear_token_log_probs(x, layer, y).shape == (4,)

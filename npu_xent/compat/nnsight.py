@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tensors import check_tensors, require_storage
+from .._tensors import check_tensors, is_autocast_on, require_storage
 from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
@@ -84,6 +84,6 @@ def cross_entropy_loss(
         loss = loss[:, : max(length - 1, 0)]
     if avg_batch:
         loss = loss.mean(0)
-    if not torch.is_autocast_enabled(logits.device.type):
+    if not is_autocast_on(logits):
         loss = loss.to(logits.dtype)
     return loss.cpu()

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from .. import functional
 from .._loading import prepare
 from .._options import as_number
-from .._tensors import LOGITS, check_tensors, index_target, require_storage, transformed
+from .._tensors import LOGITS, check_tensors, index_target, is_autocast_on, require_storage, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -151,7 +151,7 @@ def cross_entropy(
             target = target.reshape(())
         total: Tensor = functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction="sum")
         loss = _derived_from(total * loss_scale, total, 1.0)
-        return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+        return loss if is_autocast_on(input) else loss.to(input.dtype)
     if target.is_floating_point():
         # Class probabilities use torch's cross_entropy; the two scalings around it keep mult out of the gradient.
         scaled = _scale_backward(input.to(dtype), grad_scale)
@@ -170,7 +170,7 @@ def cross_entropy(
             loss_dtype=dtype,
         )
     loss = _scale_forward(loss, loss_scale)
-    return loss if torch.is_autocast_enabled(input.device.type) else loss.to(input.dtype)
+    return loss if is_autocast_on(input) else loss.to(input.dtype)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

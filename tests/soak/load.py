@@ -77,7 +77,9 @@ def start(method: str, names: list[str], expected: dict[str, list[Tensor]]) -> l
     except EOFError:
         return [False]
     finally:
-        process.kill() if process.exitcode is None and not here.poll(0) and process.join(10) else process.join(10)
+        process.join(10)
+        process.kill()
+        process.join()
 
 
 def forks(tried: Tried, seconds: float) -> None:
