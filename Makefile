@@ -137,10 +137,12 @@ test-cpp:
 	@$(call cxx_tests,build/tests_host)
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+# Two minutes to compile each variant of the loops: `make test` has one, `make sanitize` all.
+VARIANTS ?= DEFAULT
 test-cpp-sanitized:
 	+@$(call set_up,$(TORCH_STAMP))
 	@export $(SANITIZERS); \
-	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
+	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)" -DVARIANTS=$(VARIANTS))
 test-cpp-threads:
 	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.torch_npu)
 	@$(call cxx_tests,build/tests_threads,-DCMAKE_CXX_FLAGS="-fsanitize=thread -g1" -DTORCH_NPU_DIR=$${torch}_npu,thread_tests,-L threads)
@@ -163,7 +165,7 @@ SANITIZED_TESTS := cross_entropy corners operator_refusals selected_log_probs li
 
 sanitize:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
-	@$(PY) tests/run_suites.py cpp_sanitized cpp_threads cann_sim_sanitized extension_sanitized
+	@VARIANTS= $(PY) tests/run_suites.py cpp_sanitized cpp_threads cann_sim_sanitized extension_sanitized
 test-cann-sim-sanitized:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
 	@$(sanitized_copy)

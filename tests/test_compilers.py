@@ -298,9 +298,13 @@ def transformable(device: torch.device) -> dict[str, tuple[Callable[[Tensor], Te
     }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+COMPILED = ("grad", "vjp", "jvp", "hessian", "vmap of grad")  # hessian is jacfwd of jacrev
+
+
+@pytest.mark.parametrize(
+    ("transform", "compiled"), [*((name, False) for name in TRANSFORMS), *((name, True) for name in COMPILED)]
+)
 @pytest.mark.parametrize("name", transformable(torch.device("cpu")))
-@pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms(transform: str, name: str, compiled: bool, device: torch.device) -> None:
     """Transforms of torch.func, in eager mode and inside a compiled function."""
     x, (ours, theirs), call = inputs(device)[0], transformable(device)[name], TRANSFORMS[transform]
@@ -379,14 +383,16 @@ ONE_GRADIENT = ("grad", "grad_and_value", "vjp")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "compiled"),
-    [(torch.float32, False), (torch.bfloat16, False), (torch.float64, False), (torch.float32, True)],
+    ("transform", "dtype", "compiled"),
+    [
+        *((name, dtype, False) for name in ONE_GRADIENT for dtype in (torch.float32, torch.bfloat16, torch.float64)),
+        ("vjp", torch.float32, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(
     "name", ["mean", "sum", "none", "options", "images", "linear", "linear sum", "contract", "nnsight"]
 )
-@pytest.mark.parametrize("transform", ONE_GRADIENT)
 def test_one_gradient_of_torch_func_is_fused(
     transform: str,
     name: str,
