@@ -40,15 +40,15 @@ def test_all_suites_run_and_are_summed_up(
 def test_some_suites_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "test_good.py").write_text("def test_a(): pass\n")
     command = [sys.executable, "-m", "pytest", "-q", "test_good.py"]
-    named = ("cpp", "extension_sanitized", "cpu", "npu", "cann_sim")
+    named = ("cpp", "cann_sim_sanitized", "cpu", "npu", "cann_sim")
     suites = {name: (tmp_path, command, tmp_path / f"{name}.xml") for name in named}
     monkeypatch.setattr(run_suites, "SUITES", suites)
     monkeypatch.setattr(run_suites, "LOGS", tmp_path / "logs")
-    for names in (["cpu"], ["npu"], ["cpu", "cann_sim"], ["extension_sanitized"]):
+    for names in (["cpu"], ["npu"], ["cpu", "cann_sim"], ["cann_sim_sanitized"]):
         assert run_suites.main(*names) == 0
         summary = capsys.readouterr().out.split("== Summary\n")[1].splitlines()
         assert summary == [f"{name}: 1 passed, 0 failed, 0 skipped" for name in names]
-    with pytest.raises(SystemExit, match="no such suite: gpu; there are cpp, extension_sanitized, cpu, npu, cann_sim"):
+    with pytest.raises(SystemExit, match="no such suite: gpu; there are cpp, cann_sim_sanitized, cpu, npu, cann_sim"):
         run_suites.main("gpu")
     assert run_suites.main() == 0  # all but those that run only if they are named
-    assert "extension_sanitized" not in capsys.readouterr().out
+    assert "cann_sim_sanitized" not in capsys.readouterr().out
