@@ -149,7 +149,7 @@ test-cpp-threads:
 
 # Slower, so not in `make test`: cann_sim's own tests on a build with the sanitizers. This is in a copy of the sources,
 # and the user's are not touched. Python itself has no sanitizer, so its library is loaded first; what Python does not
-# free at its end is no leak of ours.
+# free at its end is no leak of ours. One test wants freed memory to come back, which AddressSanitizer prevents.
 SANITIZE_MORE := $(SANITIZE) -fsanitize=float-cast-overflow -D_GLIBCXX_ASSERTIONS
 SANITIZED := build/sanitized
 sanitized_copy = mkdir -p $(SANITIZED) && \
@@ -168,7 +168,8 @@ test-cann-sim-sanitized:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
 	@$(sanitized_copy)
 	@cd $(SANITIZED)/cann_sim && CXX="$(CXX) $(SANITIZE_MORE)" CANN_SIM_CACHE=$(abspath $(SANITIZED))/cache \
-	  $(sanitized_pytest) --junitxml=../cann_sim.xml $(SANITIZED_SIM_TESTS:%=tests/test_%.py)
+	  $(sanitized_pytest) --junitxml=../cann_sim.xml $(SANITIZED_SIM_TESTS:%=tests/test_%.py) \
+	    --deselect tests/test_acl_races.py::test_memory_that_was_freed_and_allocated_again_has_no_history
 
 # The C++ part takes half of the time. Failures come with the command that repeats them.
 FUZZ_SECONDS ?= 180
