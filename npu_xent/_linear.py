@@ -18,7 +18,7 @@ from ._tensors import (
     has_dtensor,
     index_target,
     is_autocast_on,
-    require_storage,
+    require_storages,
     transformed,
     z_loss_like,
 )
@@ -197,11 +197,7 @@ def linear_cross_entropy(
         )
         return loss
     if probabilities or input.dim() != 2 or is_autocast_on(input):  # torch reads them before the operator
-        require_storage("input", input)
-        require_storage("target", target)
-        require_storage("linear_weight", linear_weight)
-        if linear_bias is not None:
-            require_storage("linear_bias", linear_bias)
+        require_storages(input=input, target=target, linear_weight=linear_weight, linear_bias=linear_bias)
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():

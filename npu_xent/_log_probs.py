@@ -20,6 +20,7 @@ from ._tensors import (
     has_dtensor,
     index_target,
     require_storage,
+    require_storages,
     transformed,
 )
 
@@ -254,11 +255,8 @@ def linear_token_log_probs(
             _by_torch_operations(logits, target, row_temperature, options), target, return_entropy, return_top1
         )
     prepare(input)
-    require_storage("input", input)
-    require_storage("target", target)
-    require_storage("linear_weight", linear_weight)  # autocast reads both before the operator
-    if linear_bias is not None:
-        require_storage("linear_bias", linear_bias)
+    # Autocast reads the layer before the operator.
+    require_storages(input=input, target=target, linear_weight=linear_weight, linear_bias=linear_bias)
     outputs = torch.ops.npu_xent.linear_token_log_probs.default(
         _rows(input),
         linear_weight,

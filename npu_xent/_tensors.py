@@ -64,6 +64,13 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def require_storages(**tensors: Tensor | None) -> None:
+    """require_storage for each argument that is given."""
+    for argument, tensor in tensors.items():
+        if tensor is not None:
+            require_storage(argument, tensor)
+
+
 def check_not_leaf(function: str, logits: Tensor) -> None:
     """Raise ValueError if consume_logits would overwrite a leaf, or what a view shows of one."""
     base = logits._base

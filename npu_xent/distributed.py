@@ -36,7 +36,7 @@ from ._tensors import (
     has_dtensor,
     index_target,
     is_autocast_on,
-    require_storage,
+    require_storages,
     z_loss_like,
 )
 from .functional import CrossEntropyOutput
@@ -122,7 +122,7 @@ def vocab_parallel_cross_entropy(
     name = "vocab_parallel_cross_entropy"
     _check_plain(name, logits=logits, target=target, weight=weight)
     check_tensors(name, logits=logits, target=target, weight=weight)
-    _check_storages(logits=logits, target=target, weight=weight)
+    require_storages(logits=logits, target=target, weight=weight)
     _check_normalizer(name, normalizer, reduction)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -195,7 +195,7 @@ def vocab_parallel_token_log_probs(
     name = "vocab_parallel_token_log_probs"
     _check_plain(name, logits=logits, target=target)
     check_tensors(name, logits=logits, target=target)
-    _check_storages(logits=logits, target=target)
+    require_storages(logits=logits, target=target)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "softcap": softcap,
@@ -273,7 +273,7 @@ def vocab_parallel_linear_cross_entropy(
     name = "vocab_parallel_linear_cross_entropy"
     _check_plain(name, input=input, linear_weight=linear_weight, target=target)
     check_tensors(name, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
-    _check_storages(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
+    require_storages(input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias, weight=weight)
     _check_normalizer(name, normalizer, reduction)
     if input.dim() == 0 or linear_weight.dim() != 2 or linear_weight.shape[1:] != input.shape[-1:]:
         raise ValueError(
@@ -458,12 +458,6 @@ def _check_plain(name: str, **tensors: Any) -> None:
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """As autocast: only floating-point tensors."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _check_storages(**tensors: Tensor | None) -> None:
-    for argument, tensor in tensors.items():
-        if tensor is not None:
-            require_storage(argument, tensor)
 
 
 def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor) -> Tensor | None:

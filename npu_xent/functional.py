@@ -27,7 +27,7 @@ from ._tensors import (
     has_dtensor,
     index_target,
     is_autocast_on,
-    require_storage,
+    require_storages,
     transformed,
     z_loss_like,
 )
@@ -381,8 +381,7 @@ def _as_rows(input: Tensor, target: Tensor, in_place: bool) -> tuple[Tensor, Ten
     """
     if input.dim() == 2:
         return input, target
-    require_storage("input", input)
-    require_storage("target", target)
+    require_storages(input=input, target=target)
     if input.dim() == 1:
         return input.unsqueeze(0), target.reshape(1)
     classes_last = input.movedim(1, -1)
@@ -458,8 +457,7 @@ def _of_probabilities(
     _require_no_ignored_class(ignore_index)
     logits, probabilities = input, target
     if input.dim() != 2:
-        require_storage("input", input)
-        require_storage("target", target)
+        require_storages(input=input, target=target)
     if input.dim() == 1:
         logits, probabilities = input.unsqueeze(0), target.unsqueeze(0)
     elif input.dim() > 2:
@@ -487,10 +485,7 @@ def _by_torch_operations(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, z-loss and lse by torch operations, in float32 (float64): for probabilities and for torch.func."""
-    require_storage("input", input)
-    require_storage("target", target)
-    if weight is not None:
-        require_storage("weight", weight)
+    require_storages(input=input, target=target, weight=weight)
     classes = input.shape[min(input.dim() - 1, 1)]
     if input.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")

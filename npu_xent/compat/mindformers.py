@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._tensors import LOGITS, check_tensors, require_storage, transformed
+from .._tensors import LOGITS, check_tensors, require_storages, transformed
 from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
@@ -113,8 +113,7 @@ class CrossEntropyLoss(nn.Module):
         """The masked loss; see the class."""
         tensors = {"logits": logits, "label": label, "input_mask": input_mask}
         check_tensors("compat.mindformers.CrossEntropyLoss", **tensors)
-        for name, tensor in tensors.items():
-            require_storage(name, tensor)
+        require_storages(**tensors)
         if logits.dim() != 2 or logits.shape[1] == 0:
             raise ValueError(
                 "mindformers.CrossEntropyLoss: logits must have shape [N, C] with C > 0, but have shape "

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._tensors import check_tensors, is_autocast_on, require_storage
+from .._tensors import check_tensors, is_autocast_on, require_storages
 from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
@@ -54,8 +54,7 @@ def cross_entropy_loss(
     - The page asks for both tensors on one device. The code moves both to the CPU, so they may be on different ones.
     """
     check_tensors("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
-    require_storage("logits", logits)
-    require_storage("target_ids", target_ids)
+    require_storages(logits=logits, target_ids=target_ids)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)
     if target_ids.dim() == 1:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from .. import functional
 from .._loading import prepare
 from .._options import as_number
-from .._tensors import LOGITS, check_tensors, index_target, is_autocast_on, require_storage, transformed
+from .._tensors import LOGITS, check_tensors, index_target, is_autocast_on, require_storages, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -123,8 +123,7 @@ def cross_entropy(
         )
     mult = as_number("compat.unit_scaling.cross_entropy", "mult", mult, float)
     ignore_index = as_number("compat.unit_scaling.cross_entropy", "ignore_index", ignore_index, int)
-    require_storage("input", input)
-    require_storage("target", target)
+    require_storages(input=input, target=target)
     rows, classes = (1, input.shape[0]) if input.dim() == 1 else input.shape
     if classes == 0:
         raise ValueError(

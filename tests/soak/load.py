@@ -131,7 +131,7 @@ def busy_forks(tried: Tried, seconds: float) -> None:
         while tried.seconds() < seconds or tried.counts["children of a busy parent"] < 20:
             child = os.fork()
             if child == 0:
-                signal.alarm(60)  # a lock that nobody releases
+                signal.alarm(60)  # ends a child that waits for a lock
                 os._exit(0 if torch.equal(gradient(), expected) else 1)
             code = os.waitpid(child, 0)[1]
             tried("children of a busy parent", code == 0, f"wait status {code}")
