@@ -358,3 +358,16 @@ def test_the_functions_take_meta_tensors() -> None:
             assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (), torch.float32)
     assert npu_xent.linear_cross_entropy(x[None], layer, y[None], reduction="none").shape == (1, 4)
     assert npu_xent.linear_token_log_probs(x, layer, y).shape == (4,)
+
+
+@pytest.mark.parametrize("mult", [INF, -INF, NAN], ids=str)
+def test_an_infinite_mult_is_refused_for_probabilities_too(mult: float, device: torch.device) -> None:
+    """Only the operator checked it, which class probabilities and torch.func do not use."""
+    logits, q = torch.zeros(2, 4, device=device), torch.full((2, 4), 0.25, device=device)
+    target = torch.zeros(2, dtype=torch.int64, device=device)
+    for loss in (compat.unit_scaling.cross_entropy, lambda *a, mult: compat.unit_scaling.CrossEntropyLoss(mult)(*a)):
+        for y in (q, target):
+            with pytest.raises(ValueError, match="mult must be finite"):
+                loss(logits, y, mult=mult)
+    with pytest.raises(ValueError, match="mult must be finite"):
+        torch.func.grad(lambda x: compat.unit_scaling.cross_entropy(x, target, mult=mult))(logits)

@@ -122,6 +122,8 @@ def cross_entropy(
             f"unit_scaling.cross_entropy: input must have shape [N, V] or [V], but has shape {list(input.shape)}"
         )
     mult = as_number("compat.unit_scaling.cross_entropy", "mult", mult, float)
+    if not -math.inf < mult < math.inf:
+        raise ValueError(f"unit_scaling.cross_entropy: mult must be finite, but is {mult}")
     ignore_index = as_number("compat.unit_scaling.cross_entropy", "ignore_index", ignore_index, int)
     require_storages(input=input, target=target)
     rows, classes = (1, input.shape[0]) if input.dim() == 1 else input.shape
