@@ -856,7 +856,8 @@ class _Products:
         self.rows, columns = rows, layer.shard.columns
         self.weight, self.bias = linear_weight[:columns], linear_bias if linear_bias is None else linear_bias[:columns]
         self.padding = len(linear_weight) - columns
-        self.chunks = [slice(i, i + layer.chunk_rows) for i in range(0, len(rows), layer.chunk_rows)]
+        # One at least: without rows too, ranks compare their classes.
+        self.chunks = [slice(i, i + layer.chunk_rows) for i in range(0, max(1, len(rows)), layer.chunk_rows)]
         # Sums over chunks are kept in float32.
         exact = torch.float32 if rows.element_size() == 2 and len(self.chunks) > 1 else rows.dtype
         self.grad_rows = torch.empty_like(rows) if wanted[0] else None
@@ -921,7 +922,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return logits, _gather(mine, target[chunk], layer.shard, layer.group, wait)
 
         # The product of the next chunk goes on while the statistics of this one are gathered.
-        started = [start(products.chunks[0])] if products.chunks else []
+        started = [start(products.chunks[0])]
         for i, chunk in enumerate(products.chunks):
             if i + 1 < len(products.chunks):
                 started.append(start(products.chunks[i + 1]))

@@ -371,3 +371,23 @@ def test_an_infinite_mult_is_refused_for_probabilities_too(mult: float, device: 
                 loss(logits, y, mult=mult)
     with pytest.raises(ValueError, match="mult must be finite"):
         torch.func.grad(lambda x: compat.unit_scaling.cross_entropy(x, target, mult=mult))(logits)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_sharded_losses_of_no_rows_compare_the_classes(reduction: str, alone: None) -> None:
+    """Without rows, the linear loss gathered nothing, and took classes that do not make up a vocabulary."""
+    x, layer, bias, y = torch.zeros(0, 3), torch.ones(5, 3), torch.ones(5), torch.zeros(0, dtype=torch.int64)
+    for class_range in ((1, 5), (0, 4)):
+        shard: dict[str, Any] = {"num_classes": 5, "class_range": class_range, "reduction": reduction}
+        with pytest.raises(ValueError, match="classes must make up one vocabulary"):
+            distributed.vocab_parallel_linear_cross_entropy(x, layer, y, **shard)
+        with pytest.raises(ValueError, match="classes must make up one vocabulary"):
+            distributed.vocab_parallel_cross_entropy(x @ layer.T, y, **shard)
+    leaves = [t.requires_grad_() for t in (x, layer, bias)]
+    loss = distributed.vocab_parallel_linear_cross_entropy(
+        x, layer, y, linear_bias=bias, reduction=reduction, label_smoothing=0.1
+    )
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    assert not any(grad.any() for grad in grads)
