@@ -280,7 +280,7 @@ def vocab_parallel_linear_cross_entropy(
             f"npu_xent.{name}: input must have shape [..., H] and linear_weight [C_local, H], but they have "
             f"{list(input.shape)} and {list(linear_weight.shape)}"
         )
-    if is_autocast_on(input) and input.dtype != torch.float64:
+    if is_autocast_on(input):
         dtype = torch.get_autocast_dtype(input.device.type)
         input, linear_weight = _cast(input, dtype), _cast(linear_weight, dtype)
         linear_bias = linear_bias if linear_bias is None else _cast(linear_bias, dtype)
@@ -456,8 +456,9 @@ def _check_plain(name: str, **tensors: Any) -> None:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As autocast: only floating-point tensors."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    """As autocast: only floating-point tensors, and no float64."""
+    casts = tensor.is_floating_point() and tensor.dtype is not torch.float64
+    return tensor.to(dtype) if casts else tensor
 
 
 def _class_weight(name: str, weight: Tensor | None, shard: _Shard, like: Tensor) -> Tensor | None:

@@ -391,3 +391,19 @@ def test_sharded_losses_of_no_rows_compare_the_classes(reduction: str, alone: No
     grads = torch.autograd.grad(loss.sum(), leaves)
     assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
     assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.cpu
+def test_autocast_leaves_float64_alone_in_sharded_losses(alone: None) -> None:
+    """As F.linear and linear_cross_entropy do. It was rounded to bfloat16."""
+    x, layer, y = torch.zeros(2, 3), torch.ones(5, 3), torch.tensor([1, 2])
+    losses = (distributed.vocab_parallel_linear_cross_entropy, npu_xent.linear_cross_entropy)
+    with torch.autocast("cpu", torch.bfloat16):
+        for loss in losses:
+            with pytest.raises(TypeError, match=r"(?=.*input)(?=.*linear_weight)"):
+                loss(x, layer.double(), y)
+            with pytest.raises(TypeError, match=r"(?=.*input)(?=.*linear_weight)"):
+                loss(x.double(), layer, y)
+            with pytest.raises((TypeError, ValueError), match="linear_bias"):
+                loss(x, layer, y, linear_bias=torch.ones(5).double())
+            assert loss(x, layer.to(torch.float8_e4m3fn), y).isfinite()
