@@ -111,28 +111,30 @@ _OPTIONAL = frozenset(option.name for option in OPTIONS if option.default is Non
 _RANGES = tuple(option for option in OPTIONS if option.message)
 
 
-def check_types(function: str, options: dict[str, Any]) -> None:
+def check_types(function: str, options: dict[str, Any], named: str = "") -> None:
     """Raise TypeError for an option of the wrong type, with a clearer message than the C++ operators'.
 
-    Numbers of other types, such as numpy's, become int or float in `options`.
+    Numbers of other types, such as numpy's, become int or float in `options`. `function` has the options; messages call
+    it `named`, if that is given.
     """
+    named = named or function
     for name, kind in _CHECKED[function]:
         value = options[name]
         if value is None and name in _OPTIONAL:
             continue
         if type(value) is kind:
             if kind is int and not torch.compiler.is_compiling():
-                _check_64_bits(function, name, cast(int, value))
+                _check_64_bits(named, name, cast(int, value))
             continue
         if kind is str:
             if not isinstance(value, str):  # the only string is the reduction
                 raise TypeError(
-                    f'npu_xent.{function}: reduction must be "mean", "sum" or "none", but is a {type(value).__name__}'
+                    f'npu_xent.{named}: reduction must be "mean", "sum" or "none", but is a {type(value).__name__}'
                 )
         elif kind is torch.dtype:
-            raise TypeError(f"npu_xent.{function}: {name} must be a torch.dtype, but is a {type(value).__name__}")
+            raise TypeError(f"npu_xent.{named}: {name} must be a torch.dtype, but is a {type(value).__name__}")
         else:
-            options[name] = as_number(function, name, value, kind)
+            options[name] = as_number(named, name, value, kind)
 
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

@@ -133,7 +133,7 @@ def vocab_parallel_cross_entropy(
         "logit_scale": logit_scale,
         "loss_dtype": loss_dtype,
     }
-    check_types("cross_entropy", options)
+    check_types("cross_entropy", options, name)
     check_ranges(options)
     _check_loss_dtype(name, options.pop("loss_dtype"), logits)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
@@ -202,7 +202,7 @@ def vocab_parallel_token_log_probs(
         "logit_scale": logit_scale,
         "temperature": temperature,
     }
-    check_types("token_log_probs", options)
+    check_types("token_log_probs", options, name)
     check_ranges(options)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
@@ -309,7 +309,7 @@ def vocab_parallel_linear_cross_entropy(
         "loss_dtype": loss_dtype,
         "chunk_rows": chunk_rows,
     }
-    check_types("linear_cross_entropy", options)
+    check_types("linear_cross_entropy", options, name)
     chunk_rows = options.pop("chunk_rows")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"npu_xent.{name}: chunk_rows must be at least 1, but is {chunk_rows}")

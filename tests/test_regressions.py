@@ -407,3 +407,19 @@ def test_autocast_leaves_float64_alone_in_sharded_losses(alone: None) -> None:
             with pytest.raises((TypeError, ValueError), match="linear_bias"):
                 loss(x, layer, y, linear_bias=torch.ones(5).double())
             assert loss(x, layer.to(torch.float8_e4m3fn), y).isfinite()
+
+
+@pytest.mark.cpu
+def test_sharded_losses_name_themselves(alone: None) -> None:
+    """Messages about options named the function without shards."""
+    x, layer, y = torch.zeros(2, 5), torch.ones(5, 5), torch.tensor([1, 2])
+    for name, arguments in {
+        "vocab_parallel_cross_entropy": (x, y),
+        "vocab_parallel_token_log_probs": (x, y),
+        "vocab_parallel_linear_cross_entropy": (x, layer, y),
+    }.items():
+        for option, value in {"ignore_index": 1.5, "softcap": "2", "logit_scale": torch.ones(())}.items():
+            with pytest.raises(TypeError, match=rf"npu_xent\.{name}: {option} must be"):
+                getattr(distributed, name)(*arguments, **{option: value})
+        with pytest.raises(ValueError, match=rf"npu_xent\.{name}: ignore_index must fit"):
+            getattr(distributed, name)(*arguments, ignore_index=2**63)
