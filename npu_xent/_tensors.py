@@ -93,6 +93,11 @@ def check_overwritable(function: str, argument: str, logits: Tensor, overwrite: 
     if torch.compiler.is_compiling():
         return
     check_not_leaf(function, logits)  # the operator cannot tell from a view of a leaf that is a view itself
+    check_not_negative(function, argument, logits)
+
+
+def check_not_negative(function: str, argument: str, logits: Tensor) -> None:
+    """Raise ValueError if consume_logits would write over a view with torch's negative bit."""
     if logits.is_neg():
         raise ValueError(
             f"npu_xent.{function}: consume_logits cannot write over a view with torch's negative bit (torch.is_neg), "

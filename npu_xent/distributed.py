@@ -32,6 +32,7 @@ from ._overrides import overridden
 from ._tensors import (
     LOGITS,
     check_not_leaf,
+    check_not_negative,
     check_tensors,
     has_dtensor,
     index_target,
@@ -509,6 +510,8 @@ def _rows_of(
         raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if consume_logits and logits.requires_grad and torch.is_grad_enabled():
         check_not_leaf(name, logits)
+        if not torch.compiler.is_compiling():  # compilers cannot trace is_neg
+            check_not_negative(name, "logits", logits)
         if not logits.is_contiguous():
             raise ValueError(f"npu_xent.{name}: consume_logits needs contiguous logits; leave it off")
     prepare(logits)

@@ -423,3 +423,44 @@ def test_sharded_losses_name_themselves(alone: None) -> None:
                 getattr(distributed, name)(*arguments, **{option: value})
         with pytest.raises(ValueError, match=rf"npu_xent\.{name}: ignore_index must fit"):
             getattr(distributed, name)(*arguments, ignore_index=2**63)
+
+
+def negative(values: Tensor) -> Tensor:
+    """A contiguous view with torch's negative bit that shows `values`."""
+    return torch._neg_view(values.neg())
+
+
+def test_negative_views_are_not_overwritten() -> None:
+    """torch's fallback for the negative bit corrupted memory: it took a result that these operators do not return."""
+    x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
+    lse, totals, factor = x.logsumexp(1), torch.tensor([4.0, 4.0, 5.0]), torch.tensor(2.0)
+    ops = torch.ops.npu_xent
+    calls = {
+        "row_grad_": lambda x: ops.row_grad_(x, target, None, lse, None, totals, factor),
+        "row_stats_grad_": lambda x: ops.row_stats_grad_(x, target, None, totals),
+        "scale_": lambda x: ops.scale_(x, factor),
+        "cross_entropy_": lambda x: ops.cross_entropy_(x, target)[0].backward(),
+        "token_log_probs_": lambda x: ops.token_log_probs_(x, target)[0].sum().backward(),
+    }
+    ours = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("npu_xent::")]
+    assert {name.removeprefix("npu_xent::") for name in ours if name.endswith("_")} == set(calls)
+    for name, call in calls.items():
+        view = negative(x.detach().requires_grad_(name in ("cross_entropy_", "token_log_probs_")))
+        with pytest.raises(ValueError, match="is overwritten, and must not be a view with torch's negative bit"):
+            call(view)
+        assert torch.equal(view, x), name
+    doubled = x.clone()
+    ops.scale_(doubled, negative(factor))
+    assert torch.equal(doubled, 2 * x)
+    grad = x.clone()
+    ops.row_grad_(grad, target, None, negative(lse), None, negative(totals), factor)
+    torch.testing.assert_close(grad, ops.row_grad(x, target, None, lse, None, totals, factor))
+
+
+@pytest.mark.cpu
+def test_sharded_losses_do_not_consume_negative_views(alone: None) -> None:
+    leaf, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, 1, 2, 3])
+    for loss in (distributed.vocab_parallel_cross_entropy, distributed.vocab_parallel_token_log_probs):
+        with pytest.raises(ValueError, match="consume_logits cannot write over a view with torch's negative bit"):
+            loss(negative(leaf), target, consume_logits=True)
+        loss(negative(leaf), target).sum().backward()
