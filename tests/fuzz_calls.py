@@ -158,6 +158,8 @@ class Case:
                     value = leaf
                     if consumes or source.maybe(0.15):
                         value = leaf.clone(memory_format=torch.preserve_format)
+                    if consumes and source.maybe(0.03):
+                        value = torch._neg_view(leaf.neg())  # contiguous, and with torch's negative bit
             call.arguments[name] = value
 
     def __str__(self) -> str:
@@ -185,6 +187,10 @@ class Case:
         call = self.call
         rules = Rules(call, self.mode not in ("no_grad", "inference"), self.mode == "autocast")
         call.rules(rules)
+        freed = call.torchs is not None and any(map(functions.is_freed, call.arguments.values()))
+        if freed and not functions.is_served(**call.arguments):
+            # torch reads freed memory, and what lies behind memory that shrank: the process may end.
+            return "not called: torch would read freed memory"
         before = [s for value in (*call.arguments.values(), *self.leaves.values()) for s in seen(value)]
         was, error, out = settings(), None, None
         original = {n: call.arguments[n].detach().clone() for n in ("input", "logits") if self._consumes(n)}
@@ -333,7 +339,8 @@ class Case:
             if twice:
                 again = torch.autograd.grad(of, leaves, grads, allow_unused=True)
                 for first, second in zip(found, again, strict=True):
-                    if first is not None and not torch.equal(first.nan_to_num(7), second.nan_to_num(7)):
+                    same = first is None or torch.equal(first.double().nan_to_num(7), second.double().nan_to_num(7))
+                    if not same:
                         raise Failure("the second backward gives another gradient than the first")
         except (RuntimeError, ValueError, TypeError) as error:
             raise Failure(f"the backward raised {type(error).__name__}: {str(error)[:600]}") from error
@@ -342,6 +349,10 @@ class Case:
     def _same_as_torch(self, out: Any, error: Exception | None, before: list[Seen]) -> str:
         """patch_torch: what torch's function does with these arguments."""
         self._check_unchanged(before, (), error is None)
+        if any(map(functions.is_freed, self.call.arguments.values())):
+            if isinstance(error, (RuntimeError, IndexError)):
+                return f"{type(error).__name__}: freed"
+            raise Failure(f"{error!r:.600}, of freed memory")
         theirs, their_error = None, None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -351,8 +362,6 @@ class Case:
                     theirs = self.call.torchs(**self.call.arguments)
             except Exception as raised:
                 their_error = raised
-        if any(functions.is_freed(v) for v in self.call.arguments.values()) and isinstance(error, RuntimeError):
-            return "RuntimeError: freed"  # torch reads freed memory
         if (error is None) != (their_error is None) or type(error) is not type(their_error):
             raise Failure(f"{error!r:.600}, and torch {their_error!r:.600}")
         if error is not None:
@@ -362,10 +371,18 @@ class Case:
         if out.requires_grad != theirs.requires_grad:
             raise Failure(f"requires_grad is {out.requires_grad}, and torch's {theirs.requires_grad}")
         upstream = self._upstream({"loss": out})
-        mine = self._gradients({"loss": out}, upstream)
+        of_torch: dict[str, Tensor | None] | Failure
         try:
             of_torch = self._gradients({"loss": theirs}, upstream)
-        except Failure:  # torch takes uint8 in the forward alone, at times
+        except Failure as failure:  # torch takes some targets in the forward alone
+            of_torch = failure
+        try:
+            mine = self._gradients({"loss": out}, upstream)
+        except Failure as failure:
+            if str(failure) == str(of_torch):  # a call that is left to torch
+                return "raised in the backward: as torch's"
+            raise
+        if isinstance(of_torch, Failure):
             return "returned"
         if out.is_meta or out.layout is not torch.strided:
             return "returned"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import npu_xent
+from npu_xent.integrations import torch as patched
 
 Truth = dict[str, "Near"]
 _torchs = F.cross_entropy
@@ -153,9 +154,10 @@ class Rules:
         else:
             self.need(False, (TypeError, error), "reduction")
 
-    def loss_dtype(self, logits: str, *, optional: bool = True) -> None:
+    def loss_dtype(self, logits: str, *, optional: bool = True, cast: torch.dtype | None = None) -> None:
+        """Of `loss_dtype`; `cast` is the dtype that autocast makes of the logits."""
         value = self.a.get("loss_dtype")
-        dtype = getattr(self.a.get(logits), "dtype", None)
+        dtype = cast or getattr(self.a.get(logits), "dtype", None)
         if value is None and ("loss_dtype" not in self.a or optional):
             return
         if dtype is None:
@@ -223,6 +225,12 @@ def is_freed(t: Any) -> bool:
 
 def _size(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) else value.size
+
+
+def _ignored(a: dict[str, Any], y: Tensor) -> Tensor:
+    """Where int64 targets are ignore_index. One beyond int64, which raises, is no target."""
+    index = _plain_index(a.get("ignore_index", -100))
+    return y == index if -(2**63) <= index < 2**63 else torch.zeros_like(y, dtype=torch.bool)
 
 
 def _item(value: Any) -> Any:
@@ -318,6 +326,21 @@ def near(
     if shape is not None:
         value, allowed = value.reshape(shape), allowed.reshape(shape)
     return Near(value, allowed, dtype)
+
+
+def loss_terms(t: Any, y: Tensor, classes: int, w: Tensor | None, chosen: dict[str, Any]) -> Tensor:
+    """Of the loss: reference.truth's, and the sum of exponentials.
+
+    log sum exp is the largest logit plus the logarithm of a sum of at least 1 in float32 (float64). The sum's rounding
+    moves the logarithm by as much, however small the logits and the loss are.
+    """
+    kept, e = y != chosen["ignore_index"], chosen["label_smoothing"]
+    weights = torch.ones(classes, dtype=torch.float64) if w is None else w.double()
+    of_target = weights[y.masked_fill(~kept, 0)].masked_fill(~kept, 0)
+    by_row = ((1 - e) * of_target + e * weights.mean()).masked_fill(~kept, 0)
+    if chosen["reduction"] != "none":
+        by_row = by_row.sum() / (of_target.sum() if chosen["reduction"] == "mean" else 1)
+    return t.loss_terms + by_row.nan_to_num(0, 0, 0)
 
 
 def lse_terms(rows: Tensor, chosen: dict[str, Any], lse: Tensor) -> Tensor:
@@ -476,6 +499,20 @@ def as_patched(call: Call) -> Call:
     return call
 
 
+def is_served(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> bool:
+    """Whether patch_torch computes this call itself, and does not leave it to torch."""
+    return patched._serves(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
 def cross_entropy_rules(r: Rules) -> None:
     a = r.a
     r.flag("return_lse", "return_z_loss", "consume_logits")
@@ -506,11 +543,9 @@ def cross_entropy_rules(r: Rules) -> None:
         return
     of_rows = x.shape[:dim] + x.shape[dim + 1 :]
     r.need(y.shape == of_rows, ValueError, "target")
-    if not r.need(y.dtype in INTEGERS, TypeError, "target"):
-        return
-    if y.shape == of_rows:
-        r.classes_in("target", classes, -100 if ignore_index is None else ignore_index)
     r.consumable("input", dim)
+    if r.need(y.dtype in INTEGERS, TypeError, "target") and y.shape == of_rows:
+        r.classes_in("target", classes, -100 if ignore_index is None else ignore_index)
 
 
 def loss_numbers(r: Rules) -> None:
@@ -534,17 +569,17 @@ def cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth
     of_loss = of_rows if chosen["reduction"] == "none" else ()
     if y.is_floating_point():
         return _probabilities_truth(x, y, w, dim, chosen, dtype, of_loss, a, upstream)
-    rows = x.movedim(dim, -1).reshape(of_rows.numel(), x.shape[dim])
+    rows, y = x.movedim(dim, -1).reshape(of_rows.numel(), x.shape[dim]), _int64(y).reshape(-1)
     t = truth(
         rows,
-        _int64(y).reshape(-1),
+        y,
         w,
         **chosen,
         grad_loss=_reduced(upstream, "loss"),
         grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
     )
     back = [*of_rows, x.shape[dim]]
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
+    found = {"loss": near(t.loss, loss_terms(t, y, x.shape[dim], w, chosen), dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
         found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=of_rows)
     if a.get("return_z_loss"):
@@ -699,23 +734,23 @@ def contract_rules(r: Rules) -> None:
 
 
 def contract_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
-    x, y = _values(a, "input"), _values(a, "target")
+    x, y = _values(a, "input"), _int64(_values(a, "target"))
     w = None if a.get("weight") is None else _values(a, "weight")
     dtype = a.get("loss_dtype") or x.dtype
     b = a | {"lse_square_scale": a.get("lse_square_scale_for_zloss")}
     chosen = _loss_options(b)
     t = truth(
         x,
-        _int64(y),
+        y,
         w,
         **chosen,
         grad_loss=_reduced(upstream, "loss"),
         grad_z_loss=_reduced(upstream, "zloss") if "zloss" in upstream else 0.0,
     )
     of_loss = (len(x),) if chosen["reduction"] == "none" else (1,)
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
+    found = {"loss": near(t.loss, loss_terms(t, y, x.shape[1], w, chosen), dtype, shape=of_loss, of=x.dtype)}
     nothing = torch.zeros(0, dtype=torch.float64)
-    terms = (x.double().abs() + t.lse.abs()[:, None]).nan_to_num(0, 0, 0)
+    terms = (1 + x.double().abs() + t.lse.abs()[:, None]).nan_to_num(0, 0, 0)  # 1: see loss_terms
     with_log_prob = a.get("need_log_prob", True)
     found["log_prob"] = near(t.log_prob, terms, x.dtype) if with_log_prob else near(nothing, 0.0, x.dtype)
     found["zloss"] = (
@@ -783,15 +818,20 @@ def token_log_probs(source: Source) -> Call:
     )
 
 
-def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
-    """The options of the logits; `shape` and `dtype` of rows are None if they are not known."""
-    a = r.a
+def logit_numbers(r: Rules) -> None:
+    """The options of the logits without the temperature."""
     r.number("softcap", 1e-6, 1e6, optional=True)
-    if isinstance(a.get("logit_scale"), Tensor):
+    if isinstance(r.a.get("logit_scale"), Tensor):
         r.need(False, TypeError, "logit_scale")
     else:
         r.number("logit_scale", -1.7976931348623157e308, 1.7976931348623157e308)
     r.number("ignore_index", -(2**63), 2**63 - 1, whole=True)
+
+
+def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
+    """The options of the logits; `shape` and `dtype` of rows are None if they are not known."""
+    logit_numbers(r)
+    a = r.a
     t = a.get("temperature")
     if not isinstance(t, Tensor):
         r.number("temperature", 1e-6, 1e6)
@@ -813,7 +853,7 @@ def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
         y = a.get("target")
         known = isinstance(y, Tensor) and y.dtype in INTEGERS and not (is_freed(y) or y.is_meta)
         if known and y.shape == shape and t.shape in ((), shape):
-            fits = fits | (_int64(y) == _plain_index(a.get("ignore_index", -100)))
+            fits = fits | _ignored(a, _int64(y))
         r.need(bool(fits.all()), ValueError, "temperature")
 
 
@@ -994,8 +1034,9 @@ def linear_rules(r: Rules) -> None:
     found = _layer_rules(r)
     x, y = a["input"], a["target"]
     classes, dtype = found if found is not None else (None, x.dtype)
-    r.loss_dtype("input")
-    if r.autocast:
+    if found is not None:
+        r.loss_dtype("input", cast=dtype)
+    else:
         r.open.add("loss_dtype")
     r.class_weight(classes, dtype)
     if r.autocast and a.get("weight") is not None:
@@ -1029,9 +1070,10 @@ def linear_cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -
     of_rows = y.shape
     if y.is_floating_point():
         return {}  # cross_entropy of F.linear
+    y = _int64(y).reshape(-1)
     t = truth(
         layer.logits,
-        _int64(y).reshape(-1),
+        y,
         w,
         **chosen,
         grad_loss=_reduced(upstream, "loss"),
@@ -1048,7 +1090,8 @@ def linear_cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -
         by_loss = by_row.sum() if chosen["reduction"] == "sum" else by_row.max() if len(by_row) else by_row.sum()
         if chosen["reduction"] == "mean" and w is not None:  # the mean of weights may be smaller than the largest
             by_loss = by_row.sum() / w.double()[w > 0].min() if bool((w > 0).any()) else by_loss
-    found = {"loss": _moved(near(t.loss, t.loss_terms, loss_dtype, shape=of_loss, of=dtype), by_loss)}
+    terms = loss_terms(t, y, layer.logits.shape[1], w, chosen)
+    found = {"loss": _moved(near(t.loss, terms, loss_dtype, shape=of_loss, of=dtype), by_loss)}
     if a.get("return_lse"):
         lse = near(t.lse, t.lse.abs().nan_to_num(0, 0, 0), stats_dtype(dtype), shape=of_rows)
         found["lse"] = _moved(lse, moved)
@@ -1161,8 +1204,10 @@ def linear_token_log_probs_truth(a: dict[str, Any], upstream: dict[str, Tensor])
     chosen = _token_options(a)
     found = _token_outputs(a, logits, y, upstream, "logits")
     dtype = stats_dtype(layer.x.dtype)
-    scale = abs(chosen["logit_scale"]) / torch.as_tensor(chosen["temperature"], dtype=torch.float64)
-    moved = layer.error * scale.expand(of_rows).reshape(-1)
+    temperature = torch.as_tensor(chosen["temperature"], dtype=torch.float64).expand(of_rows)
+    temperature = temperature.masked_fill(y == index_of(a.get("ignore_index")), 1)  # it may be 0 or NaN there
+    scale = abs(chosen["logit_scale"]) / temperature
+    moved = layer.error * scale.reshape(-1)
     spread = 1 + 4 * float(layer.logits.abs().max() * scale.max()) if layer.logits.numel() else 1.0
     results = {"log_probs": _moved(_as(found["log_probs"], dtype), 2 * moved)}
     if "entropy" in found:

@@ -23,13 +23,14 @@ from fuzz_functions import (
     _values,
     is_freed,
     linear_cross_entropy_truth,
+    logit_numbers,
     loss_numbers,
+    loss_terms,
     lse_terms,
     near,
     number,
     options,
     spoil,
-    token_numbers,
     z_terms,
 )
 from fuzz_functions import _head as head
@@ -53,7 +54,9 @@ def rows_of(
     (by_row,) = torch.autograd.grad(loss, rows, grad, allow_unused=True)
     by_row = torch.zeros_like(rows) if by_row is None else by_row
     t = truth(x, y, reduction="none", grad_loss=by_row, **chosen)
-    terms = of_loss(t.loss_terms.nan_to_num(0, 0, 0) + t.loss.abs().nan_to_num(0, 0, 0)).detach().abs()
+    options = {"reduction": "none", "label_smoothing": 0.0, **chosen}
+    terms = loss_terms(t, y, x.shape[1], None, options)
+    terms = of_loss(terms.nan_to_num(0, 0, 0) + t.loss.abs().nan_to_num(0, 0, 0)).detach().abs()
     loss = loss.detach()
     return near(loss, 2 * terms.nan_to_num(0, 0, 0), dtype, 2, of=x.dtype), near(
         t.grad, t.grad_terms.nan_to_num(0, 0, 0), x.dtype, 2
@@ -127,7 +130,8 @@ def nnsight_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
 
     dtype = stats_dtype(x.dtype) if a["autocast"] else x.dtype
     up = upstream["loss"].detach().cpu().as_subclass(Tensor) if "loss" in upstream else None
-    loss, grad = rows_of(x.reshape(batch * length, classes), y.reshape(-1), of_loss, up, dtype)
+    rows = x.reshape(batch * length, classes)
+    loss, grad = rows_of(rows, y.reshape(-1), of_loss, up, dtype, ignore_index=-100)
     return {"loss": loss, "logits": Near(grad.value.view(shape), grad.allowed.view(shape), grad.dtype)}
 
 
@@ -232,8 +236,10 @@ def unit_scaling_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     )
     dtype = stats_dtype(x.dtype) if a["autocast"] else x.dtype
     grad = near(t.grad, t.grad_terms, x.dtype, 3)
+    options = {"reduction": "sum", "label_smoothing": 0.0, "ignore_index": ignore_index}
+    terms = loss_terms(t, y, classes, None, options)
     return {
-        "loss": near(t.loss * factor, 2 * t.loss_terms * factor, dtype, 3, of=x.dtype),
+        "loss": near(t.loss * factor, 2 * terms * factor, dtype, 3, of=x.dtype),
         "input": Near(grad.value.view(shape), grad.allowed.view(shape), x.dtype),
     }
 
@@ -480,7 +486,8 @@ def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
     )
     of_loss = y.shape if chosen["reduction"] == "none" else ()
-    found = {"loss": near(t.loss, t.loss_terms, dtype, shape=of_loss, of=x.dtype)}
+    terms = loss_terms(t, y.reshape(-1), total, w, chosen)
+    found = {"loss": near(t.loss, terms, dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
         found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=y.shape)
     if a.get("return_z_loss"):
@@ -521,11 +528,8 @@ def parallel_token_log_probs(source: Source) -> Call:
 def parallel_token_rules(r: Rules) -> None:
     a = r.a
     r.flag("return_entropy", "return_top1", "consume_logits")
-    temperature = a.get("temperature")
-    if isinstance(temperature, Tensor):  # a number alone
-        r.number("temperature", 1e-6, 1e6)
-    else:
-        token_numbers(r, None, None)
+    logit_numbers(r)
+    r.number("temperature", 1e-6, 1e6)  # no tensor of them
     if not r.dense("logits", "target"):
         return
     x, y = a["logits"], a["target"]
@@ -625,10 +629,13 @@ def load_npu(source: Source) -> Call:
     return Call("npu_xent.load_npu", npu_xent.load_npu, {}, (), rules, outputs=())
 
 
+# Operators that write over their first argument.
+WRITING = ("scale_", "row_grad_", "row_stats_grad_", "cross_entropy_", "token_log_probs_")
 OPERATORS = (
     *("cross_entropy", "linear_cross_entropy", "prob_cross_entropy", "token_log_probs", "linear_token_log_probs"),
     *("selected_log_probs", "row_stats", "row_grad", "row_stats_grad", "prob_row_stats", "prob_row_grad"),
-    *("linear_row_stats", "linear_row_grad", "linear_row_stats_grad", "reduce_rows", "scale_"),
+    *("linear_row_stats", "linear_row_grad", "linear_row_stats_grad", "reduce_rows"),
+    *WRITING,
 )
 
 
@@ -705,5 +712,5 @@ def operators(source: Source) -> Call:
     def rules(r: Rules) -> None:
         r.open.add("")
 
-    written = ("self",) if name == "scale_" else ()
+    written = ("self", "logits") if name in WRITING else ()
     return Call(f"torch.ops.npu_xent.{name}", operator, arguments, (), rules, outputs=(), notes={"written": written})
