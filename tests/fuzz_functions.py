@@ -328,6 +328,16 @@ def near(
     return Near(value, allowed, dtype)
 
 
+def loss_truth(rows: Tensor, y: Tensor, w: Tensor | None, upstream: dict[str, Tensor], chosen: dict[str, Any]) -> Any:
+    """reference.truth for upstream gradients of loss and lse, or of one of them."""
+    grads = {"grad_loss": _reduced(upstream, "loss"), "grad_lse": _reduced(upstream, "lse")}
+    t = truth(rows, y, w, **chosen, **grads)
+    if "loss" not in upstream:  # then nothing is divided by the weights of the rows, which may add up to 0
+        of_lse = truth(rows, y, w, **chosen | {"reduction": "sum"}, **grads)
+        t = t._replace(grad=of_lse.grad, grad_terms=of_lse.grad_terms)
+    return t
+
+
 def loss_terms(t: Any, y: Tensor, classes: int, w: Tensor | None, chosen: dict[str, Any]) -> Tensor:
     """Of the loss: reference.truth's, and the sum of exponentials.
 
@@ -570,14 +580,7 @@ def cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth
     if y.is_floating_point():
         return _probabilities_truth(x, y, w, dim, chosen, dtype, of_loss, a, upstream)
     rows, y = x.movedim(dim, -1).reshape(of_rows.numel(), x.shape[dim]), _int64(y).reshape(-1)
-    t = truth(
-        rows,
-        y,
-        w,
-        **chosen,
-        grad_loss=_reduced(upstream, "loss"),
-        grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
-    )
+    t = loss_truth(rows, y, w, upstream, chosen)
     back = [*of_rows, x.shape[dim]]
     found = {"loss": near(t.loss, loss_terms(t, y, x.shape[dim], w, chosen), dtype, shape=of_loss, of=x.dtype)}
     if a.get("return_lse"):
@@ -1071,14 +1074,7 @@ def linear_cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -
     if y.is_floating_point():
         return {}  # cross_entropy of F.linear
     y = _int64(y).reshape(-1)
-    t = truth(
-        layer.logits,
-        y,
-        w,
-        **chosen,
-        grad_loss=_reduced(upstream, "loss"),
-        grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
-    )
+    t = loss_truth(layer.logits, y, w, upstream, chosen)
     of_loss = of_rows if chosen["reduction"] == "none" else ()
     # An error of a logit moves its row's loss by twice as much at most, times the weights; z and lse as well.
     moved = layer.error * abs(chosen["logit_scale"])

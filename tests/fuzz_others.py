@@ -26,6 +26,7 @@ from fuzz_functions import (
     logit_numbers,
     loss_numbers,
     loss_terms,
+    loss_truth,
     lse_terms,
     near,
     number,
@@ -477,14 +478,7 @@ def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         return {}
     columns, total = x.shape[-1], a.get("num_classes") or x.shape[-1]
     rows = x.reshape(y.numel(), columns)[:, :total]
-    t = truth(
-        rows,
-        y.reshape(-1),
-        w,
-        **chosen,
-        grad_loss=_reduced(upstream, "loss"),
-        grad_lse=_reduced(upstream, "lse") if "lse" in upstream else 0.0,
-    )
+    t = loss_truth(rows, y.reshape(-1), w, upstream, chosen)
     of_loss = y.shape if chosen["reduction"] == "none" else ()
     terms = loss_terms(t, y.reshape(-1), total, w, chosen)
     found = {"loss": near(t.loss, terms, dtype, shape=of_loss, of=x.dtype)}
