@@ -68,6 +68,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             "consume_logits": consume_logits,
         }
         torchs = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        if size_average is not None or reduce is not None:  # they replace it
+            torchs["reduction"] = "mean"
         check_types(CROSS_ENTROPY, torchs | options)
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         for name, value in options.items():

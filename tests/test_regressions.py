@@ -464,3 +464,17 @@ def test_sharded_losses_do_not_consume_negative_views(alone: None) -> None:
         with pytest.raises(ValueError, match="consume_logits cannot write over a view with torch's negative bit"):
             loss(negative(leaf), target, consume_logits=True)
         loss(negative(leaf), target).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_a_reduction_that_is_replaced_is_not_checked(device: torch.device) -> None:
+    """The module checked it, the function did not."""
+    logits, target = make(device)
+    reduction: Any = ["mean"]
+    expected = npu_xent.cross_entropy(logits, target, reduction="sum")
+    found = npu_xent.cross_entropy(logits, target, size_average=False, reduction=reduction)
+    module = npu_xent.CrossEntropyLoss(size_average=False, reduction=reduction)
+    assert_same_bits(found, expected)
+    assert_same_bits(module(logits, target), expected)
+    with pytest.raises(TypeError, match="reduction must be"):
+        npu_xent.CrossEntropyLoss(reduction=reduction)
