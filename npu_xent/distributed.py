@@ -651,7 +651,7 @@ def _of_this_shard(
     columns, dtype = rows[:, : shard.columns], _stats_dtype(rows)
     if shard.columns == 0:
         zeros = torch.zeros(target.numel(), dtype=dtype, device=rows.device)
-        lse, low, picked, wsum, entropy, top1 = (zeros - math.inf, *(zeros,) * 5)
+        lse, low, picked, wsum, entropy, top1 = (zeros - math.inf, *(zeros,) * 4, zeros - 1)
     else:
         lse, low, picked, wsum, _, entropy, top1 = _ops.row_stats(
             columns,
@@ -699,11 +699,13 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
         shares = below.exp()
         entropy = (shares * (of["entropy"] - below)).masked_fill(shares == 0, 0).sum(0)
     if "top1" in of:  # the first of the largest of its shard, larger than those before, no smaller than those after
-        largest = of["largest"]
+        largest, has_classes = of["largest"], of["top1"] >= 0
         nothing = torch.full_like(largest[:1], -math.inf)
         before = torch.cat((nothing, largest)).cummax(0).values[:-1]
         after = torch.cat((largest, nothing)).flip(0).cummax(0).values.flip(0)[1:]
-        top1 = ((of["top1"] == 1) & (largest > before) & (largest >= after)).any(0) & lse.isfinite()
+        # Of the first shard also where it has only -inf, which a softcap makes finite.
+        first = has_classes & (has_classes.cumsum(0) == 1)
+        top1 = ((of["top1"] == 1) & ((largest > before) | first) & (largest >= after)).any(0) & lse.isfinite()
     return _Statistics(lse, low, of["picked"].sum(0), wsum, entropy, top1)
 
 

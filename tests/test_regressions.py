@@ -478,3 +478,24 @@ def test_a_reduction_that_is_replaced_is_not_checked(device: torch.device) -> No
     assert_same_bits(module(logits, target), expected)
     with pytest.raises(TypeError, match="reduction must be"):
         npu_xent.CrossEntropyLoss(reduction=reduction)
+
+
+@pytest.mark.cpu
+def test_sharded_top1_of_a_row_of_only_minus_infinity(alone: None) -> None:
+    """A softcap makes them equal, and the first class is the largest. No class was."""
+    logits = torch.full((3, 4), -INF)
+    options: dict[str, Any] = {"softcap": 2.0, "return_top1": True}
+    for target in (torch.tensor([0, 1, 3]), torch.tensor([1, 0, 0])):
+        whole = npu_xent.token_log_probs(logits, target, **options).top1
+        assert torch.equal(distributed.vocab_parallel_token_log_probs(logits, target, **options).top1, whole)
+        assert torch.equal(whole, target == 0)
+    # Three shards, of which the first has no class; the target is in the second or in the third.
+    for of_second, of_third, expected in ((1, 0, True), (0, 1, False)):
+        shards = {
+            "lse": torch.tensor([[-INF], [0.0], [0.0]]),
+            "lse_low": torch.zeros(3, 1),
+            "picked": torch.zeros(3, 1),
+            "top1": torch.tensor([[-1.0], [of_second], [of_third]]),
+            "largest": torch.full((3, 1), -INF),
+        }
+        assert bool(distributed._merged(shards).top1) is expected
