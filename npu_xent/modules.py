@@ -70,10 +70,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         torchs = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         if size_average is not None or reduce is not None:  # they replace it
             torchs["reduction"] = "mean"
-        check_types(CROSS_ENTROPY, torchs | options)
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        for name, value in options.items():
-            setattr(self, name, value)
+        checked = torchs | options
+        check_types(CROSS_ENTROPY, checked)
+        # Numbers as plain numbers: torch would register a constant parameter as one of the module's.
+        super().__init__(weight, size_average, checked["ignore_index"], reduce, reduction, checked["label_smoothing"])
+        for name in options:
+            setattr(self, name, checked[name])
 
     def forward(  # type: ignore[override]
         self, input: Tensor, target: Tensor

@@ -499,3 +499,14 @@ def test_sharded_top1_of_a_row_of_only_minus_infinity(alone: None) -> None:
             "largest": torch.full((3, 1), -INF),
         }
         assert bool(distributed._merged(shards).top1) is expected
+
+
+@pytest.mark.parametrize("name", ["softcap", "label_smoothing", "lse_square_scale", "ignore_index"])
+def test_constant_parameters_are_numbers_for_the_module(name: str, device: torch.device) -> None:
+    """torch registers parameters among the attributes, where one of that name was, and raised KeyError."""
+    logits, target = make(device)
+    value = torch.nn.Parameter(torch.tensor(1), requires_grad=False)
+    module = npu_xent.CrossEntropyLoss(**{name: value})
+    assert not list(module.parameters())
+    assert f"{name}=1" in repr(module)
+    assert_same_bits(module(logits, target), npu_xent.cross_entropy(logits, target, **{name: 1}))
