@@ -64,6 +64,16 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def check_float64(function: str, **tensors: Tensor) -> None:
+    """Raise TypeError for float64 tensors of an NPU, as the operators do, where torch computes."""
+    for argument, tensor in tensors.items():
+        if tensor.dtype is torch.float64 and tensor.device.type == "npu":
+            raise TypeError(
+                f"{function}: {argument} must not be float64 on {tensor.device}, which has no float64 arithmetic; "
+                f"convert it with {argument}.float()"
+            )
+
+
 def require_storages(**tensors: Tensor | None) -> None:
     """require_storage for each argument that is given."""
     for argument, tensor in tensors.items():

@@ -617,3 +617,19 @@ def test_nnsight_refuses_what_the_original_refuses(
     for function, where in ((nnsight_util.cross_entropy_loss, "cpu"), (nnsight.cross_entropy_loss, device)):
         with pytest.raises(AssertionError):
             function(logits.to(where), target.to(where))
+
+
+@pytest.mark.npu
+def test_float64_is_refused_on_an_npu(device: torch.device) -> None:
+    """Where torch computes too: the operators refuse it."""
+    logits, q = (torch.rand(3, 4, device=device) for _ in range(2))
+    labels, mask = torch.zeros(3, dtype=torch.int64, device=device), torch.ones(3, device=device)
+    doubles = logits.cpu().double().to(device)  # torch_npu's double() makes float32
+    for target in (labels, q):
+        with pytest.raises(TypeError, match="input must not be float64 on npu:0"):
+            unit_scaling.cross_entropy(doubles, target)
+        loss = mindformers.CrossEntropyLoss()
+        with pytest.raises(TypeError, match="logits must not be float64 on npu:0"):
+            loss(doubles, target, mask)
+        with pytest.raises(TypeError, match="input_mask must not be float64 on npu:0"):
+            loss(logits, target, doubles[:, 0])

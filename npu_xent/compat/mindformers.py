@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._tensors import LOGITS, check_tensors, require_storages, transformed
+from .._tensors import LOGITS, check_float64, check_tensors, require_storages, transformed
 from ..functional import cross_entropy
 
 IGNORE_INDEX = -100
@@ -68,8 +68,8 @@ class CrossEntropyLoss(nn.Module):
 
     Raises:
         NotImplementedError: class probabilities where model_parallel is above 1.
-        TypeError: label is neither int32 nor int64 nor floating point, logits have another dtype, or input_mask is
-            complex.
+        TypeError: label is neither int32 nor int64 nor floating point, logits have another dtype, input_mask is
+            complex, or logits or input_mask are float64 on an NPU.
         ValueError: logits are not [N, C] with C > 0; class indices or input_mask do not have N values; class
             probabilities do not have the shape of logits; the group does not have model_parallel ranks.
         RuntimeError: N = 0; input_mask requires a gradient; model_parallel is above 1 and there is no process group.
@@ -124,6 +124,7 @@ class CrossEntropyLoss(nn.Module):
                 "mindformers.CrossEntropyLoss: logits must be float32, bfloat16, float16 or float64, but are "
                 f"{logits.dtype}"
             )
+        check_float64("mindformers.CrossEntropyLoss", logits=logits, input_mask=input_mask)
         probabilities = label.is_floating_point()
         if not probabilities and label.dtype not in (torch.int32, torch.int64):
             raise TypeError(

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy as torch_cross_entropy
 from .. import functional
 from .._loading import prepare
 from .._options import as_number
-from .._tensors import LOGITS, check_tensors, index_target, is_autocast_on, require_storages, transformed
+from .._tensors import LOGITS, check_float64, check_tensors, index_target, is_autocast_on, require_storages, transformed
 
 
 class _ScaleForward(torch.autograd.Function):
@@ -83,7 +83,7 @@ def cross_entropy(
     """Cross entropy of mult * input with a unit-scaled gradient, as unit_scaling.functional.cross_entropy computes it.
 
     Args:
-        input: logits, [N, V], or [V] for one row; float32, bfloat16, float16 or float64.
+        input: logits, [N, V], or [V] for one row; float32, bfloat16, float16 or float64 (not on an NPU).
         target: class indices in [0, V) or ignore_index, [N] or []; or class probabilities in the shape of input.
         weight, size_average, reduce, label_smoothing: must keep their defaults.
         ignore_index: rows with this target are ignored, but N counts them.
@@ -135,6 +135,7 @@ def cross_entropy(
         raise TypeError(
             f"unit_scaling.cross_entropy: input must be float32, bfloat16, float16 or float64, but is {input.dtype}"
         )
+    check_float64("unit_scaling.cross_entropy", input=input)
     if target.is_floating_point() and target.shape != input.shape:
         raise ValueError(
             "unit_scaling.cross_entropy: floating point target holds class probabilities and must have the shape of "
