@@ -188,15 +188,22 @@ class Rules:
                 self.open.add("weight")
 
     def classes_in(self, name: str, classes: int, ignore_index: Any, errors: Any = IndexError) -> None:
-        """Class indices must be in range, on the CPU."""
+        """Class indices must be in range."""
         y = self.a[name]
-        if y.device.type != "cpu" or y.numel() == 0 or classes <= 0 or is_freed(y):
+        if y.is_meta or y.numel() == 0 or classes <= 0 or is_freed(y):
             return
         if ignore_index is not None and not -(2**63) <= ignore_index < 2**63:
             ignore_index = None
-        y = _int64(y)
+        y = _int64(y.cpu())
         bad = ((y < 0) | (y >= classes)) & (y != ignore_index if ignore_index is not None else True)
-        self.need(not bool(bad.any()), errors, name)
+        self.in_range(not bool(bad.any()), self.a[name].device, errors, name)
+
+    def in_range(self, are: bool, device: torch.device, errors: Any, name: str) -> None:
+        """Class indices and temperatures are checked on the CPU. A device has NaN for them, which is not compared."""
+        if device.type == "cpu":
+            self.need(are, errors, name)
+        elif not are:
+            self.open.add("values that no device checks")
 
     def consumable(self, name: str, class_dim: int) -> None:
         """With consume_logits, where a gradient is needed."""
@@ -851,13 +858,13 @@ def token_numbers(r: Rules, shape: Any, dtype: torch.dtype | None) -> None:
             r.need(False, (RuntimeError, TypeError), "temperature")
         else:
             r.open.add("temperature")
-    elif good and t.device.type == "cpu" and not is_freed(t) and shape is not None and math.prod(shape):
-        fits = (t > 0) & t.isfinite()
+    elif good and not t.is_meta and not is_freed(t) and shape is not None and math.prod(shape):
+        fits = ((t > 0) & t.isfinite()).cpu()
         y = a.get("target")
         known = isinstance(y, Tensor) and y.dtype in INTEGERS and not (is_freed(y) or y.is_meta)
         if known and y.shape == shape and t.shape in ((), shape):
-            fits = fits | _ignored(a, _int64(y))
-        r.need(bool(fits.all()), ValueError, "temperature")
+            fits = fits | _ignored(a, _int64(y.cpu()))
+        r.in_range(bool(fits.all()), t.device, ValueError, "temperature")
 
 
 def token_rules(r: Rules) -> None:
@@ -1023,7 +1030,7 @@ def _layer_rules(r: Rules) -> tuple[int, torch.dtype] | None:
         return None
     r.need(w.shape[0] > 0, ValueError, "linear_weight", "input")
     r.need(b is None or b.shape == w.shape[:1], ValueError, "linear_bias")
-    return w.shape[0], torch.get_autocast_dtype("cpu") if casts else x.dtype
+    return w.shape[0], torch.get_autocast_dtype(x.device.type) if casts and not x.is_meta else x.dtype
 
 
 def linear_rules(r: Rules) -> None:
@@ -1111,7 +1118,7 @@ class _Layer:
         b = None if a.get("linear_bias") is None else _values(a, "linear_bias")
         self.dtypes = {"input": x.dtype, "linear_weight": w.dtype, "linear_bias": x.dtype if b is None else b.dtype}
         if a["autocast"] and x.dtype is not torch.float64:
-            cast = torch.get_autocast_dtype("cpu")
+            cast = torch.get_autocast_dtype(a["input"].device.type)
             x, w, b = x.to(cast), w.to(cast), b if b is None else b.to(cast)
         self.x, self.shape = x, x.shape
         self.rows, self.weight, self.bias = (

@@ -105,10 +105,10 @@ def nnsight_rules(r: Rules) -> None:
     r.need(x_shape[2] > 0, ValueError, "logits")
     if y.dtype not in INTEGERS or y.is_meta or x.is_meta or is_freed(y):
         return
-    scored = _int64(y).reshape(y_shape)
+    scored = _int64(y.cpu()).reshape(y_shape)
     scored = scored[:, 1:] if a.get("shift") else scored
     bad = ((scored < 0) | (scored >= x_shape[2])) & (scored != -100)
-    r.need(not bool(bad.any()), IndexError, "target_ids")
+    r.in_range(not bool(bad.any()), x.device, IndexError, "target_ids")
 
 
 def nnsight_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
@@ -300,6 +300,7 @@ def mindformers_rules(r: Rules) -> None:
     r.logits("logits")
     r.one_device("logits", "label", "input_mask")
     r.stored("logits", "label", "input_mask")
+    r.need(not (mask.dtype is torch.float64 and r.on_npu()), TypeError, "input_mask")
     if mask.is_complex():
         r.need(False, (TypeError, ValueError, RuntimeError), "input_mask")
     if mask.dtype not in (*LOGITS, *INTEGERS, torch.bool):
@@ -322,9 +323,9 @@ def mindformers_rules(r: Rules) -> None:
         and y.numel() == n == mask.numel()
         and not (y.is_meta or mask.is_meta or mask.is_complex() or is_freed(y) or is_freed(mask))
     ):
-        y, kept = _int64(y).reshape(-1), mask.reshape(-1).cpu() != 0
+        y, kept = _int64(y.cpu()).reshape(-1), mask.reshape(-1).cpu() != 0
         bad = ((y < 0) | (y >= classes)) & kept
-        r.need(not bool(bad.any()), IndexError, "label")
+        r.in_range(not bool(bad.any()), a["label"].device, IndexError, "label")
 
 
 def mindformers_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
@@ -421,7 +422,8 @@ def shard_rules(r: Rules, columns: int) -> int | None:
         fits = 0 <= within[0] <= within[1] <= total and within[1] - within[0] <= columns
         r.need(fits, ValueError, "class_range")
         # One rank must have all classes.
-        r.need(not fits or within == (0, total), ValueError, "class_range")
+        if not r.need(not fits or within == (0, total), ValueError, "class_range"):
+            r.open.add("target")  # its values are checked first
         r.need(total > 0, ValueError, "logits", "num_classes")
         return total if within == (0, total) else None
     if not known:
@@ -588,12 +590,11 @@ def parallel_linear_rules(r: Rules) -> None:
         bias = a["linear_bias"]
         r.need(bias.dtype == a["input"].dtype or r.autocast, (TypeError, ValueError), "linear_bias")
     r.need(a.get("loss_dtype", 0) is not None, TypeError, "loss_dtype")
-    if r.autocast:
-        r.open.add("loss_dtype")
-    r.loss_dtype("input")
     if found is None:
+        r.open.add("loss_dtype")
         return
     columns, dtype = found
+    r.loss_dtype("input", cast=dtype)
     x, y = a["input"], a["target"]
     total = shard_rules(r, columns)
     if a.get("weight") is not None:
@@ -610,6 +611,9 @@ def parallel_linear_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Tru
     if a.get("num_classes") not in (None, a["linear_weight"].shape[0]) or a.get("sequence_parallel"):
         return {}
     return linear_cross_entropy_truth({"loss_dtype": torch.float32} | a, upstream)
+
+
+DISTRIBUTED = (parallel_cross_entropy, parallel_token_log_probs, parallel_linear)
 
 
 # load_npu, and the operators called directly --------------------------------------------------------------------------
