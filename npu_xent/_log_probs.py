@@ -15,6 +15,7 @@ from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
+    check_float64,
     check_overwritable,
     check_tensors,
     has_dtensor,
@@ -400,6 +401,7 @@ def _log_softmax(logits: Tensor, row_temperature: Tensor | None, options: dict[s
     """log_softmax(z) of [..., C] by torch operations, for torch.func."""
     if logits.dtype not in LOGITS:
         raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {logits.dtype}.")
+    check_float64("npu_xent", logits=logits)
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) * options["logit_scale"]
     softcap = options["softcap"]
     if softcap is not None:

@@ -69,8 +69,8 @@ def check_float64(function: str, **tensors: Tensor) -> None:
     for argument, tensor in tensors.items():
         if tensor.dtype is torch.float64 and tensor.device.type == "npu":
             raise TypeError(
-                f"{function}: {argument} must not be float64 on {tensor.device}, which has no float64 arithmetic; "
-                f"convert it with {argument}.float()"
+                f"{function}: {argument} must be float32, bfloat16 or float16 on {tensor.device}, which has no float64 "
+                f"arithmetic, but is {tensor.dtype}; convert it with {argument}.float(), or compute on the CPU"
             )
 
 

@@ -27,6 +27,12 @@ def test_float64_is_refused(device: torch.device) -> None:
     for function in (npu_xent.cross_entropy, npu_xent.CrossEntropyLoss(), torch.ops.npu_xent.row_stats):
         with pytest.raises(TypeError, match=words):
             function(x, y)
+    with pytest.raises(TypeError, match=words):  # by torch operations, as the transforms are
+        npu_xent.cross_entropy(x, torch.rand(4, 5, device=device))
+    of_rows = {npu_xent.cross_entropy: y, npu_xent.token_log_probs: y, npu_xent.selected_log_probs: y[:, None]}
+    for function, target in of_rows.items():
+        with pytest.raises(TypeError, match=words):
+            torch.func.jvp(lambda x, f=function, t=target: f(x, t), (x,), (x,))
 
 
 @pytest.mark.parametrize("name", ["row_grad_", "scale_"])
