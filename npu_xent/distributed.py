@@ -410,6 +410,8 @@ def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """The number of ranks, and this rank."""
     if group is ALONE:
         return 1, 0
+    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
+        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"npu_xent.{name}: group must be a torch.distributed.ProcessGroup, but is a {type(group).__name__}; of a "
@@ -417,10 +419,7 @@ def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
         )
     if not dist.is_initialized():
         raise RuntimeError(f"npu_xent.{name}: call torch.distributed.init_process_group first")
-    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-    if rank < 0:
-        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
-    return ranks, rank
+    return dist.get_world_size(group), dist.get_rank(group)
 
 
 def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:

@@ -551,6 +551,11 @@ def autocast(at: Rank, _: Any) -> list[Tensor]:
     torch.testing.assert_close(grads[0], expected[0], rtol=0.02, atol=2e-3)
     torch.testing.assert_close(grads[1], expected[1][begin:end], rtol=0.02, atol=2e-3)
     assert grads[0].dtype == torch.float32
+    weight = torch.linspace(0.5, 1.5, 60, dtype=torch.float16)  # of any floating-point dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = distributed.vocab_parallel_linear_cross_entropy(*leaves, target, weight=weight, num_classes=60)
+        true = npu_xent.linear_cross_entropy(*whole, target, weight=weight)
+    torch.testing.assert_close(mine, true, rtol=1e-5, atol=1e-5)
     return []
 
 
@@ -560,6 +565,7 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "two numbers": (TypeError, "but is shape [2]", {"normalizer": torch.ones(2), "reduction": "sum"}),
     "no groups": (TypeError, "but is a tuple", {"normalizer": (), "reduction": "sum"}),
     "group": (TypeError, "group must be a torch.distributed.ProcessGroup, but is a str", {"group": "tp"}),
+    "outside": (ValueError, "this rank is not in the group", {"group": dist.GroupMember.NON_GROUP_MEMBER}),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
@@ -568,6 +574,12 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "shape": (ValueError, "target must have the shape of logits", {"target": torch.zeros(3, dtype=torch.long)}),
     "dtype": (TypeError, "logits must be float32", {"logits": torch.zeros(N, 60, dtype=torch.int64)}),
     "softcap": (ValueError, "softcap must lie in", {"softcap": 0.0}),
+    "no classes": (ValueError, "logits must have at least one class", {"logits": torch.zeros(N, 0), "num_classes": 0}),
+    "consumed columns": (
+        ValueError,
+        "consume_logits needs contiguous logits",
+        {"logits": torch.zeros(60, N, requires_grad=True).mul(1).t(), "consume_logits": True, "num_classes": None},
+    ),
     "leaf": (ValueError, "would overwrite a leaf", {"consume_logits": True}),
     "target": (IndexError, "target[0] is 60", {"target": torch.full((N,), 60)}),
 }  # fmt: skip
