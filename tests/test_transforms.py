@@ -224,3 +224,35 @@ def test_autocast_casts_the_class_weight_in_compiled_code(dynamic: bool, device:
         logits, target = make_logits(6, classes, torch.float32, device), make_target(6, classes, device)
         weight = torch.rand(classes, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
         torch.testing.assert_close(compiled(logits, target, weight), loss(logits, target, weight))
+
+
+X, Y = torch.ones(3, 5), torch.tensor([0, 4, 2])
+REFUSED: dict[str, tuple[type[Exception], str, Callable[[Tensor], Tensor]]] = {
+    "logits": (TypeError, "logits must be float32", lambda x: npu_xent.cross_entropy(x.to(torch.float8_e5m2), Y)),
+    "token logits": (
+        TypeError,
+        "logits must be float32",
+        lambda x: npu_xent.token_log_probs(x.to(torch.float8_e5m2), Y).log_probs,
+    ),
+    "target": (TypeError, "target must be int64", lambda x: npu_xent.cross_entropy(x, Y.bool())),
+    "weight": (
+        RuntimeError,
+        "weight requires a gradient",
+        lambda x: npu_xent.cross_entropy(x, Y, torch.ones(5, requires_grad=True)),
+    ),
+    "temperature": (
+        TypeError,
+        "temperature must be a number or float32",
+        lambda x: npu_xent.token_log_probs(x, Y, temperature=torch.ones(3).half()).log_probs,
+    ),
+}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", REFUSED)
+def test_transforms_refuse_what_the_functions_refuse(name: str) -> None:
+    """There torch operations compute, and Python checks instead of the operators."""
+    error, words, function = REFUSED[name]
+    for call in (function, torch.func.grad(lambda x: function(x).sum())):
+        with pytest.raises(error, match=words):
+            call(X)
