@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_xent
-from npu_xent import _C
+from npu_xent import _C, distributed
 
 pytestmark = pytest.mark.cpu
 
@@ -69,6 +69,9 @@ class Subclass(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.names.append(str(func))
         return super().__torch_function__(func, types, args, kwargs or {})
+
+
+SHARDED = (distributed.vocab_parallel_cross_entropy, distributed.vocab_parallel_token_log_probs)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -170,13 +173,14 @@ def test_too_few_arguments_are_left_to_python() -> None:
     assert _C.cross_entropy() is None
 
 
-def test_modes_and_subclasses_see_the_call(device: torch.device) -> None:
+def test_modes_and_subclasses_see_the_call(device: torch.device, alone: None) -> None:
     logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
     with Functions() as functions:
         npu_xent.cross_entropy(logits, target)
     assert str(npu_xent.cross_entropy) in functions.names
-    npu_xent.cross_entropy(logits.as_subclass(Subclass), target)
-    assert str(npu_xent.cross_entropy) in Subclass.names
+    for function in (npu_xent.cross_entropy, *SHARDED):
+        function(logits.as_subclass(Subclass), target)
+        assert str(function) in Subclass.names
     traced = torch.jit.trace(lambda x: npu_xent.cross_entropy(x, target), logits)
     assert "npu_xent::cross_entropy" in str(traced.graph)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from reference import INF, NAN, assert_same_bits, make_logits, make_target
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -293,14 +291,6 @@ def test_a_leaf_that_is_a_view_is_not_consumed(shape: tuple[int, ...], device: t
     with pytest.raises(ValueError, match="would overwrite a leaf"):
         npu_xent.token_log_probs(leaf, torch.zeros(3, 2, device=device).long(), consume_logits=True)
     assert not leaf.any()
-
-
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """A process group of this process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.cpu
