@@ -110,14 +110,17 @@ IMPORTED = datasets pandas pyarrow dill multiprocess xxhash psutil python-dateut
   cloudpickle importlib_metadata zipp codetiming omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 spmd_types tyro \
   lightning-utilities torchmetrics
 frameworks:
-	+@$(call set_up,$(VENV)/.test $(VENV)/.build)
-	@echo "== Installing the newest frameworks"
 	@rm -rf build/frameworks
+	+@$(call set_up,$(VENV)/.build build/frameworks/.installed)
+	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
+	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs $(FRAMEWORK_TESTS) $(TEST_ARGS)
+FRAMEWORK_TESTS := $(wildcard tests/test_framework_*.py) tests/test_finetune_hf.py tests/test_grpo.py
+
+build/frameworks/.installed: $(VENV)/.test
+	@echo "== Installing the newest frameworks"
 	@PIP_CONSTRAINT= $(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
 	@rm -rf build/frameworks/tests build/frameworks/scripts
-	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
-	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs tests/test_framework_*.py \
-	  tests/test_finetune_hf.py tests/test_grpo.py $(TEST_ARGS)
+	@touch $@
 
 # Builds tests/cpp in folder $(1) with the options $(2), or of it the target $(3), and runs the tests, or those that
 # ctest's options $(4) select. The host run writes the planner's results; the Arm run compares with them.
@@ -229,23 +232,26 @@ endif
 # COVERAGE_PROCESS_START is measured. Branches that the compiler adds for exceptions do not count. A test that fails is
 # shown and does not end the measurement. The tests on the simulated NPU are those that reach csrc/npu.
 COVERED := build/coverage/copy
-NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs)
-measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)) \
+NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs doctor)
+# Counters name the folder of the build.
+FOLDERS := tests/test_distribution.py::test_libraries_do_not_name_the_folders_of_the_build
+measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)):$(abspath $(COVERED))/tests \
   COVERAGE_PROCESS_START=$(abspath pyproject.toml) TORCH_DEVICE_BACKEND_AUTOLOAD=0 &&
-report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --add-tracefile ../csrc.json --cobertura-add-tracefile ../python.xml
+report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --merge-lines --add-tracefile ../csrc.json --cobertura-add-tracefile ../python.xml
 coverage:
-	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu $(VENV)/.cann_sim $(VENV)/.coverage)
+	+@$(call set_up,build/frameworks/.installed $(VENV)/.torch_npu $(VENV)/.cann_sim $(VENV)/.coverage)
 	@mkdir -p $(COVERED) && rm -rf $(addprefix $(COVERED)/,npu_xent csrc tests) build/coverage/python*
 	@git ls-files -z | tar -c --null -T - | tar -x -C $(COVERED) && ln -sfn $(abspath $(VENV)) $(COVERED)/$(VENV)
 	@find $(COVERED)/build -name '*.gcda' -delete 2>/dev/null || true
 	@echo "== Building the extension with counters (minutes the first time)"
-	@cd $(COVERED) && CXX="$(CXX) --coverage" NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
+	@cd $(COVERED) && CXX="$(CXX) --coverage -Wl,-u,__gcov_dump" NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
 	  ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') \
 	  $(PY) setup.py build_ext --inplace >../build.log 2>&1 || { cat ../build.log; exit 1; }
 	@echo "== Running the tests"
 	-@cd $(COVERED) && $(call cxx_tests,build/tests,-DCMAKE_CXX_FLAGS=--coverage)
-	-@$(measured) $(PY) -m pytest -n $(JOBS)
+	-@$(measured) $(PY) -m pytest -n $(JOBS) -p counters --deselect $(FOLDERS)
 	-@$(measured) $(PY) -m cann_sim -m pytest --device npu $(NPU_COVERAGE)
+	-@$(measured) CI= PYTHONPATH="$$PYTHONPATH:$(abspath build/frameworks)" $(PY) -m pytest -n $(JOBS) -p counters $(FRAMEWORK_TESTS)
 	@$(measured) unset COVERAGE_PROCESS_START; $(PY) -m coverage combine -q && $(PY) -m coverage xml -q -o ../python.xml
 	@cd $(COVERED) && $(VENV)/bin/gcovr --root . -j $(JOBS) build --filter csrc/ --exclude-throw-branches \
 	  --exclude-unreachable-branches --gcov-ignore-parse-errors negative_hits.warn --json ../csrc.json
