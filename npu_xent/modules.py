@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return_z_loss: bool = False,
         consume_logits: bool = False,
     ) -> None:
-        options = {
+        options: dict[str, Any] = {
             "lse_square_scale": lse_square_scale,
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -67,7 +69,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             "return_z_loss": return_z_loss,
             "consume_logits": consume_logits,
         }
-        torchs = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        torchs: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
         if size_average is not None or reduce is not None:  # they replace it
             torchs["reduction"] = "mean"
         checked = torchs | options

@@ -179,7 +179,7 @@ class Case:
             with torch.inference_mode():
                 yield
         elif self.mode == "autocast":
-            with torch.autocast(self.source.device.type, torch.bfloat16):
+            with torch.autocast(self.source.device.type, functions.AUTOCAST):
                 yield
         else:
             yield
@@ -364,6 +364,8 @@ class Case:
                     theirs = self.call.torchs(**self.call.arguments)
             except Exception as raised:
                 their_error = raised
+        if error is None and isinstance(their_error, IndexError) and self.source.device.type != "cpu":
+            return "returned"  # no device checks targets, but torch_npu may leave the call to the CPU
         if (error is None) != (their_error is None) or type(error) is not type(their_error):
             raise Failure(f"{error!r:.600}, and torch {their_error!r:.600}")
         if error is not None:
@@ -389,7 +391,7 @@ class Case:
         if out.is_meta or out.layout is not torch.strided:
             return "returned"
         x = self.call.arguments["input"]
-        if not bool(x.isfinite().all()):
+        if not bool(x.double().isfinite().all()):  # float8 has no isfinite
             return "returned"  # NaN in ignored rows
         largest = x.detach().double().abs().max().item() if x.numel() else 0.0
         for name, a, b in [("loss", out, theirs), *((n, mine[n], of_torch[n]) for n in mine)]:
@@ -398,6 +400,8 @@ class Case:
             if a is None:
                 continue
             eps = max(torch.finfo(a.dtype).eps, torch.finfo(out.dtype).eps)
+            if out.device.type != "cpu":  # where torch's autocast leaves log_softmax in the dtype of the logits
+                eps = max(eps, torch.finfo(x.dtype).eps)
             a, b = (t.detach().double().as_subclass(Tensor) for t in (a, b))
             size = b.abs().nan_to_num(0, 0, 0).amax() if b.numel() else 1.0
             close = ((a - b).abs() <= 64 * eps * (size + largest + 1)) | (a == b)

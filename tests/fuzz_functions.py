@@ -25,6 +25,7 @@ from npu_xent.integrations import torch as patched
 
 Truth = dict[str, "Near"]
 _torchs = F.cross_entropy
+AUTOCAST = torch.bfloat16  # what autocast makes of tensors
 
 
 class Near(NamedTuple):
@@ -1030,7 +1031,7 @@ def _layer_rules(r: Rules) -> tuple[int, torch.dtype] | None:
         return None
     r.need(w.shape[0] > 0, ValueError, "linear_weight", "input")
     r.need(b is None or b.shape == w.shape[:1], ValueError, "linear_bias")
-    return w.shape[0], torch.get_autocast_dtype(x.device.type) if casts and not x.is_meta else x.dtype
+    return w.shape[0], AUTOCAST if casts else x.dtype
 
 
 def linear_rules(r: Rules) -> None:
@@ -1118,8 +1119,7 @@ class _Layer:
         b = None if a.get("linear_bias") is None else _values(a, "linear_bias")
         self.dtypes = {"input": x.dtype, "linear_weight": w.dtype, "linear_bias": x.dtype if b is None else b.dtype}
         if a["autocast"] and x.dtype is not torch.float64:
-            cast = torch.get_autocast_dtype(a["input"].device.type)
-            x, w, b = x.to(cast), w.to(cast), b if b is None else b.to(cast)
+            x, w, b = x.to(AUTOCAST), w.to(AUTOCAST), b if b is None else b.to(AUTOCAST)
         self.x, self.shape = x, x.shape
         self.rows, self.weight, self.bias = (
             x.reshape(x.shape[:-1].numel(), x.shape[-1]).double(),
