@@ -98,10 +98,10 @@ struct Call : Problem<T> {
     if (random.one_in(2)) {
       tile_classes = 1 + random.below(tile_classes);
     }
-    if (by_tiles) {
-      P::chunks = cols / tile_classes + 2;
-    }
-    note("%s, %s, %lld threads", variant.c_str(), by_tiles ? "tiles alone" : "rows.h", ll(parallel.threads));
+    // rows.h cuts rows into chunks of 4096 classes, or of 128 at least in tiles.
+    P::chunks = cols / (by_tiles ? tile_classes : 128) + 2;
+    note("%s, %s, %lld threads, %lld lanes, %lld classes", variant.c_str(), by_tiles ? "tiles alone" : "rows.h",
+         ll(parallel.threads), ll(tile_lanes), ll(tile_classes));
     given = {options, logits.data(), place.layout, rows, cols, target.data(), weight.data(), temperature.data()};
     given.probabilities = probabilities.data();
     given.probability_layout = probability_place.layout;

@@ -9,7 +9,8 @@
 //   additions    eps / 2 of what is added up, for each addition in one lane of a vector
 //   tanh         eps of z, with a softcap: tanh, its argument, and the product
 //   factors      of each term of a row's coefficients; the CPU computes these in double
-//   joined       eps of the type in which chunks of a row are joined
+//   joined       eps of the type in which chunks of a row are joined; float64 sums also have the roundings of a joint:
+//                two factors exp(difference of maxima), two products, an addition
 //   FLT_MIN      exp is 0 below it
 #pragma once
 
@@ -85,7 +86,7 @@ struct Problem {
   Buffer<int64_t> target;
   Buffer<acc> weight, temperature;
   double totals[kTotals];
-  int64_t chunks = 2;  // that a row may be cut into, at most
+  int64_t chunks = 2;  // that a row may be cut into, at most, and 1
 
   Problem(Random& random_, bool on_device_, bool of_probabilities_, const Rounding& rounding_, int64_t rows_,
           int64_t cols_, int64_t inner_)
@@ -336,7 +337,8 @@ struct Problem {
   // eps / 2 for each addition in a lane: of two vectors at least in blocks, and what joins the lanes.
   Real additions() const {
     const double width = sizeof(acc) == 4 ? rounding.additions_of_float : rounding.additions_of_double;
-    return static_cast<Real>(static_cast<double>(std::min<int64_t>(cols, 4096)) / width) + 4;
+    const Real joints = sizeof(acc) == 4 ? 0 : 2 * static_cast<Real>(chunks - 2);
+    return static_cast<Real>(static_cast<double>(std::min<int64_t>(cols, 4096)) / width) + 4 + joints;
   }
   // How far log sum exp may be off.
   Real lse_bound() const {
