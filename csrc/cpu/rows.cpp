@@ -323,7 +323,8 @@ class Sweep {
                   double shift, double factor, const acc* exps, scalar_t* grad, bool past_cache) const {
     const int64_t target = target_column(n) - c * kChunk;
     const double u = grad_scale(n);
-    const acc scale = static_cast<acc>(u * factor * (k.a - h.grad * (h.entropy + (shift - lse.high) - lse.low)));
+    const double a = h.grad == 0 ? k.a : k.a - h.grad * (h.entropy + (shift - lse.high) - lse.low);  // not 0 * inf
+    const acc scale = static_cast<acc>(u * factor * a);
     const acc tilt = static_cast<acc>(-u * factor * h.grad), offset = static_cast<acc>(u * k.s);
     if (!std::isfinite(lse.high)) {
       k_.fill(grad, size(c), std::numeric_limits<acc>::quiet_NaN(), past_cache);

@@ -366,6 +366,27 @@ void test_offset(const ChunkKernels<T>& kernels) {
   }
 }
 
+// Chunks that are further apart than the largest number.
+void test_opposite_chunks(const ChunkKernels<double>& kernels) {
+  context = "chunks further apart than the largest number";
+  constexpr int64_t cols = 5000, far = 4096;
+  std::vector<double> x(cols, 1.7e308), grad(cols);
+  std::fill_n(x.begin(), far, -1.7e308);
+  const int64_t target = far;
+  RowOptions o;
+  o.reduction = Reduction::none;
+  o.num_classes = cols;
+  const Rows<double> rows{o, x.data(), Layout::of_rows(1, cols), 1, cols, &target, nullptr, nullptr};
+  const double totals[kTotals] = {1, 1, 1};
+  double lse, low, picked;
+  row_stats_grad(kernels, rows, true, totals, {&lse, &low, &picked, nullptr, nullptr, nullptr},
+                 Output<double>{grad.data(), rows.layout}, on_threads(1));
+  for (int64_t c = 0; c < cols; ++c) {
+    const double expected = c < far ? 0 : 1.0 / (cols - far) - (c == target ? 1 : 0);
+    check_near<double, double>("grad", c, grad[c], expected, 1);
+  }
+}
+
 // Two shards of the classes, each with statistics of its own, and the gradient of each from those of all.
 template <typename T>
 void test_shards(const ChunkKernels<T>& kernels) {
@@ -689,6 +710,9 @@ void test_all(const KernelTable& table) {
     test_many_rows(kernels.sums);
     test_exp(kernels);
     test_offset<T>(kernels);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    test_opposite_chunks(kernels);
   }
   if constexpr (sizeof(T) == 2) {
     test_conversion<T>(kernels);
