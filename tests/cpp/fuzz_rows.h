@@ -11,7 +11,8 @@
 //   factors      of each term of a row's coefficients; the CPU computes these in double
 //   joined       eps of the type in which chunks of a row are joined; float64 sums also have the roundings of a joint:
 //                two factors exp(difference of maxima), two products, an addition
-//   FLT_MIN      exp is 0 below it
+//   FLT_MIN      exp is 0 below it, in float64 below DBL_MIN it loses digits
+//   2^-1074      the step of numbers below DBL_MIN: float64 coefficients of a row are rounded to it
 #pragma once
 
 #include "cpu/row_types.h"
@@ -485,6 +486,7 @@ struct Problem {
     Real size = 0;      // of the terms of a
     Real growth = 0;    // of what may overflow on the way to it
     Real of_parts = 0;  // what the parts of probabilities are multiplied by
+    Real steps = 0;     // what its terms are multiplied by after an underflow
   };
   Coefficients coefficients(int64_t n, Real grad_loss, Real grad_z, acc high) const {
     const Real e = options.label_smoothing, w = target_weight(n), zs = options.lse_square_scale;
@@ -499,7 +501,19 @@ struct Problem {
     k.a = k.b + smoothed + of_z;
     k.growth = zs == 0 ? 0 : (1 + std::fabs(grad_z)) * (1 + 2 * zs) * std::fabs(static_cast<Real>(high));
     k.size = std::fabs(k.b) + std::fabs(smoothed) + std::fabs(of_z);
+    k.steps = 2 * std::fabs(w) + (e == 0 ? 0 : 2 * std::fabs(static_cast<Real>(totals[kClassWeight]))) +
+              (zs == 0 ? 0 : 3 * std::fabs(static_cast<Real>(high)));
     return k;
+  }
+
+  // What underflow may take from a gradient, before it is multiplied by large factors; size: of its terms.
+  Real underflow(Real u, const Coefficients& k, Real s, Real size, Real weight_size) const {
+    const Real lost = on_device ? 1e6 * (1 + static_cast<Real>(totals[kClassWeight])) * (1 + weight_size) : 0;
+    const Real of_exps = tiny * (4 + 2 * size + lost + 2 * eps * weight_size);
+    // G / W and G (1 - e), then times w; G e/C, times W; Z / rows and Z zs, times lse; a, b and s, times u; u s, times
+    // a class's weight; a class's part, times u s.
+    const Real steps = sizeof(acc) == 4 ? 0 : 4 + k.steps + weight_size + std::fabs(s);
+    return of_exps + static_cast<Real>(0x1p-1074) * std::fabs(u) * steps;
   }
 
   // One row of a gradient, from a row that is mapped, and from lse as it was given or returned.
@@ -544,11 +558,9 @@ struct Problem {
       if (of_probabilities || s != 0) {
         error += std::fabs(s) * weight_size * ((of_probabilities ? 6 : 3) * eps + rounding.factors);
       }
-      // What is below the smallest normal number may be rounded to 0, before it is multiplied by large factors.
-      const Real lost = on_device ? 1e6 * (1 + static_cast<Real>(totals[kClassWeight])) * (1 + weight_size) : 0;
       const Real size = std::fabs(u) * (std::fabs(k.a) + std::fabs(k.b) + h_size + std::fabs(s) * weight_size);
-      Real bound = std::fabs(u) * error * std::min(Real(1), slope[c] + 16 * eps) +
-                   tiny * (4 + 2 * size + lost + 2 * eps * weight_size);
+      Real bound =
+          std::fabs(u) * error * std::min(Real(1), slope[c] + 16 * eps) + underflow(u, k, s, size, weight_size);
       if (u != 0) {
         bound += static_cast<Real>(0x1p-1074) * size / std::fabs(u);
       }
