@@ -18,8 +18,8 @@ import npu_xent
 from npu_xent.doctor import __main__ as program
 from npu_xent.doctor import behaviour, calls, correctness, environment, repeatability, run, timing, vendor
 from npu_xent.doctor.cases import CASES, ROW_MODES, Case, make_problem, shapes
-from npu_xent.doctor.report import Check, Failure, Report, Result, Task
-from npu_xent.doctor.truth import compare, composed, slack_of, truth
+from npu_xent.doctor.report import LONGEST_LIST, Check, Failure, Report, Result, Task, ending
+from npu_xent.doctor.truth import Expected, compare, composed, slack_of, truth
 
 ROOT = Path(__file__).resolve().parents[1]
 NPU = types.SimpleNamespace(type="npu", index=0)  # torch knows no such device until torch_npu is imported
@@ -379,6 +379,31 @@ def test_kernels_that_cannot_be_loaded_are_a_failure_and_nothing_else_is_measure
     assert "built without its NPU part" in report.checks[0].lines()[1]
     assert len(report.checks) == 1
     assert report.verdict == f"verdict: 1 of 1 checks failed; stopped: {run.NO_KERNELS}"
+
+
+def test_a_terminal_shows_the_check_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = run.Progress()
+    progress.show(3, Task("correctness", "mean", Result, {"shape": "4 x 8", "rows": None}))
+    progress.clear()
+    assert capsys.readouterr().err == "\r\033[K[3] correctness: mean 4 x 8\r\033[K"
+
+
+def test_a_result_of_another_shape_is_a_failure() -> None:
+    ratio, failure = compare("loss", torch.zeros(2), Expected(torch.zeros(3), torch.ones(3)), 1)
+    assert (ratio, failure.words) == (float("inf"), "loss: shape [2], expected [3]")
+
+
+@pytest.mark.parametrize("more", [0, 2])
+def test_a_long_list_of_failures_is_cut(more: int) -> None:
+    report = Report("cpu", {}, False)
+    failed = [Check("correctness", str(i), {}, Result(failures=[Failure("")])) for i in range(LONGEST_LIST + more)]
+    report.checks.extend(failed)
+    lines = ending(report, Path("doctor.json"))
+    assert sum(line.startswith("FAIL") for line in lines) == LONGEST_LIST
+    assert ("      and 2 more, in doctor.json" in lines) == bool(more)
 
 
 @pytest.mark.cpu
