@@ -405,6 +405,8 @@ class Case:
             a, b = (t.detach().double().as_subclass(Tensor) for t in (a, b))
             size = b.abs().nan_to_num(0, 0, 0).amax() if b.numel() else 1.0
             close = ((a - b).abs() <= 64 * eps * (size + largest + 1)) | (a == b)
+            if x.dtype is torch.float16:  # in which torch's sums over classes overflow
+                close |= b.isinf() & a.isfinite()
             if not bool((close | (a.isnan() & b.isnan())).all()):
                 raise Failure(f"{name}: {a.flatten()[:8].tolist()}, and torch {b.flatten()[:8].tolist()}")
         return "right"

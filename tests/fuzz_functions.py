@@ -361,6 +361,15 @@ def loss_terms(t: Any, y: Tensor, classes: int, w: Tensor | None, chosen: dict[s
     return t.loss_terms + by_row.nan_to_num(0, 0, 0)
 
 
+def grad_terms(t: Any) -> Tensor:
+    """Of the gradient: reference.truth's, and what an exponential below the smallest normal number is off by.
+
+    It may be 0, and is multiplied by a factor of the row's (of lse and its square too), which the target's term has.
+    """
+    stats = torch.finfo(torch.float32)
+    return t.grad_terms + t.grad_terms.amax(1, keepdim=True) * (stats.tiny / stats.eps)
+
+
 def lse_terms(rows: Tensor, chosen: dict[str, Any], lse: Tensor) -> Tensor:
     """Of log sum exp: the largest logit, and the logarithm of a sum of at least 1."""
     z, _ = scaled_and_capped(rows, chosen["logit_scale"], chosen["softcap"])
@@ -595,7 +604,7 @@ def cross_entropy_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth
         found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=of_rows)
     if a.get("return_z_loss"):
         found["z_loss"] = near(t.z_loss, z_terms(t, rows, chosen), dtype, shape=of_loss, of=x.dtype)
-    grad = near(t.grad, t.grad_terms, x.dtype, roundings=2, shape=back)
+    grad = near(t.grad, grad_terms(t), x.dtype, roundings=2, shape=back)
     found["input"] = Near(grad.value.movedim(-1, dim), grad.allowed.movedim(-1, dim), x.dtype)
     return found
 
@@ -771,7 +780,7 @@ def contract_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
     )
     lse = t.lse if chosen["lse_square_scale"] else nothing
     found["lse_for_zloss"] = near(lse, lse_terms(x, chosen, t.lse) if len(lse) else 0.0, dtype, roundings=2, of=x.dtype)
-    found["input"] = near(t.grad, t.grad_terms, x.dtype, roundings=2)
+    found["input"] = near(t.grad, grad_terms(t), x.dtype, roundings=2)
     return found
 
 

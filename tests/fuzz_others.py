@@ -21,6 +21,7 @@ from fuzz_functions import (
     _target_of,
     _token_outputs,
     _values,
+    grad_terms,
     is_freed,
     linear_cross_entropy_truth,
     logit_numbers,
@@ -60,7 +61,7 @@ def rows_of(
     terms = of_loss(terms.nan_to_num(0, 0, 0) + t.loss.abs().nan_to_num(0, 0, 0)).detach().abs()
     loss = loss.detach()
     return near(loss, 2 * terms.nan_to_num(0, 0, 0), dtype, 2, of=x.dtype), near(
-        t.grad, t.grad_terms.nan_to_num(0, 0, 0), x.dtype, 2
+        t.grad, grad_terms(t).nan_to_num(0, 0, 0), x.dtype, 2
     )
 
 
@@ -236,7 +237,7 @@ def unit_scaling_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         grad_loss=_reduced(upstream, "loss"),
     )
     dtype = stats_dtype(x.dtype) if a["autocast"] else x.dtype
-    grad = near(t.grad, t.grad_terms, x.dtype, 3)
+    grad = near(t.grad, grad_terms(t), x.dtype, 3)
     options = {"reduction": "sum", "label_smoothing": 0.0, "ignore_index": ignore_index}
     terms = loss_terms(t, y, classes, None, options)
     return {
@@ -488,7 +489,7 @@ def parallel_truth(a: dict[str, Any], upstream: dict[str, Tensor]) -> Truth:
         found["lse"] = near(t.lse, lse_terms(rows, chosen, t.lse), stats_dtype(x.dtype), shape=y.shape)
     if a.get("return_z_loss"):
         found["z_loss"] = near(t.z_loss, z_terms(t, rows, chosen), dtype, shape=of_loss, of=x.dtype)
-    found["logits"] = _padded(near(t.grad, t.grad_terms, x.dtype, 2), columns - total, x.shape)
+    found["logits"] = _padded(near(t.grad, grad_terms(t), x.dtype, 2), columns - total, x.shape)
     return found
 
 
