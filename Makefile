@@ -9,8 +9,8 @@
 #   make frameworks
 #                 installs the newest transformers, TRL, verl, Megatron, torchtitan, Lightning and accelerate beside the
 #                 pinned torch, and runs the tests of the patches with them: ten minutes
-#   make sanitize builds the C++ tests and cann_sim with the sanitizers, and runs tests on them: bad accesses to
-#                 memory, undefined behaviour and data races are errors; minutes
+#   make sanitize builds the C++ tests, cann_sim and the extension with the sanitizers, and runs tests on them: bad
+#                 accesses to memory, undefined behaviour and data races are errors; minutes
 #   make test-aarch64
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
@@ -70,7 +70,7 @@ CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name 
 
 .DELETE_ON_ERROR:
 .PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-cpp-threads sanitize \
-  test-cann-sim-sanitized fuzz fuzz-cpp soak coverage test-aarch64 bench docs wheel reproduce smoke \
+  test-cann-sim-sanitized test-extension-sanitized fuzz fuzz-cpp soak coverage test-aarch64 bench docs wheel reproduce smoke \
   build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
@@ -141,38 +141,53 @@ test-cpp:
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1
 SANITIZERS := ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 # Two minutes to compile each variant of the loops: `make test` has one, `make sanitize` all.
-VARIANTS ?= DEFAULT
+test-cpp-sanitized: export NPU_XENT_VARIANTS ?= DEFAULT
 test-cpp-sanitized:
 	+@$(call set_up,$(TORCH_STAMP))
 	@export $(SANITIZERS); \
-	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)" -DVARIANTS=$(VARIANTS))
+	  $(call cxx_tests,build/tests_sanitized,-DCMAKE_CXX_FLAGS="$(SANITIZE)")
 test-cpp-threads:
 	+@$(call set_up,$(TORCH_STAMP) $(VENV)/.torch_npu)
 	@$(call cxx_tests,build/tests_threads,-DCMAKE_CXX_FLAGS="-fsanitize=thread -g1" -DTORCH_NPU_DIR=$${torch}_npu,thread_tests,-L threads)
 
-# Slower, so not in `make test`: cann_sim's own tests on a build with the sanitizers. This is in a copy of the sources,
-# and the user's are not touched. Python itself has no sanitizer, so its library is loaded first; what Python does not
-# free at its end is no leak of ours. One test wants freed memory to come back, which AddressSanitizer prevents.
+# Slower, so not in `make test`: cann_sim's own tests, and tests of the operators, on builds with the sanitizers. These
+# are in a copy of the sources, and the user's are not touched; only what has changed is built again. Python itself has
+# no sanitizer, so its library is loaded first; what Python does not free at its end is no leak of ours. One test wants
+# freed memory to come back, which AddressSanitizer prevents.
 SANITIZE_MORE := $(SANITIZE) -fsanitize=float-cast-overflow -D_GLIBCXX_ASSERTIONS
 SANITIZED := build/sanitized
-sanitized_copy = mkdir -p $(SANITIZED) && \
-  tar --exclude='*.so' --exclude=__pycache__ --exclude=cann_sim/build -c cann_sim | tar -x -C $(SANITIZED)
+sanitized_copy = mkdir -p $(SANITIZED) && rm -rf $(addprefix $(SANITIZED)/,cann_sim csrc npu_xent) && \
+  tar --exclude='*.so' --exclude=__pycache__ --exclude=npu_xent/kernels --exclude=cann_sim/build \
+    --exclude=npu_xent/_build.py -c CMakeLists.txt setup.py pyproject.toml README.md LICENSE NOTICE cmake csrc npu_xent \
+    cann_sim | tar -x -C $(SANITIZED)
 sanitized_pytest = $(SANITIZERS) \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
   TORCH_DEVICE_BACKEND_AUTOLOAD=0 $(abspath $(PY)) -m pytest -n $(JOBS) -p no:cacheprovider
 SANITIZED_SIM_TESTS := acl_control acl_memory acl_races acl_streams api_arithmetic api_cast api_move api_reduce api_rules \
   checks_cores checks_good checks_memory checks_races checks_removed checks_sync checks_unsupported checks_vector report \
   runtime
+SANITIZED_TESTS := cross_entropy corners operator_refusals selected_log_probs linear_cross_entropy
 
 sanitize:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
-	@VARIANTS= $(PY) tests/run_suites.py cpp_sanitized cpp_threads cann_sim_sanitized
+	@NPU_XENT_VARIANTS= $(PY) tests/run_suites.py cpp_sanitized cpp_threads cann_sim_sanitized extension_sanitized
 test-cann-sim-sanitized:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
 	@$(sanitized_copy)
 	@cd $(SANITIZED)/cann_sim && CXX="$(CXX) $(SANITIZE_MORE)" CANN_SIM_CACHE=$(abspath $(SANITIZED))/cache \
 	  $(sanitized_pytest) --junitxml=../cann_sim.xml $(SANITIZED_SIM_TESTS:%=tests/test_%.py) \
 	    --deselect tests/test_acl_races.py::test_memory_that_was_freed_and_allocated_again_has_no_history
+# Without the checks of every pointer in torch's headers, which take half of the time to compile; and with one variant of
+# the loops, since test-cpp-sanitized has all.
+test-extension-sanitized: export NPU_XENT_VARIANTS = DEFAULT
+test-extension-sanitized:
+	+@$(call set_up,$(VENV)/.test)
+	@$(sanitized_copy)
+	@echo "== Building the extension with the sanitizers (minutes the first time)"
+	@cd $(SANITIZED) && { CXX="$(CXX) $(SANITIZE_MORE) -fno-sanitize=null,alignment,vptr,object-size" NPU_XENT_BUILD_NPU=0 \
+	  $(abspath $(PY)) setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; }
+	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
+	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
 
 # The C++ part takes half of the time. Failures come with the command that repeats them.
 FUZZ_SECONDS ?= 180
@@ -244,7 +259,7 @@ coverage:
 	@git ls-files -z | tar -c --null -T - | tar -x -C $(COVERED) && ln -sfn $(abspath $(VENV)) $(COVERED)/$(VENV)
 	@find $(COVERED)/build -name '*.gcda' -delete 2>/dev/null || true
 	@echo "== Building the extension with counters (minutes the first time)"
-	@cd $(COVERED) && CXX="$(CXX) --coverage -Wl,-u,__gcov_dump" NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
+	@cd $(COVERED) && CXX="$(CXX) --coverage" LDFLAGS=-Wl,-u,__gcov_dump NPU_XENT_BUILD_NPU=1 SOC_VERSION=Ascend910B3 \
 	  ASCEND_HOME_PATH=$$($(PY) -c 'import cann_sim; print(cann_sim.toolkit_path())') \
 	  $(PY) setup.py build_ext --inplace >../build.log 2>&1 || { cat ../build.log; exit 1; }
 	@echo "== Running the tests"

@@ -20,6 +20,10 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   # CPU_CAPABILITY_SVE: the headers of torch 2.11 and older ask for it too, and redefine functions without it.
   npu_xent_variant(SVE256 "-march=armv8-a+sve+bf16;-msve-vector-bits=256;-DCPU_CAPABILITY_SVE;-DHAVE_SVE_CPU_DEFINITION;-DHAVE_ARM_BF16_CPU_DEFINITION")
 endif()
+# Fewer variants, for tests whose compiler takes minutes for each.
+if(NOT "$ENV{NPU_XENT_VARIANTS}" STREQUAL "")
+  set(NPU_XENT_VARIANTS $ENV{NPU_XENT_VARIANTS})
+endif()
 message(STATUS "CPU variants: ${NPU_XENT_VARIANTS}")
 
 # Adds an interface library `name` with the objects of every variant and their table.

@@ -23,9 +23,10 @@ SUITES = {
     "cpp_sanitized": (ROOT, ["make", "test-cpp-sanitized"], ROOT / "build" / "tests_sanitized" / "junit.xml"),
     "cpp_threads": (ROOT, ["make", "test-cpp-threads"], ROOT / "build" / "tests_threads" / "junit.xml"),
     "cann_sim_sanitized": (ROOT, ["make", "test-cann-sim-sanitized"], ROOT / "build" / "sanitized" / "cann_sim.xml"),
+    "extension_sanitized": (ROOT, ["make", "test-extension-sanitized"], ROOT / "build" / "sanitized" / "extension.xml"),
 }
 # Run only if named: the rest of `make sanitize`.
-SLOW = ("cann_sim_sanitized",)
+SLOW = ("cann_sim_sanitized", "extension_sanitized")
 
 
 class Suite:
