@@ -21,7 +21,8 @@
 #                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
 #   make fuzz     compares the loops of the CPU and the device kernels on cann_sim with float64, on random and hostile
 #                 rows between pages without access (make fuzz-cpp: only this); calls every public function with random
-#                 arguments, good and bad; and feeds bytes to the parsers: three minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
+#                 arguments, good and bad, on the CPU and on a simulated NPU; and feeds bytes to the parsers: three
+#                 minutes (FUZZ_SECONDS=3600, FUZZ_SEED=7)
 #   make bench    compares speed and memory with PyTorch's losses and others on this CPU, appends every figure to
 #                 benchmarks/results.csv and draws docs/bench_*.png: 40 minutes or more; QUICK=1: four or more
 #                 (BENCH_ARGS="--only memory")
@@ -283,11 +284,13 @@ soak:
 
 fuzz: seconds = $(shell expr $(FUZZ_SECONDS) / $(1))
 fuzz: fuzz-cpp
-	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.build $(VENV)/.cann_sim)
+	+@$(call set_up,$(VENV)/.fuzz $(VENV)/.npu)
 	@echo "== Fuzzing the public functions"
-	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,3) --seed $(FUZZ_SEED)
+	@$(PY) tests/fuzz_calls.py --seconds $(call seconds,4) --seed $(FUZZ_SEED)
+	@echo "== Fuzzing the public functions on a simulated NPU"
+	@$(PY) -m cann_sim tests/fuzz_calls.py --device npu --seconds $(call seconds,8) --seed $(FUZZ_SEED)
 	@echo "== Fuzzing the parsers"
-	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,6) --seed $(FUZZ_SEED)
+	@$(PY) tests/fuzz_parsers.py --seconds $(call seconds,8) --seed $(FUZZ_SEED)
 
 # torch.compile uses g++ too, as the extension does.
 bench:

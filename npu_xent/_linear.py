@@ -14,6 +14,7 @@ from ._loading import prepare
 from ._options import check_types
 from ._overrides import not_scriptable, overridden
 from ._tensors import (
+    check_device,
     check_tensors,
     has_dtensor,
     index_target,
@@ -245,12 +246,7 @@ def _check_as_the_operator_does(
     chunk_rows: int | None,
 ) -> None:
     """Raise the operator's errors, using meta tensors."""
-    for argument, tensor in {"linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"npu_xent: {argument} must be on the device of input, {input.device}, but is on {tensor.device}."
-            )
-
+    check_device("npu_xent", input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
     autocast = is_autocast_on(input)
 
     def shape_of(tensor: Tensor | None, *, is_cast: bool = True) -> Tensor | None:

@@ -64,6 +64,15 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def check_device(function: str, input: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor of a linear layer that is not on the device of input."""
+    for argument, tensor in tensors.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(
+                f"{function}: {argument} must be on the device of input, {input.device}, but is on {tensor.device}"
+            )
+
+
 def check_float64(function: str, **tensors: Tensor) -> None:
     """Raise TypeError for float64 tensors of an NPU, as the operators do, where torch computes."""
     for argument, tensor in tensors.items():

@@ -31,6 +31,7 @@ from ._options import as_number, check_loss_dtype, check_ranges, check_types
 from ._overrides import overridden
 from ._tensors import (
     LOGITS,
+    check_device,
     check_not_leaf,
     check_not_negative,
     check_tensors,
@@ -295,11 +296,7 @@ def vocab_parallel_linear_cross_entropy(
             f"npu_xent.{name}: linear_bias must have shape {list(linear_weight.shape[:1])} and dtype {input.dtype}, "
             f"but has {list(linear_bias.shape)} and {linear_bias.dtype}"
         )
-    for argument, tensor in {"linear_weight": linear_weight, "linear_bias": linear_bias, "weight": weight}.items():
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
-                f"npu_xent.{name}: {argument} must be on the device of input, {input.device}, but is on {tensor.device}"
-            )
+    check_device(f"npu_xent.{name}", input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
         "reduction": reduction,
