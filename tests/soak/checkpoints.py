@@ -110,8 +110,9 @@ def kill(tried: Tried, seconds: float) -> None:
                         with zipfile.ZipFile(path) as archive:
                             whole = archive.testzip() is None
                     tried("checkpoints after a kill", whole, "a checksum is wrong")
-                if process.returncode not in (0, -signal.SIGKILL) or (runs.folder / name / "summary.json").is_file():
+                if process.returncode != -signal.SIGKILL:
                     tried("ends that were no kill", process.returncode == 0, f"exit code {process.returncode}")
+                if process.returncode != -signal.SIGKILL or (runs.folder / name / "summary.json").is_file():
                     break
             if not (runs.folder / name / "summary.json").is_file():
                 there = (runs.folder / name / "checkpoint.pt").is_file()
