@@ -11,6 +11,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <string>
 
 #include "ops.h"
 #include "row_math.h"
@@ -368,6 +369,14 @@ inline void check_dense(const Tensor& logits) {
   TORCH_CHECK_VALUE(logits.is_contiguous(),
                     "npu_xent: logits that are overwritten with their gradient must be contiguous, but have shape ",
                     logits.sym_sizes(), " and strides ", logits.sym_strides(), "; pass logits.contiguous().");
+}
+
+// Nor with torch's negative bit, which other tensors of the same memory do not have.
+inline void check_not_negative(const Tensor& written, const std::string& name) {
+  TORCH_CHECK_VALUE(!written.is_neg(), "npu_xent: ", name,
+                    " is overwritten, and must not be a view with torch's negative bit (torch.is_neg), such as the "
+                    "imaginary part of a conjugate; pass ",
+                    name, ".resolve_neg().");
 }
 
 inline void check_scale(const Tensor& self, const Tensor& factor) {

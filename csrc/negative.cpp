@@ -4,6 +4,8 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "checks.h"
+
 namespace npu_xent {
 namespace {
 
@@ -16,11 +18,9 @@ void refuse_to_write(const c10::OperatorHandle& op, c10::DispatchKeySet keys, to
       continue;
     }
     const auto& argument = schema.arguments()[i];
-    TORCH_CHECK_VALUE(argument.alias_info() == nullptr || !argument.alias_info()->isWrite(),
-                      "npu_xent: ", argument.name(),
-                      " is overwritten, and must not be a view with torch's negative bit "
-                      "(torch.is_neg), such as the imaginary part of a conjugate; pass ",
-                      argument.name(), ".resolve_neg().");
+    if (argument.alias_info() != nullptr && argument.alias_info()->isWrite()) {
+      check_not_negative(value.toTensor(), argument.name());
+    }
     value = value.toTensor().resolve_neg();
   }
   op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::Negative), stack);

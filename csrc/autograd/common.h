@@ -38,6 +38,7 @@ inline void check_consumable(const Tensor& logits) {
                     "npu_xent: consume_logits would overwrite a leaf of the autograd graph (a parameter, or a tensor "
                     "whose .grad you asked for); leave it off, or pass the output of an operation.");
   check_dense(logits);
+  check_not_negative(logits, "logits");
 }
 
 inline void check_no_forward_mode(const OptionalTensor& t, const char* name) {
