@@ -98,13 +98,20 @@ struct Call : Problem<T> {
     if (random.one_in(2)) {
       tile_classes = 1 + random.below(tile_classes);
     }
-    // rows.h cuts rows into chunks of 4096 classes, or of 128 at least in tiles.
-    P::chunks = cols / (by_tiles ? tile_classes : 128) + 2;
+    count_chunks(1);
     note("%s, %s, %lld threads, %lld lanes, %lld classes", variant.c_str(), by_tiles ? "tiles alone" : "rows.h",
          ll(parallel.threads), ll(tile_lanes), ll(tile_classes));
     given = {options, logits.data(), place.layout, rows, cols, target.data(), weight.data(), temperature.data()};
     given.probabilities = probabilities.data();
     given.probability_layout = probability_place.layout;
+  }
+
+  // Of rows whose output has classes `column` apart: rows.h cuts rows into chunks of 4096 classes, or in tiles of 128
+  // at least (in_tiles in rows.cpp).
+  void count_chunks(int64_t column) {
+    const bool in_tiles = cols <= 256 || inner < rows || place.layout.column != 1 || column != 1 ||
+                          (of_probabilities && probability_place.layout.column != 1);
+    P::chunks = cols / (by_tiles ? tile_classes : in_tiles ? 128 : 4096) + 2;
   }
 
   template <typename F>
@@ -129,6 +136,7 @@ struct Call : Problem<T> {
     const bool in_place = with_grad && random.one_in(3) && is_dense(place);
     const Place out_place = in_place ? place : some_place(random, rows, cols, inner, true);
     Buffer<T> out = in_place ? logits : Buffer<T>(memory, out_place.size, with_log_prob || with_grad);
+    count_chunks(out.data() ? out_place.layout.column : 1);
     const Stats<T> stats{out_lse.data(), low.data(),     picked.data(),
                          wsum.data(),    entropy.data(), reinterpret_cast<bool*>(top1.data()),
                          part_sum.data()};

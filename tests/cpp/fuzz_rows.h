@@ -87,7 +87,7 @@ struct Problem {
   Buffer<int64_t> target;
   Buffer<acc> weight, temperature;
   double totals[kTotals];
-  int64_t chunks = 2;  // that a row may be cut into, at most, and 1
+  int64_t chunks = 2;  // one more than a row may be cut into
 
   Problem(Random& random_, bool on_device_, bool of_probabilities_, const Rounding& rounding_, int64_t rows_,
           int64_t cols_, int64_t inner_)
