@@ -15,7 +15,7 @@
 #                 cross-compiles the extension and the C++ tests, and runs tests of the operators and these under qemu:
 #                 half an hour or more
 #   make coverage runs the tests on a copy that counts the lines and branches of npu_xent and csrc that they reach, and
-#                 writes build/coverage/index.html: half an hour
+#                 writes build/coverage/index.html: half an hour or more
 #   make soak     tries load and faults for minutes: threads, forks, signals, memory and disks that are full, kill -9,
 #                 huge tensors, faults of the simulated NPU; ends with a table of counts: about 20 minutes
 #                 (SOAK_SECONDS=600: of each part that can go on; SOAK_ARGS="threads kill": only these parts)
@@ -71,8 +71,8 @@ CXX_FILES = $(shell find csrc cann_sim benchmarks tests \( -name '*.h' -o -name 
 
 .DELETE_ON_ERROR:
 .PHONY: help train tidy test matrix frameworks test-cpp test-cpp-sanitized test-cpp-threads sanitize \
-  test-cann-sim-sanitized test-extension-sanitized fuzz fuzz-cpp soak coverage test-aarch64 bench docs wheel reproduce smoke \
-  build build-npu check format pins clean
+  test-cann-sim-sanitized test-extension-sanitized fuzz fuzz-cpp soak coverage test-aarch64 bench docs wheel \
+  reproduce smoke build build-npu check format pins clean
 
 # Recipes of stamps install into one environment, so they run one at a time, also under -j and across concurrent makes:
 # the second make waits for the lock, and then finds the stamps $(1) up to date.
@@ -111,7 +111,7 @@ IMPORTED = datasets pandas pyarrow dill multiprocess xxhash psutil python-dateut
   cloudpickle importlib_metadata zipp codetiming omegaconf==2.3.0 antlr4-python3-runtime==4.9.3 spmd_types tyro \
   lightning-utilities torchmetrics
 frameworks:
-	@rm -rf build/frameworks
+	@rm -f build/frameworks/.installed
 	+@$(call set_up,$(VENV)/.build build/frameworks/.installed)
 	@ls build/frameworks | sed -n 's/\(transformers\|accelerate\|peft\|trl\|verl\|megatron_core\|torchtitan\|lightning\)-\(.*\).dist-info/\1 \2/p'
 	@CI= OMP_NUM_THREADS=1 PYTHONPATH=$(abspath build/frameworks) $(PY) -m pytest -rs $(FRAMEWORK_TESTS) $(TEST_ARGS)
@@ -119,6 +119,7 @@ FRAMEWORK_TESTS := $(wildcard tests/test_framework_*.py) tests/test_finetune_hf.
 
 build/frameworks/.installed: $(VENV)/.test
 	@echo "== Installing the newest frameworks"
+	@rm -rf $(@D)
 	@PIP_CONSTRAINT= $(PIP) install --no-deps --target build/frameworks $(NEWEST) $(IMPORTED)
 	@rm -rf build/frameworks/tests build/frameworks/scripts
 	@touch $@
@@ -167,7 +168,8 @@ sanitized_pytest = $(SANITIZERS) \
 SANITIZED_SIM_TESTS := acl_control acl_memory acl_races acl_streams api_arithmetic api_cast api_move api_reduce api_rules \
   checks_cores checks_good checks_memory checks_races checks_removed checks_sync checks_unsupported checks_vector report \
   runtime
-SANITIZED_TESTS := cross_entropy corners operator_refusals selected_log_probs linear_cross_entropy
+SANITIZED_TESTS := cross_entropy corners operator_refusals selected_log_probs linear_cross_entropy consume_logits \
+  freed_storage direct_calls class_shards regressions
 
 sanitize:
 	+@$(call set_up,$(VENV)/.test $(VENV)/.torch_npu)
@@ -187,6 +189,7 @@ test-extension-sanitized:
 	@echo "== Building the extension with the sanitizers (minutes the first time)"
 	@cd $(SANITIZED) && { CXX="$(CXX) $(SANITIZE_MORE) -fno-sanitize=null,alignment,vptr,object-size" NPU_XENT_BUILD_NPU=0 \
 	  $(abspath $(PY)) setup.py build_ext --inplace >build.log 2>&1 || { cat build.log; exit 1; }; }
+	@nm -D $(SANITIZED)/npu_xent/_C*.so | grep -q __asan_init
 	@cd $(SANITIZED) && OMP_NUM_THREADS=1 $(sanitized_pytest) --junitxml=extension.xml \
 	  $(SANITIZED_TESTS:%=$(CURDIR)/tests/test_%.py)
 

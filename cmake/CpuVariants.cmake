@@ -20,9 +20,15 @@ elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64")
   # CPU_CAPABILITY_SVE: the headers of torch 2.11 and older ask for it too, and redefine functions without it.
   npu_xent_variant(SVE256 "-march=armv8-a+sve+bf16;-msve-vector-bits=256;-DCPU_CAPABILITY_SVE;-DHAVE_SVE_CPU_DEFINITION;-DHAVE_ARM_BF16_CPU_DEFINITION")
 endif()
-# Fewer variants, for tests whose compiler takes minutes for each.
+# Fewer variants, for tests with sanitizers, where each takes minutes to compile.
 if(NOT "$ENV{NPU_XENT_VARIANTS}" STREQUAL "")
-  set(NPU_XENT_VARIANTS $ENV{NPU_XENT_VARIANTS})
+  set(wanted $ENV{NPU_XENT_VARIANTS})
+  foreach(name DEFAULT ${wanted})
+    if(NOT name IN_LIST wanted OR NOT name IN_LIST NPU_XENT_VARIANTS)
+      message(FATAL_ERROR "NPU_XENT_VARIANTS is \"${wanted}\": it must have DEFAULT, and of ${NPU_XENT_VARIANTS} others")
+    endif()
+  endforeach()
+  set(NPU_XENT_VARIANTS ${wanted})
 endif()
 message(STATUS "CPU variants: ${NPU_XENT_VARIANTS}")
 
