@@ -295,9 +295,9 @@ def linear(at: Rank, case: dict[str, Any]) -> list[Tensor]:
     upstream = torch.tensor(1.5)
     if options["reduction"] == "none":
         upstream = torch.linspace(0.5, 2.0, target.numel()).view(target.shape)
-    # One gather a chunk of this rank's rows.
+    # One gather a chunk of this rank's rows; without rows one too, to compare the classes.
     local_rows = leaves[0].to_local().shape[:-1].numel()
-    chunks = (local_rows > 0 if case["chunk_rows"] is None else -(-local_rows // 5)) * ("classes" in case["mesh"])
+    chunks = (1 if case["chunk_rows"] is None else max(1, -(-local_rows // 5))) * ("classes" in case["mesh"])
     outputs = run(
         case,
         lambda: npu_xent.linear_cross_entropy(
