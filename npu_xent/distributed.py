@@ -86,7 +86,8 @@ def vocab_parallel_cross_entropy(
         logits: [..., C_local], this rank's classes, last; float32, bfloat16, float16 or float64. C_local may be 0.
         target: class indices in [0, num_classes) or ignore_index, [...], any integer dtype; the same on all ranks.
         weight: one weight for each class of the whole vocabulary, [num_classes], the same on all ranks.
-        group: the ranks that share the classes, in the order of the classes. Default: all.
+        group: the ranks that share the classes, in the order of the classes unless class_range says otherwise.
+            Default: all.
         num_classes: the number of classes of all ranks. None: C_local times the number of ranks, which then must have
             equally many; where they have not, a rank may take a target for one out of range, and raise alone.
         class_range: (begin, end), the classes of this rank. None: if C_local is the size of this rank's chunk of
@@ -643,7 +644,7 @@ def _of_this_shard(
     options: dict[str, Any],
     wanted: _Wanted,
 ) -> dict[str, Tensor]:
-    """The statistics that the shards exchange: [N] each, and `weights`, the sum of the shard's class weights."""
+    """What the shards exchange: [N] each, except `weights`, the sum of the class weights, and `start`, their place."""
     columns, dtype = rows[:, : shard.columns], _stats_dtype(rows)
     if shard.columns == 0:
         zeros = torch.zeros(target.numel(), dtype=dtype, device=rows.device)
@@ -674,7 +675,9 @@ def _of_this_shard(
         largest = lse  # -inf
         if shard.columns != 0:
             largest = columns.amax(1) if scale > 0 else -columns.amin(1) if scale < 0 else torch.zeros_like(lse)
-        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype)})
+        # Ranks may be in any order. float32 rounds a start beyond 2^24, but not past that of another shard.
+        start = torch.full((1,), shard.start, dtype=dtype, device=rows.device)
+        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype), "start": start})
     return found
 
 
@@ -694,14 +697,10 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
     if "entropy" in of:
         shares = below.exp()
         entropy = (shares * (of["entropy"] - below)).masked_fill(shares == 0, 0).sum(0)
-    if "top1" in of:  # the first of the largest of its shard, larger than those before, no smaller than those after
-        largest, has_classes = of["largest"], of["top1"] >= 0
-        nothing = torch.full_like(largest[:1], -math.inf)
-        before = torch.cat((nothing, largest)).cummax(0).values[:-1]
-        after = torch.cat((largest, nothing)).flip(0).cummax(0).values.flip(0)[1:]
-        # Of the first shard also where it has only -inf, which a softcap makes finite.
-        first = has_classes & (has_classes.cumsum(0) == 1)
-        top1 = ((of["top1"] == 1) & ((largest > before) | first) & (largest >= after)).any(0) & lse.isfinite()
+    if "top1" in of:  # of the shards with a largest logit, the one with the first classes decides
+        leads = (of["largest"] == of["largest"].amax(0)) & (of["top1"] >= 0)
+        first = of["start"].where(leads, math.inf).amin(0)
+        top1 = (leads & (of["start"] == first) & (of["top1"] == 1)).any(0) & lse.isfinite()
     return _Statistics(lse, low, of["picked"].sum(0), wsum, entropy, top1)
 
 

@@ -177,7 +177,8 @@ def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
             shard, target, num_classes=classes, **options, consume_logits=case["consume"]
         )
     )
-    assert sent == [N * (3 + case["return_entropy"] + 2 * case["return_top1"]) + 4], f"sent {sent} values"
+    by_row = 3 + case["return_entropy"] + 2 * case["return_top1"]
+    assert sent == [N * by_row + case["return_top1"] + 4], f"sent {sent} values"
     whole = logits.double().requires_grad_()
     expected = npu_xent.token_log_probs(whole, target, **options)
     mine, true = ((x, None, None) if isinstance(x, Tensor) else x for x in (out, expected))
@@ -251,6 +252,21 @@ def linear(at: Rank, case: dict[str, Any]) -> list[Tensor]:
         close(f"gradient of {name}", grad[: len(share)], share, dtype, size)
         assert not grad[len(share) :].any()
     return [loss] if case["sequence_parallel"] else [loss, grads[0]]
+
+
+def other_orders(at: Rank, _: Any) -> list[Tensor]:
+    """The last rank has the first classes: of equal logits the first is top-1."""
+    found = []
+    for classes in SIZES.values():
+        begin, end = Rank(at.ranks - 1 - at.rank, at.ranks).bounds(classes)
+        logits, target = torch.zeros(2 * classes, classes), torch.arange(classes).repeat(2)
+        logits[classes:, 1::3] = 1
+        mine = distributed.vocab_parallel_token_log_probs(
+            logits[:, begin:end], target, num_classes=classes, class_range=(begin, end), return_top1=True
+        )
+        assert torch.equal(mine.top1, npu_xent.token_log_probs(logits, target, return_top1=True).top1)
+        found.append(mine.top1)
+    return found
 
 
 def masked_classes(at: Rank, _: Any) -> list[Tensor]:
@@ -630,7 +646,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 
 SINGLE = (
-    *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
+    *(masked_classes, other_orders, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
     *(mindformers_loss, distributed_data_parallel),
     *(compiled, exported, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +21,15 @@ OPTIONS: dict[str, Any] = {"ignore_index": -100, "softcap": 8.0, "logit_scale": 
 ALL = _Wanted(need_wsum=True, need_entropy=True, need_top1=True)
 
 
-def merged(logits: Tensor, target: Tensor, weight: Tensor | None) -> _Statistics:
+def merged(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    shards: Sequence[_Shard] = SHARDS,
+    options: dict[str, Any] = OPTIONS,
+) -> _Statistics:
     """The statistics over all shards, as after an all_gather."""
-    of = [_of_this_shard(logits[:, s.start : s.start + s.columns], target, weight, s, OPTIONS, ALL) for s in SHARDS]
+    of = [_of_this_shard(logits[:, s.start : s.start + s.columns], target, weight, s, options, ALL) for s in shards]
     return _merged({name: torch.stack([shard[name] for shard in of]) for name in of[0]})
 
 
@@ -49,3 +57,21 @@ def test_shards_make_up_the_whole(dtype: torch.dtype, weighted: bool, device: to
     assert torch.equal(stats.top1[kept], out.top1[kept])
     torch.testing.assert_close(stats.entropy[kept], out.entropy[kept], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close((stats.picked - stats.lse)[kept], out.log_probs[kept], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@pytest.mark.parametrize("logit_scale", [0.7, -0.7, 0.0])
+def test_the_first_of_equal_classes_is_top1_in_any_order_of_ranks(
+    softcap: float | None, logit_scale: float, device: torch.device
+) -> None:
+    """One row for each target: all equal, equal in some shards, and -inf, of which a softcap makes -softcap."""
+    target = torch.arange(31, device=device).repeat(4)
+    logits = torch.zeros(4, 31, 31, device=device)
+    logits[1, :, [3, 4, 12, 20, 30]] = math.copysign(1.0, logit_scale)
+    logits[2] = -math.inf
+    logits[3, :, :9] = -math.inf
+    logits = logits.flatten(0, 1)
+    options = {"ignore_index": -100, "softcap": softcap, "logit_scale": logit_scale}
+    expected = npu_xent.token_log_probs(logits, target, **options, return_top1=True).top1
+    for shards in itertools.permutations(SHARDS):
+        assert torch.equal(merged(logits, target, None, shards, options).top1, expected)

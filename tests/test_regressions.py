@@ -487,6 +487,7 @@ def test_sharded_top1_of_a_row_of_only_minus_infinity(alone: None) -> None:
             "picked": torch.zeros(3, 1),
             "top1": torch.tensor([[-1.0], [of_second], [of_third]]),
             "largest": torch.full((3, 1), -INF),
+            "start": torch.tensor([[0.0], [0.0], [2.0]]),
         }
         assert bool(distributed._merged(shards).top1) is expected
 
