@@ -693,7 +693,9 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
     wsum = entropy = top1 = None
     if "wsum" in of:  # a shard of only -inf has no lse to differ from
         masked = torch.zeros_like(of["weights"]).masked_fill(of["weights"] > 0, -math.inf)
-        wsum = torch.where(lses == -math.inf, masked, of["wsum"] + of["weights"] * below).sum(0)
+        # A shard without weight adds nothing, also where `below` is -inf.
+        shifts = (of["weights"] * below).masked_fill(of["weights"] == 0, 0)
+        wsum = torch.where(lses == -math.inf, masked, of["wsum"] + shifts).sum(0)
     if "entropy" in of:
         shares = below.exp()
         entropy = (shares * (of["entropy"] - below)).masked_fill(shares == 0, 0).sum(0)

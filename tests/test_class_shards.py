@@ -75,3 +75,26 @@ def test_the_first_of_equal_classes_is_top1_in_any_order_of_ranks(
     expected = npu_xent.token_log_probs(logits, target, **options, return_top1=True).top1
     for shards in itertools.permutations(SHARDS):
         assert torch.equal(merged(logits, target, None, shards, options).top1, expected)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_shards_further_apart_than_the_largest_float(weighted: bool, device: torch.device) -> None:
+    """Classes of weight 0 add nothing to the smoothing, also where their logarithms are -inf."""
+    logits = torch.zeros(3, 31, device=device)
+    logits[:, :9] = -3e38
+    logits[:, 9:] = 3e38
+    logits[1, 30] = -3e38
+    target = torch.tensor([9, 12, 29], device=device)
+    weight = None
+    if weighted:
+        weight = torch.ones(31, device=device)
+        weight[:9] = weight[30] = 0
+    options = {"ignore_index": -100, "logit_scale": 1.0}
+    stats = merged(logits, target, weight, options=options)
+    named = {"reduction": "none", "label_smoothing": 0.1, **options}
+    of_all = {"num_classes": 31, "loss_dtype": torch.float32, **named}
+    totals = torch.ops.npu_xent.reduce_rows(target, weight, **of_all)[2]
+    loss = torch.ops.npu_xent.reduce_rows(target, weight, *stats[:4], totals, **of_all)[0]
+    torch.testing.assert_close(loss, npu_xent.cross_entropy(logits, target, weight, **named))
+    out = npu_xent.token_log_probs(logits, target, return_entropy=True)
+    torch.testing.assert_close(stats.entropy, out.entropy)
