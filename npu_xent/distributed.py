@@ -685,7 +685,7 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
     """Merge [ranks, N]. Differences of two lse are taken before they are rounded: logits may be far from 0."""
     lses, lows = of["lse"], of["lse_low"]
     highest = lses.amax(0)
-    shift = highest.masked_fill(highest == -math.inf, 0)
+    shift = highest.masked_fill(~highest.isfinite(), 0)
     log_sum = ((lses - shift) + lows).exp().sum(0).log()
     lse = shift + log_sum
     low = ((shift - lse) + log_sum).masked_fill(~lse.isfinite(), 0)

@@ -98,3 +98,17 @@ def test_shards_further_apart_than_the_largest_float(weighted: bool, device: tor
     torch.testing.assert_close(loss, npu_xent.cross_entropy(logits, target, weight, **named))
     out = npu_xent.token_log_probs(logits, target, return_entropy=True)
     torch.testing.assert_close(stats.entropy, out.entropy)
+
+
+def test_infinite_logits_are_those_of_the_whole(device: torch.device) -> None:
+    """Of +inf the logsumexp is +inf, unless another logit is NaN."""
+    logits = torch.zeros(4, 31, device=device)
+    logits[:3, 30] = math.inf
+    logits[1, :9] = -math.inf
+    logits[2, 3] = math.nan
+    logits[3] = -math.inf
+    target = torch.tensor([0, 30, 30, 30], device=device)
+    options = {"ignore_index": -100, "logit_scale": 1.0}
+    stats = merged(logits, target, None, options=options)
+    whole = npu_xent.cross_entropy(logits, target, return_lse=True)
+    torch.testing.assert_close(stats.lse, whole.lse, equal_nan=True)
