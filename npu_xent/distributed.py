@@ -601,10 +601,12 @@ def _gather(
     packed = torch.cat([part.reshape(-1) for part in mine.values()])
     ranks = dist.get_world_size(group)
     gathered = packed.new_empty(ranks * packed.numel())
-    work = _all_gather(gathered, packed, group=group, async_op=not wait)
+    # Without rows other devices have nothing to gather, on any rank.
+    nothing = not torch.compiler.is_compiling() and packed.numel() == 0
+    work = None if nothing else _all_gather(gathered, packed, group=group, async_op=not wait)
 
     def merged() -> _Statistics:
-        if not wait:
+        if not (wait or work is None):
             work.wait()
         parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
         of = dict(zip(mine, parts, strict=True))
@@ -910,7 +912,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         if layer.sequence_parallel:
             own, rows = rows, rows.new_empty(len(target), rows.shape[1])
-            _all_gather(rows, own.contiguous(), group=layer.group)
+            if own.numel() != 0:
+                _all_gather(rows, own.contiguous(), group=layer.group)
         at_once = layer.options["reduction"] != "none" and rows.dtype != torch.float16
         wanted = [at_once and needed for needed in ctx.needs_input_grad[:3]]
         products = _Products(rows, linear_weight, linear_bias, layer, wanted)
@@ -983,8 +986,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = list(products.gradients())
         if grads[0] is not None and layer.sequence_parallel:
             own = grads[0].new_empty(len(grads[0]) // dist.get_world_size(layer.group), grads[0].shape[1])
-            _reduce_scatter(own, grads[0], group=layer.group)
+            if own.numel() != 0:
+                _reduce_scatter(own, grads[0], group=layer.group)
             grads[0] = own
-        elif grads[0] is not None and layer.reduce_input_grad:
+        elif grads[0] is not None and grads[0].numel() != 0 and layer.reduce_input_grad:
             dist.all_reduce(grads[0], group=layer.group)
         return (*grads, *(None,) * 4)

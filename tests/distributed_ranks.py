@@ -269,6 +269,43 @@ def other_orders(at: Rank, _: Any) -> list[Tensor]:
     return found
 
 
+def without_rows(at: Rank, _: Any) -> list[Tensor]:
+    """The linear loss of no rows, as on one rank, with gradients; classes that overlap raise on every rank."""
+    layer, y = torch.linspace(-1, 1, 60 * 8).view(60, 8), torch.zeros(0, dtype=torch.int64)
+    begin, end = at.bounds(60)
+    found = []
+    for reduction, sequence_parallel, smoothing, normalizer in (
+        ("mean", False, 0.0, None),
+        ("mean", True, 0.1, None),
+        ("none", False, 0.1, None),
+        ("none", True, 0.0, None),
+        ("sum", False, 0.0, dist.group.WORLD),
+        ("mean", True, 0.1, dist.group.WORLD),
+    ):
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+        of_shard = {"sequence_parallel": sequence_parallel, "normalizer": normalizer, "num_classes": 60}
+        leaves = [torch.zeros(0, 8), layer[begin:end].clone(), torch.ones(end - begin)]
+        leaves = [t.requires_grad_() for t in leaves]
+
+        def call(x: Tensor, w: Tensor, bias: Tensor, more: dict[str, Any] = options | of_shard) -> Tensor:
+            return distributed.vocab_parallel_linear_cross_entropy(x, w, y, linear_bias=bias, **more)
+
+        mine, sent = counted(lambda call=call, leaves=leaves: call(*leaves))
+        if normalizer is not None:  # which divides a sum by the sum of weights
+            options["reduction"] = "mean"
+        true = npu_xent.linear_cross_entropy(torch.zeros(0, 8), layer, y, **options)
+        torch.testing.assert_close(mine, true, equal_nan=True)
+        assert [size for size in sent if size] == [4 + (smoothing != 0)], f"sent {sent} values"
+        grads = torch.autograd.grad(mine.sum(), leaves)
+        assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+        assert not any(grad.any() for grad in grads)
+        if at.ranks > 1:
+            with pytest.raises(ValueError, match="classes must make up one vocabulary"):
+                call(*leaves, options | of_shard | {"normalizer": None, "class_range": (0, end - begin)})
+        found.append(mine.detach())
+    return found
+
+
 def masked_classes(at: Rank, _: Any) -> list[Tensor]:
     """Rows in which whole shards are -inf, and rows without any finite logit: as on one rank."""
     logits, target = problem(60, torch.float32)
@@ -646,7 +683,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 
 SINGLE = (
-    *(masked_classes, other_orders, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
+    *(masked_classes, other_orders, without_rows, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
     *(mindformers_loss, distributed_data_parallel),
     *(compiled, exported, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),
