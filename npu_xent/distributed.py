@@ -404,12 +404,20 @@ def _shard_of(
     return _Shard(begin, end - begin, num_classes)
 
 
+def check_member(name: str, argument: str, group: Any) -> None:
+    """Raise ValueError for what new_group returns on the ranks outside the group: a number or an object."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"npu_xent.{name}: this rank is not in the group passed as {argument}; call it only on the ranks of the "
+            "group"
+        )
+
+
 def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """The number of ranks, and this rank."""
     if group is ALONE:
         return 1, 0
-    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
-        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
+    check_member(name, "group", group)
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"npu_xent.{name}: group must be a torch.distributed.ProcessGroup, but is a {type(group).__name__}; of a "
@@ -426,6 +434,8 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
     if reduction == "none":
         raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
     groups = normalizer if isinstance(normalizer, tuple) and normalizer else (normalizer,)
+    for group in groups:
+        check_member(name, "normalizer", group)
     are_groups = all(isinstance(group, dist.ProcessGroup) for group in groups)
     if not (are_groups or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
         what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"

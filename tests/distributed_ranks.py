@@ -463,6 +463,11 @@ def mindformers_loss(at: Rank, _: Any) -> list[Tensor]:
     words = f"model_parallel is {at.ranks + 1}, but the group has {at.ranks} ranks"
     with pytest.raises(ValueError, match=words):
         CrossEntropyLoss({"model_parallel": at.ranks + 1})(shard, label, mask)
+    if at.ranks > 1:
+        first = dist.new_group([0])
+        words = "the group has 1 ranks" if at.rank == 0 else "CrossEntropyLoss: this rank is not in the group passed as"
+        with pytest.raises(ValueError, match=words):
+            CrossEntropyLoss(config, group=first)(shard, label, mask)
     return found
 
 
@@ -618,7 +623,22 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "two numbers": (TypeError, "but is shape [2]", {"normalizer": torch.ones(2), "reduction": "sum"}),
     "no groups": (TypeError, "but is a tuple", {"normalizer": (), "reduction": "sum"}),
     "group": (TypeError, "group must be a torch.distributed.ProcessGroup, but is a str", {"group": "tp"}),
-    "outside": (ValueError, "this rank is not in the group", {"group": dist.GroupMember.NON_GROUP_MEMBER}),
+    "outside": (
+        ValueError,
+        "vocab_parallel_cross_entropy: this rank is not in the group passed as group; call it only on the ranks of the "
+        "group",
+        {"group": dist.GroupMember.NON_GROUP_MEMBER},
+    ),
+    "outside normalizer": (
+        ValueError,
+        "this rank is not in the group passed as normalizer; call it only on the ranks of the group",
+        {"normalizer": dist.GroupMember.NON_GROUP_MEMBER, "reduction": "sum"},
+    ),
+    "outside a normalizer": (
+        ValueError,
+        "this rank is not in the group passed as normalizer",
+        {"normalizer": (dist.GroupMember.NON_GROUP_MEMBER,), "reduction": "mean"},
+    ),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
