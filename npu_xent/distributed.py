@@ -378,6 +378,8 @@ def _shard_of(
             )
         first, second = class_range
         class_range = as_number(name, "class_range", first, int), as_number(name, "class_range", second, int)
+    if num_classes == 0 or (num_classes is None and columns == 0):
+        raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if num_classes is None:
         if class_range is not None:
             raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
@@ -513,8 +515,6 @@ def _rows_of(
         )
     ranks, rank = _place(name, group)
     shard = _shard_of(name, logits.shape[-1], ranks, rank, num_classes, class_range)
-    if shard.num_classes == 0:
-        raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if consume_logits and logits.requires_grad and torch.is_grad_enabled():
         check_not_leaf(name, logits)
         if not torch.compiler.is_compiling():  # compilers cannot trace is_neg

@@ -676,6 +676,7 @@ LINEAR_REFUSED: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
     (ValueError, "linear_bias must have shape [5] and dtype torch.float32", {"linear_bias": torch.ones(6)}),
     (ValueError, "target must have shape [6] and be on cpu, but has [5]", {"target": Y[:5]}),
     (ValueError, 'with reduction "none" leave it out', {"normalizer": X[0, 0], "reduction": "none"}),
+    (ValueError, "vocab_parallel_linear_cross_entropy: logits must have at least one class", {"linear_weight": W[:0]}),
 )
 
 
