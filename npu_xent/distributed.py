@@ -86,7 +86,8 @@ def vocab_parallel_cross_entropy(
         logits: [..., C_local], this rank's classes, last; float32, bfloat16, float16 or float64. C_local may be 0.
         target: class indices in [0, num_classes) or ignore_index, [...], any integer dtype; the same on all ranks.
         weight: one weight for each class of the whole vocabulary, [num_classes], the same on all ranks.
-        group: the ranks that share the classes, in the order of the classes. Default: all.
+        group: the ranks that share the classes, in the order of the classes unless class_range says otherwise.
+            Default: all.
         num_classes: the number of classes of all ranks. None: C_local times the number of ranks, which then must have
             equally many; where they have not, a rank may take a target for one out of range, and raise alone.
         class_range: (begin, end), the classes of this rank. None: if C_local is the size of this rank's chunk of
@@ -377,6 +378,8 @@ def _shard_of(
             )
         first, second = class_range
         class_range = as_number(name, "class_range", first, int), as_number(name, "class_range", second, int)
+    if num_classes == 0 or (num_classes is None and columns == 0):
+        raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if num_classes is None:
         if class_range is not None:
             raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
@@ -403,12 +406,20 @@ def _shard_of(
     return _Shard(begin, end - begin, num_classes)
 
 
+def check_member(name: str, argument: str, group: Any) -> None:
+    """Raise ValueError for what new_group returns on the ranks outside the group: a number or an object."""
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"npu_xent.{name}: this rank is not in the group passed as {argument}; call it only on the ranks of the "
+            "group"
+        )
+
+
 def _place(name: str, group: dist.ProcessGroup | None) -> tuple[int, int]:
     """The number of ranks, and this rank."""
     if group is ALONE:
         return 1, 0
-    if group is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns there
-        raise ValueError(f"npu_xent.{name}: this rank is not in the group")
+    check_member(name, "group", group)
     if not (group is None or isinstance(group, dist.ProcessGroup)):
         raise TypeError(
             f"npu_xent.{name}: group must be a torch.distributed.ProcessGroup, but is a {type(group).__name__}; of a "
@@ -425,6 +436,8 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
     if reduction == "none":
         raise ValueError(f'npu_xent.{name}: normalizer divides a sum; with reduction "none" leave it out')
     groups = normalizer if isinstance(normalizer, tuple) and normalizer else (normalizer,)
+    for group in groups:
+        check_member(name, "normalizer", group)
     are_groups = all(isinstance(group, dist.ProcessGroup) for group in groups)
     if not (are_groups or (isinstance(normalizer, Tensor) and normalizer.numel() == 1)):
         what = f"shape {list(normalizer.shape)}" if isinstance(normalizer, Tensor) else f"a {type(normalizer).__name__}"
@@ -502,8 +515,6 @@ def _rows_of(
         )
     ranks, rank = _place(name, group)
     shard = _shard_of(name, logits.shape[-1], ranks, rank, num_classes, class_range)
-    if shard.num_classes == 0:
-        raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if consume_logits and logits.requires_grad and torch.is_grad_enabled():
         check_not_leaf(name, logits)
         if not torch.compiler.is_compiling():  # compilers cannot trace is_neg
@@ -600,10 +611,12 @@ def _gather(
     packed = torch.cat([part.reshape(-1) for part in mine.values()])
     ranks = dist.get_world_size(group)
     gathered = packed.new_empty(ranks * packed.numel())
-    work = _all_gather(gathered, packed, group=group, async_op=not wait)
+    # Without rows other devices have nothing to gather, on any rank.
+    nothing = not torch.compiler.is_compiling() and packed.numel() == 0
+    work = None if nothing else _all_gather(gathered, packed, group=group, async_op=not wait)
 
     def merged() -> _Statistics:
-        if not wait:
+        if not (wait or work is None):
             work.wait()
         parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
         of = dict(zip(mine, parts, strict=True))
@@ -643,7 +656,7 @@ def _of_this_shard(
     options: dict[str, Any],
     wanted: _Wanted,
 ) -> dict[str, Tensor]:
-    """The statistics that the shards exchange: [N] each, and `weights`, the sum of the shard's class weights."""
+    """What the shards exchange: [N] each, except `weights`, the sum of the class weights, and `start`, their place."""
     columns, dtype = rows[:, : shard.columns], _stats_dtype(rows)
     if shard.columns == 0:
         zeros = torch.zeros(target.numel(), dtype=dtype, device=rows.device)
@@ -674,7 +687,9 @@ def _of_this_shard(
         largest = lse  # -inf
         if shard.columns != 0:
             largest = columns.amax(1) if scale > 0 else -columns.amin(1) if scale < 0 else torch.zeros_like(lse)
-        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype)})
+        # Ranks may be in any order. float32 rounds a start beyond 2^24, but not past that of another shard.
+        start = torch.full((1,), shard.start, dtype=dtype, device=rows.device)
+        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype), "start": start})
     return found
 
 
@@ -682,7 +697,7 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
     """Merge [ranks, N]. Differences of two lse are taken before they are rounded: logits may be far from 0."""
     lses, lows = of["lse"], of["lse_low"]
     highest = lses.amax(0)
-    shift = highest.masked_fill(highest == -math.inf, 0)
+    shift = highest.masked_fill(~highest.isfinite(), 0)
     log_sum = ((lses - shift) + lows).exp().sum(0).log()
     lse = shift + log_sum
     low = ((shift - lse) + log_sum).masked_fill(~lse.isfinite(), 0)
@@ -690,18 +705,16 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
     wsum = entropy = top1 = None
     if "wsum" in of:  # a shard of only -inf has no lse to differ from
         masked = torch.zeros_like(of["weights"]).masked_fill(of["weights"] > 0, -math.inf)
-        wsum = torch.where(lses == -math.inf, masked, of["wsum"] + of["weights"] * below).sum(0)
+        # A shard without weight adds nothing, also where `below` is -inf.
+        shifts = (of["weights"] * below).masked_fill(of["weights"] == 0, 0)
+        wsum = torch.where(lses == -math.inf, masked, of["wsum"] + shifts).sum(0)
     if "entropy" in of:
         shares = below.exp()
         entropy = (shares * (of["entropy"] - below)).masked_fill(shares == 0, 0).sum(0)
-    if "top1" in of:  # the first of the largest of its shard, larger than those before, no smaller than those after
-        largest, has_classes = of["largest"], of["top1"] >= 0
-        nothing = torch.full_like(largest[:1], -math.inf)
-        before = torch.cat((nothing, largest)).cummax(0).values[:-1]
-        after = torch.cat((largest, nothing)).flip(0).cummax(0).values.flip(0)[1:]
-        # Of the first shard also where it has only -inf, which a softcap makes finite.
-        first = has_classes & (has_classes.cumsum(0) == 1)
-        top1 = ((of["top1"] == 1) & ((largest > before) | first) & (largest >= after)).any(0) & lse.isfinite()
+    if "top1" in of:  # of the shards with a largest logit, the one with the first classes decides
+        leads = (of["largest"] == of["largest"].amax(0)) & (of["top1"] >= 0)
+        first = of["start"].where(leads, math.inf).amin(0)
+        top1 = (leads & (of["start"] == first) & (of["top1"] == 1)).any(0) & lse.isfinite()
     return _Statistics(lse, low, of["picked"].sum(0), wsum, entropy, top1)
 
 
@@ -909,7 +922,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         if layer.sequence_parallel:
             own, rows = rows, rows.new_empty(len(target), rows.shape[1])
-            _all_gather(rows, own.contiguous(), group=layer.group)
+            if own.numel() != 0:
+                _all_gather(rows, own.contiguous(), group=layer.group)
         at_once = layer.options["reduction"] != "none" and rows.dtype != torch.float16
         wanted = [at_once and needed for needed in ctx.needs_input_grad[:3]]
         products = _Products(rows, linear_weight, linear_bias, layer, wanted)
@@ -982,8 +996,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grads = list(products.gradients())
         if grads[0] is not None and layer.sequence_parallel:
             own = grads[0].new_empty(len(grads[0]) // dist.get_world_size(layer.group), grads[0].shape[1])
-            _reduce_scatter(own, grads[0], group=layer.group)
+            if own.numel() != 0:
+                _reduce_scatter(own, grads[0], group=layer.group)
             grads[0] = own
-        elif grads[0] is not None and layer.reduce_input_grad:
+        elif grads[0] is not None and grads[0].numel() != 0 and layer.reduce_input_grad:
             dist.all_reduce(grads[0], group=layer.group)
         return (*grads, *(None,) * 4)

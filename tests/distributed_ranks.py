@@ -177,7 +177,8 @@ def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
             shard, target, num_classes=classes, **options, consume_logits=case["consume"]
         )
     )
-    assert sent == [N * (3 + case["return_entropy"] + 2 * case["return_top1"]) + 4], f"sent {sent} values"
+    by_row = 3 + case["return_entropy"] + 2 * case["return_top1"]
+    assert sent == [N * by_row + case["return_top1"] + 4], f"sent {sent} values"
     whole = logits.double().requires_grad_()
     expected = npu_xent.token_log_probs(whole, target, **options)
     mine, true = ((x, None, None) if isinstance(x, Tensor) else x for x in (out, expected))
@@ -251,6 +252,58 @@ def linear(at: Rank, case: dict[str, Any]) -> list[Tensor]:
         close(f"gradient of {name}", grad[: len(share)], share, dtype, size)
         assert not grad[len(share) :].any()
     return [loss] if case["sequence_parallel"] else [loss, grads[0]]
+
+
+def other_orders(at: Rank, _: Any) -> list[Tensor]:
+    """The last rank has the first classes: of equal logits the first is top-1."""
+    found = []
+    for classes in SIZES.values():
+        begin, end = Rank(at.ranks - 1 - at.rank, at.ranks).bounds(classes)
+        logits, target = torch.zeros(2 * classes, classes), torch.arange(classes).repeat(2)
+        logits[classes:, 1::3] = 1
+        mine = distributed.vocab_parallel_token_log_probs(
+            logits[:, begin:end], target, num_classes=classes, class_range=(begin, end), return_top1=True
+        )
+        assert torch.equal(mine.top1, npu_xent.token_log_probs(logits, target, return_top1=True).top1)
+        found.append(mine.top1)
+    return found
+
+
+def without_rows(at: Rank, _: Any) -> list[Tensor]:
+    """The linear loss of no rows, as on one rank, with gradients; classes that overlap raise on every rank."""
+    layer, y = torch.linspace(-1, 1, 60 * 8).view(60, 8), torch.zeros(0, dtype=torch.int64)
+    begin, end = at.bounds(60)
+    found = []
+    for reduction, sequence_parallel, smoothing, normalizer in (
+        ("mean", False, 0.0, None),
+        ("mean", True, 0.1, None),
+        ("none", False, 0.1, None),
+        ("none", True, 0.0, None),
+        ("sum", False, 0.0, dist.group.WORLD),
+        ("mean", True, 0.1, dist.group.WORLD),
+    ):
+        options: dict[str, Any] = {"reduction": reduction, "label_smoothing": smoothing}
+        of_shard = {"sequence_parallel": sequence_parallel, "normalizer": normalizer, "num_classes": 60}
+        leaves = [torch.zeros(0, 8), layer[begin:end].clone(), torch.ones(end - begin)]
+        leaves = [t.requires_grad_() for t in leaves]
+
+        def call(x: Tensor, w: Tensor, bias: Tensor, more: dict[str, Any] = options | of_shard) -> Tensor:
+            return distributed.vocab_parallel_linear_cross_entropy(x, w, y, linear_bias=bias, **more)
+
+        mine, sent = counted(lambda call=call, leaves=leaves: call(*leaves))
+        if normalizer is not None:  # which divides a sum by the sum of weights
+            options["reduction"] = "mean"
+        true = npu_xent.linear_cross_entropy(torch.zeros(0, 8), layer, y, **options)
+        torch.testing.assert_close(mine, true, equal_nan=True)
+        assert [size for size in sent if size] == [4 + (smoothing != 0)], f"sent {sent} values"
+        grads = torch.autograd.grad(mine.sum(), leaves)
+        assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+        assert not any(grad.any() for grad in grads)
+        if at.ranks > 1:
+            with pytest.raises(ValueError, match="classes must make up one vocabulary"):
+                call(*leaves, options | of_shard | {"normalizer": None, "class_range": (0, end - begin)})
+        found.append(mine.detach())
+    return found
 
 
 def masked_classes(at: Rank, _: Any) -> list[Tensor]:
@@ -410,6 +463,11 @@ def mindformers_loss(at: Rank, _: Any) -> list[Tensor]:
     words = f"model_parallel is {at.ranks + 1}, but the group has {at.ranks} ranks"
     with pytest.raises(ValueError, match=words):
         CrossEntropyLoss({"model_parallel": at.ranks + 1})(shard, label, mask)
+    if at.ranks > 1:
+        first = dist.new_group([0])
+        words = "the group has 1 ranks" if at.rank == 0 else "CrossEntropyLoss: this rank is not in the group passed as"
+        with pytest.raises(ValueError, match=words):
+            CrossEntropyLoss(config, group=first)(shard, label, mask)
     return found
 
 
@@ -565,7 +623,22 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
     "two numbers": (TypeError, "but is shape [2]", {"normalizer": torch.ones(2), "reduction": "sum"}),
     "no groups": (TypeError, "but is a tuple", {"normalizer": (), "reduction": "sum"}),
     "group": (TypeError, "group must be a torch.distributed.ProcessGroup, but is a str", {"group": "tp"}),
-    "outside": (ValueError, "this rank is not in the group", {"group": dist.GroupMember.NON_GROUP_MEMBER}),
+    "outside": (
+        ValueError,
+        "vocab_parallel_cross_entropy: this rank is not in the group passed as group; call it only on the ranks of the "
+        "group",
+        {"group": dist.GroupMember.NON_GROUP_MEMBER},
+    ),
+    "outside normalizer": (
+        ValueError,
+        "this rank is not in the group passed as normalizer; call it only on the ranks of the group",
+        {"normalizer": dist.GroupMember.NON_GROUP_MEMBER, "reduction": "sum"},
+    ),
+    "outside a normalizer": (
+        ValueError,
+        "this rank is not in the group passed as normalizer",
+        {"normalizer": (dist.GroupMember.NON_GROUP_MEMBER,), "reduction": "mean"},
+    ),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
@@ -603,6 +676,7 @@ LINEAR_REFUSED: tuple[tuple[type[Exception], str, dict[str, Any]], ...] = (
     (ValueError, "linear_bias must have shape [5] and dtype torch.float32", {"linear_bias": torch.ones(6)}),
     (ValueError, "target must have shape [6] and be on cpu, but has [5]", {"target": Y[:5]}),
     (ValueError, 'with reduction "none" leave it out', {"normalizer": X[0, 0], "reduction": "none"}),
+    (ValueError, "vocab_parallel_linear_cross_entropy: logits must have at least one class", {"linear_weight": W[:0]}),
 )
 
 
@@ -630,7 +704,7 @@ def second_derivatives(at: Rank, _: Any) -> list[Tensor]:
 
 
 SINGLE = (
-    *(masked_classes, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
+    *(masked_classes, other_orders, without_rows, far_from_zero, normalizers, more_dimensions, padded_vocabulary),
     *(mindformers_loss, distributed_data_parallel),
     *(compiled, exported, disagreeing, inconsistent, autocast, refusals, linear_refusals, second_derivatives),
     *(data_parallel, traffic),

@@ -363,7 +363,12 @@ def other_orders(at: Rank, _: Any) -> list[Tensor]:
     mine.backward()
     true.backward()
     torch.testing.assert_close(local.grad, whole.grad[:, begin:end])
-    return [mine.to_local().detach()]
+    # Of equal logits the first is top-1.
+    equal, each = torch.zeros(61, 61), torch.arange(61)
+    shard = DTensor.from_local(equal[:, begin:end], mesh, [Shard(1)], shape=equal.shape, stride=equal.stride())
+    top1 = npu_xent.token_log_probs(shard, each, return_top1=True).top1.to_local()
+    assert torch.equal(top1, each == 0)
+    return [mine.to_local().detach(), top1]
 
 
 def without_kept_rows(at: Rank, _: Any) -> list[Tensor]:

@@ -384,6 +384,30 @@ def test_sharded_losses_of_no_rows_compare_the_classes(reduction: str, alone: No
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_sharded_losses_of_no_rows_send_nothing_off_the_cpu(
+    reduction: str, sequence_parallel: bool, alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranks do not compare their classes either."""
+    for module, collective in (
+        (distributed, "_all_gather"),
+        (distributed, "_reduce_scatter"),
+        (distributed.dist, "all_reduce"),
+    ):
+        monkeypatch.setattr(module, collective, lambda *_, **__: pytest.fail("sends nothing to all ranks"))
+    x, layer = torch.zeros(0, 3, device="meta"), torch.ones(5, 3, device="meta")
+    y = torch.zeros(0, dtype=torch.int64, device="meta")
+    leaves = [t.requires_grad_() for t in (x, layer)]
+    loss = distributed.vocab_parallel_linear_cross_entropy(
+        *leaves, y, reduction=reduction, sequence_parallel=sequence_parallel
+    )
+    grads = torch.autograd.grad(loss.sum(), leaves)
+    assert [grad.shape for grad in grads] == [leaf.shape for leaf in leaves]
+    assert distributed.vocab_parallel_cross_entropy(x @ layer.T, y).shape == (0,)
+
+
+@pytest.mark.cpu
 def test_autocast_leaves_float64_alone_in_sharded_losses(alone: None) -> None:
     """As F.linear and linear_cross_entropy do. It was rounded to bfloat16."""
     x, layer, y = torch.zeros(2, 3), torch.ones(5, 3), torch.tensor([1, 2])
@@ -488,6 +512,7 @@ def test_sharded_top1_of_a_row_of_only_minus_infinity(alone: None) -> None:
             "picked": torch.zeros(3, 1),
             "top1": torch.tensor([[-1.0], [of_second], [of_third]]),
             "largest": torch.full((3, 1), -INF),
+            "start": torch.tensor([[0.0], [0.0], [2.0]]),
         }
         assert bool(distributed._merged(shards).top1) is expected
 

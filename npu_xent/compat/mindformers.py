@@ -71,7 +71,8 @@ class CrossEntropyLoss(nn.Module):
         TypeError: label is neither int32 nor int64 nor floating point, logits have another dtype, input_mask is
             complex, or logits or input_mask are float64 on an NPU.
         ValueError: logits are not [N, C] with C > 0; class indices or input_mask do not have N values; class
-            probabilities do not have the shape of logits; the group does not have model_parallel ranks.
+            probabilities do not have the shape of logits; the group does not have model_parallel ranks, or not this
+            rank.
         RuntimeError: N = 0; input_mask requires a gradient; model_parallel is above 1 and there is no process group.
         IndexError: a class index outside [0, C) where input_mask is not 0, on the CPU; NaN on other devices.
 
@@ -193,8 +194,9 @@ def _losses_of_indices(
     target = torch.where(target == IGNORE_INDEX, IGNORE_INDEX - 1, target).masked_fill(masked, IGNORE_INDEX)
     loss: Any
     if ranks > 1:
-        from ..distributed import vocab_parallel_cross_entropy
+        from ..distributed import check_member, vocab_parallel_cross_entropy
 
+        check_member("compat.mindformers.CrossEntropyLoss", "group", group)
         if dist.is_initialized() and dist.get_world_size(group) != ranks:
             raise ValueError(
                 f"mindformers.CrossEntropyLoss: parallel_config.model_parallel is {ranks}, but the group has "
