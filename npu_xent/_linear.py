@@ -15,6 +15,7 @@ from ._options import check_types
 from ._overrides import not_scriptable, overridden
 from ._tensors import (
     check_device,
+    check_float64,
     check_tensors,
     has_dtensor,
     index_target,
@@ -247,6 +248,7 @@ def check_as_the_operator_does(
 ) -> None:
     """Raise the operator's errors where torch computes, using meta tensors; input is [N, H]."""
     check_device("npu_xent", input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
+    check_float64("npu_xent", input=input)  # the operator allows it on the meta device
     cast = torch.get_autocast_dtype(input.device.type) if is_autocast_on(input) else None
 
     def on_meta(tensor: Tensor | None, cast: torch.dtype | None) -> Tensor | None:

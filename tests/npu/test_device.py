@@ -33,6 +33,14 @@ def test_float64_is_refused(device: torch.device) -> None:
     for function, target in of_rows.items():
         with pytest.raises(TypeError, match=words):
             torch.func.jvp(lambda x, f=function, t=target: f(x, t), (x,), (x,))
+    words = words.replace("logits", "input")
+    for function in (npu_xent.linear_cross_entropy, npu_xent.linear_token_log_probs):
+        with pytest.raises(TypeError, match=words):
+            function(x, x, y)
+        with pytest.raises(TypeError, match=words):
+            torch.func.jvp(lambda x, f=function: f(x, x, y), (x,), (x,))
+    with pytest.raises(TypeError, match=words):
+        npu_xent.linear_cross_entropy(x, x, torch.rand(4, 4, device=device))
 
 
 @pytest.mark.parametrize("name", ["row_grad_", "scale_"])
