@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_xent
 from npu_xent import compat, distributed
+from npu_xent.compat import mindformers, unit_scaling
 
 
 def make(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -500,3 +501,39 @@ def test_constant_parameters_are_numbers_for_the_module(name: str, device: torch
     assert not list(module.parameters())
     assert f"{name}=1" in repr(module)
     assert_same_bits(module(logits, target), npu_xent.cross_entropy(logits, target, **{name: 1}))
+
+
+def constant(value: float) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(value), requires_grad=False)
+
+
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("name", ["return_lse", "return_z_loss", "consume_logits"])
+def test_constant_parameters_are_flags_for_the_module(name: str, value: bool, device: torch.device) -> None:
+    """As for numbers. A flag may be any truthy or falsy value."""
+    for given in (constant(value), "yes" if value else []):
+        module = npu_xent.CrossEntropyLoss(**{name: given})
+        assert not list(module.parameters())
+        assert getattr(module, name) is value
+        assert repr(module) == (f"CrossEntropyLoss({name}=True)" if value else "CrossEntropyLoss()")
+    criterion = mindformers.CrossEntropyLoss(
+        calculate_per_token_loss=constant(value), check_for_nan_in_loss_and_grad=constant(value)
+    )
+    assert not list(criterion.parameters())
+
+
+def test_the_module_of_unit_scaling_keeps_numbers(device: torch.device) -> None:
+    """Constant parameters were registered, and what is no number raised an error at the first call."""
+    logits, target = make(device)
+    module = unit_scaling.CrossEntropyLoss(constant(0.5), ignore_index=constant(2))
+    assert not list(module.parameters())
+    assert (module.mult, module.ignore_index) == (0.5, 2)
+    expected = unit_scaling.cross_entropy(logits, target, mult=0.5, ignore_index=2)
+    assert_same_bits(module(logits, target), expected)
+    name = r"unit_scaling\.CrossEntropyLoss: "
+    for mult in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"{name}mult must be finite, but is {mult}"):
+            unit_scaling.CrossEntropyLoss(mult)
+    for changed in ({"mult": "2"}, {"mult": torch.nn.Parameter(torch.ones(()))}, {"ignore_index": 1.5}):
+        with pytest.raises(TypeError, match=f"{name}{next(iter(changed))} must be a"):
+            unit_scaling.CrossEntropyLoss(**changed)
