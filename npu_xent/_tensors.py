@@ -83,6 +83,13 @@ def check_float64(function: str, **tensors: Tensor) -> None:
             )
 
 
+def check_logits_dtype(logits: Tensor) -> None:
+    """Raise the operators' TypeError, where torch operations compute."""
+    if logits.dtype not in LOGITS:
+        raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {logits.dtype}.")
+    check_float64("npu_xent", logits=logits)
+
+
 def require_storages(**tensors: Tensor | None) -> None:
     """require_storage for each argument that is given."""
     for argument, tensor in tensors.items():
