@@ -425,10 +425,11 @@ def negative(values: Tensor) -> Tensor:
     return torch._neg_view(values.neg())
 
 
-def test_negative_views_are_not_overwritten() -> None:
+def test_negative_views_are_not_overwritten(device: torch.device) -> None:
     """torch's fallback for the negative bit corrupted memory: it took a result that these operators do not return."""
-    x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-    lse, totals, factor = x.logsumexp(1), torch.tensor([4.0, 4.0, 5.0]), torch.tensor(2.0)
+    x, target = make_logits(4, 5, torch.float32, device), torch.arange(4, device=device)
+    lse, totals = x.logsumexp(1), torch.tensor([4.0, 4.0, 5.0], device=device)
+    factor = torch.tensor(2.0, device=device)
     ops = torch.ops.npu_xent
     calls = {
         "row_grad_": lambda x: ops.row_grad_(x, target, None, lse, None, totals, factor),
