@@ -15,6 +15,7 @@ from ._options import check_types
 from ._overrides import not_scriptable, overridden
 from ._tensors import (
     check_device,
+    check_float64,
     check_tensors,
     has_dtensor,
     index_target,
@@ -202,7 +203,7 @@ def linear_cross_entropy(
     if input.dim() != 2:
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(0, -2)
     if probabilities or transformed():
-        _check_as_the_operator_does(
+        check_as_the_operator_does(
             input, linear_weight, linear_bias, weight, options["ignore_index"], softcap, chunk_rows
         )
         loss, lse, z_loss = cross_entropy(
@@ -236,7 +237,7 @@ def linear_cross_entropy(
     )
 
 
-def _check_as_the_operator_does(
+def check_as_the_operator_does(
     input: Tensor,
     linear_weight: Tensor,
     linear_bias: Tensor | None,
@@ -245,21 +246,22 @@ def _check_as_the_operator_does(
     softcap: float | None,
     chunk_rows: int | None,
 ) -> None:
-    """Raise the operator's errors, using meta tensors."""
+    """Raise the operator's errors where torch computes, using meta tensors; input is [N, H]."""
     check_device("npu_xent", input, linear_weight=linear_weight, linear_bias=linear_bias, weight=weight)
-    autocast = is_autocast_on(input)
+    check_float64("npu_xent", input=input)  # the operator allows it on the meta device
+    cast = torch.get_autocast_dtype(input.device.type) if is_autocast_on(input) else None
 
-    def shape_of(tensor: Tensor | None, *, is_cast: bool = True) -> Tensor | None:
+    def on_meta(tensor: Tensor | None, cast: torch.dtype | None) -> Tensor | None:
         if tensor is None:
             return None
-        dtype = torch.get_autocast_dtype(input.device.type) if autocast and is_cast else tensor.dtype
-        return torch.empty(tensor.shape, dtype=dtype, device="meta")
+        casts = cast is not None and tensor.is_floating_point() and tensor.dtype is not torch.float64
+        return torch.empty(tensor.shape, dtype=cast if casts else tensor.dtype, device="meta")
 
     target = torch.empty(input.shape[:1], dtype=torch.int64, device="meta")
     torch.ops.npu_xent.linear_row_stats.default(
-        *map(shape_of, (input, linear_weight, linear_bias)),
+        *(on_meta(tensor, cast) for tensor in (input, linear_weight, linear_bias)),
         target,
-        shape_of(weight, is_cast=False),
+        on_meta(weight, None if cast is None else torch.float32),
         ignore_index=ignore_index,
         softcap=softcap,
         chunk_rows=chunk_rows,

@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import has_torch_function_variadic
 
+from ._linear import check_as_the_operator_does
 from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
 from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
-    LOGITS,
-    check_float64,
+    check_logits_dtype,
     check_overwritable,
     check_tensors,
     has_dtensor,
@@ -249,8 +249,9 @@ def linear_token_log_probs(
     options = _options(LINEAR_LOG_PROBS, temperature, softcap, logit_scale, ignore_index, chunk_rows=chunk_rows)
     row_temperature = _row_temperature(LINEAR_LOG_PROBS, temperature, target.shape)
     if transformed():
-        del options["chunk_rows"]
+        chunk_rows = options.pop("chunk_rows")
         check_ranges(options)
+        check_as_the_operator_does(_rows(input), linear_weight, linear_bias, None, ignore_index, softcap, chunk_rows)
         logits = linear(input, linear_weight, linear_bias)
         return _returned(
             _by_torch_operations(logits, target, row_temperature, options), target, return_entropy, return_top1
@@ -313,7 +314,7 @@ def selected_log_probs(
     row_temperature = _row_temperature(SELECTED, temperature, logits.shape[:-1])
     if transformed():
         check_ranges(options)
-        _check_dtype(logits)
+        check_logits_dtype(logits)
         return _log_softmax(logits, row_temperature, options).gather(-1, _indices(index, "index"))
     prepare(logits)
     require_storage("logits", logits)
@@ -398,13 +399,6 @@ def _returned(
     )
 
 
-def _check_dtype(logits: Tensor) -> None:
-    """Raise the operators' TypeError, where torch operations compute."""
-    if logits.dtype not in LOGITS:
-        raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {logits.dtype}.")
-    check_float64("npu_xent", logits=logits)
-
-
 def _log_softmax(logits: Tensor, row_temperature: Tensor | None, options: dict[str, Any]) -> Tensor:
     """log_softmax(z) of [..., C] by torch operations, for torch.func."""
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32) * options["logit_scale"]
@@ -423,7 +417,7 @@ def _by_torch_operations(
     logits: Tensor, target: Tensor, row_temperature: Tensor | None, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_log_probs by torch operations, for torch.func."""
-    _check_dtype(logits)
+    check_logits_dtype(logits)
     target = _indices(target)
     kept = target != options["ignore_index"]
     logits = logits.masked_fill(kept.logical_not().unsqueeze(-1), 0.0)  # 0 * NaN would be NaN

@@ -64,12 +64,18 @@ def require_storage(argument: str, tensor: Tensor) -> None:
         )
 
 
+def _full_stop(function: str) -> str:
+    """The end of a message: the operators' messages, which name no function, are sentences."""
+    return "." if function == "npu_xent" else ""
+
+
 def check_device(function: str, input: Tensor, **tensors: Tensor | None) -> None:
     """Raise ValueError for a tensor of a linear layer that is not on the device of input."""
     for argument, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(
-                f"{function}: {argument} must be on the device of input, {input.device}, but is on {tensor.device}"
+                f"{function}: {argument} must be on the device of input, {input.device}, but is on {tensor.device}; "
+                f"move it with {argument}.to(input.device){_full_stop(function)}"
             )
 
 
@@ -80,7 +86,15 @@ def check_float64(function: str, **tensors: Tensor) -> None:
             raise TypeError(
                 f"{function}: {argument} must be float32, bfloat16 or float16 on {tensor.device}, which has no float64 "
                 f"arithmetic, but is {tensor.dtype}; convert it with {argument}.float(), or compute on the CPU"
+                f"{_full_stop(function)}"
             )
+
+
+def check_logits_dtype(logits: Tensor) -> None:
+    """Raise the operators' TypeError, where torch operations compute."""
+    if logits.dtype not in LOGITS:
+        raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {logits.dtype}.")
+    check_float64("npu_xent", logits=logits)
 
 
 def require_storages(**tensors: Tensor | None) -> None:

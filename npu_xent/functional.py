@@ -21,7 +21,7 @@ from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
     LOGITS,
-    check_float64,
+    check_logits_dtype,
     check_overwritable,
     check_tensors,
     forward_mode,
@@ -488,9 +488,7 @@ def _by_torch_operations(
     """Loss, z-loss and lse by torch operations, in float32 (float64): for probabilities and for torch.func."""
     require_storages(input=input, target=target, weight=weight)
     classes = input.shape[min(input.dim() - 1, 1)]
-    if input.dtype not in LOGITS:
-        raise TypeError(f"npu_xent: logits must be float32, bfloat16, float16 or float64, but are {input.dtype}.")
-    check_float64("npu_xent", logits=input)
+    check_logits_dtype(input)
     if weight is not None and weight.shape != (classes,):
         raise ValueError(
             f"npu_xent: weight must have one value for each of the {classes} classes, but has {list(weight.shape)}."

@@ -65,9 +65,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             "logit_scale": logit_scale,
             "softcap": softcap,
             "loss_dtype": loss_dtype,
-            "return_lse": return_lse,
-            "return_z_loss": return_z_loss,
-            "consume_logits": consume_logits,
+            "return_lse": bool(return_lse),
+            "return_z_loss": bool(return_z_loss),
+            "consume_logits": bool(consume_logits),
         }
         torchs: dict[str, Any] = {
             "ignore_index": ignore_index,
@@ -78,7 +78,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             torchs["reduction"] = "mean"
         checked = torchs | options
         check_types(CROSS_ENTROPY, checked)
-        # Numbers as plain numbers: torch would register a constant parameter as one of the module's.
+        # Plain numbers and flags: torch would register a constant parameter as one of the module's.
         super().__init__(weight, size_average, checked["ignore_index"], reduce, reduction, checked["label_smoothing"])
         for name in options:
             setattr(self, name, checked[name])

@@ -190,6 +190,15 @@ def test_every_documented_error_is_in_the_code() -> None:
     assert not stale, "in docs/errors.md, but no longer in the code:\n" + "\n".join(stale)
 
 
+def test_every_error_about_overwriting_is_documented() -> None:
+    """With its own remedy too. An ellipsis of the page stands for any words, such as the function's name."""
+    known = [re.compile(re.escape(message).replace(GAP, ".+")) for message in documented()]
+    about = [text for text in spoken() if re.search(r"consume_logits|overwrit|write over", text)]
+    assert len(about) >= 12
+    missing = [text for text in about if not any(message.fullmatch(text) for message in known)]
+    assert not missing, "not in docs/errors.md:\n" + "\n".join(missing)
+
+
 def test_every_documented_error_has_a_remedy() -> None:
     """A message that carries its own remedy is not listed."""
     bare = [

@@ -6,8 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fuzz_calls
 import fuzz_parsers
 import pytest
+import torch
+from fuzz_functions import Call
+from fuzz_inputs import Source
+from torch.nn import functional as F
+
+import npu_xent
 
 pytestmark = pytest.mark.cpu
 TESTS = Path(__file__).parent
@@ -19,6 +26,32 @@ def test_random_calls() -> None:
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "300 calls" in run.stdout
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_wrong_loss_is_found_where_torchs_overflows(factor: float) -> None:
+    """With label smoothing torch sums float16 over the classes."""
+    x = torch.full((1, 5000), -20.0, dtype=torch.float16)
+    x[0, 0] = 20.0
+    x.requires_grad_()
+    arguments = {"input": x, "target": torch.tensor([0]), "label_smoothing": 0.5}
+    assert F.cross_entropy(**arguments).isinf()
+    case = fuzz_calls.Case.__new__(fuzz_calls.Case)
+    case.source, case.mode, case.leaves = Source(1, 1, torch.device("cpu")), "grad", {"input": x}
+    case.call = Call(
+        "npu_xent.patch_torch",
+        npu_xent.cross_entropy,
+        arguments,
+        ("input",),
+        lambda rules: None,
+        torchs=F.cross_entropy,
+    )
+    loss = npu_xent.cross_entropy(**arguments) * factor
+    if factor == 1.0:
+        assert case._same_as_torch(loss, None, []) == "right"
+    else:
+        with pytest.raises(fuzz_calls.Failure, match=r"^loss: \[\d+"):
+            case._same_as_torch(loss, None, [])
 
 
 @pytest.mark.parametrize("name", fuzz_parsers.parsers())

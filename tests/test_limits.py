@@ -144,6 +144,10 @@ REFUSED: dict[str, list[Callable[[], object]]] = {
         lambda: linear_cross_entropy(HIDDEN.to(torch.complex64), WEIGHT.to(torch.complex64), TARGET),
     ],
     "`torch.masked.MaskedTensor`": [masked_logits],
+    "`consume_logits` of a negated view": [
+        lambda loss=loss: loss(torch._neg_view(leaf(LOGITS).neg()), TARGET, consume_logits=True)
+        for loss in (cross_entropy, npu_xent.token_log_probs)
+    ],
     "Partial logits": [lambda: cross_entropy(DTensor.from_local(LOGITS, one_rank_mesh(), [Partial()]), TARGET)],
     "logits with sharded rows": [lambda: cross_entropy(distributed(leaf(LOGITS), Shard(0)), TARGET)],
     "plain logits and": [lambda: cross_entropy(LOGITS, distributed(TARGET, Replicate()))],

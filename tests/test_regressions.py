@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import npu_xent
 from npu_xent import compat, distributed
+from npu_xent.compat import mindformers, unit_scaling
 
 
 def make(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -216,7 +218,10 @@ def test_the_contract_has_two_dimensions(device: torch.device) -> None:
 def test_probabilities_of_no_class_and_of_another_device() -> None:
     """F.linear takes tensors of two devices if they have no rows."""
     x, q = torch.zeros(0, 2), torch.zeros(0, 3)
-    with pytest.raises(ValueError, match="linear_weight must be on the device of input"):
+    words = (
+        "npu_xent: linear_weight must be on the device of input, cpu, but is on meta; move it with linear_weight.to("
+    )
+    with pytest.raises(ValueError, match=rf"^{re.escape(words)}input\.device\)\.$"):
         npu_xent.linear_cross_entropy(x, torch.zeros(3, 2, device="meta"), q)
     with pytest.raises(ValueError, match="at least one class"):
         npu_xent.linear_cross_entropy(torch.zeros(2, 2), torch.zeros(0, 2), torch.zeros(2, 0))
@@ -308,7 +313,7 @@ def test_a_leaf_that_is_a_view_is_not_consumed(shape: tuple[int, ...], device: t
         (
             {"linear_weight": torch.ones(5, 0, device="meta")},
             ValueError,
-            "linear_weight must be on the device of input",
+            r"linear_weight must be on the device of input, .*; move it with linear_weight\.to\(input\.device\)$",
         ),
     ],
 )
@@ -444,10 +449,11 @@ def negative(values: Tensor) -> Tensor:
     return torch._neg_view(values.neg())
 
 
-def test_negative_views_are_not_overwritten() -> None:
+def test_negative_views_are_not_overwritten(device: torch.device) -> None:
     """torch's fallback for the negative bit corrupted memory: it took a result that these operators do not return."""
-    x, target = torch.randn(4, 5), torch.tensor([0, 1, 2, 3])
-    lse, totals, factor = x.logsumexp(1), torch.tensor([4.0, 4.0, 5.0]), torch.tensor(2.0)
+    x, target = make_logits(4, 5, torch.float32, device), torch.arange(4, device=device)
+    lse, totals = x.logsumexp(1), torch.tensor([4.0, 4.0, 5.0], device=device)
+    factor = torch.tensor(2.0, device=device)
     ops = torch.ops.npu_xent
     calls = {
         "row_grad_": lambda x: ops.row_grad_(x, target, None, lse, None, totals, factor),
@@ -526,3 +532,39 @@ def test_constant_parameters_are_numbers_for_the_module(name: str, device: torch
     assert not list(module.parameters())
     assert f"{name}=1" in repr(module)
     assert_same_bits(module(logits, target), npu_xent.cross_entropy(logits, target, **{name: 1}))
+
+
+def constant(value: float) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.tensor(value), requires_grad=False)
+
+
+@pytest.mark.parametrize("value", [False, True])
+@pytest.mark.parametrize("name", ["return_lse", "return_z_loss", "consume_logits"])
+def test_constant_parameters_are_flags_for_the_module(name: str, value: bool, device: torch.device) -> None:
+    """As for numbers. A flag may be any truthy or falsy value."""
+    for given in (constant(value), "yes" if value else []):
+        module = npu_xent.CrossEntropyLoss(**{name: given})
+        assert not list(module.parameters())
+        assert getattr(module, name) is value
+        assert repr(module) == (f"CrossEntropyLoss({name}=True)" if value else "CrossEntropyLoss()")
+    criterion = mindformers.CrossEntropyLoss(
+        calculate_per_token_loss=constant(value), check_for_nan_in_loss_and_grad=constant(value)
+    )
+    assert not list(criterion.parameters())
+
+
+def test_the_module_of_unit_scaling_keeps_numbers(device: torch.device) -> None:
+    """Constant parameters were registered, and what is no number raised an error at the first call."""
+    logits, target = make(device)
+    module = unit_scaling.CrossEntropyLoss(constant(0.5), ignore_index=constant(2))
+    assert not list(module.parameters())
+    assert (module.mult, module.ignore_index) == (0.5, 2)
+    expected = unit_scaling.cross_entropy(logits, target, mult=0.5, ignore_index=2)
+    assert_same_bits(module(logits, target), expected)
+    name = r"unit_scaling\.CrossEntropyLoss: "
+    for mult in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"{name}mult must be finite, but is {mult}"):
+            unit_scaling.CrossEntropyLoss(mult)
+    for changed in ({"mult": "2"}, {"mult": torch.nn.Parameter(torch.ones(()))}, {"ignore_index": 1.5}):
+        with pytest.raises(TypeError, match=f"{name}{next(iter(changed))} must be a"):
+            unit_scaling.CrossEntropyLoss(**changed)

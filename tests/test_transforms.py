@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable
 from typing import Any
@@ -247,6 +248,28 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[Tensor], Tensor]]] = {
     ),
 }
 
+HEAD = torch.ones(5, 5)
+LINEAR: dict[str, Callable[..., Tensor]] = {
+    "linear_cross_entropy": functools.partial(npu_xent.linear_cross_entropy, reduction="none"),  # not fused there
+    "linear_token_log_probs": npu_xent.linear_token_log_probs,
+}
+REFUSED_LINEAR: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
+    "one bias for all classes": (ValueError, "linear_bias must have one value", {"linear_bias": torch.ones(1)}),
+    "a bias of two dimensions": (ValueError, r"linear_bias must have shape \[C\]", {"linear_bias": torch.ones(3, 5)}),
+    "no rows in a chunk": (ValueError, "chunk_rows must be at least 1", {"chunk_rows": 0}),
+    "a layer in float64": (TypeError, "linear_weight must have the dtype of input", {"linear_weight": HEAD.double()}),
+    "a layer without classes": (ValueError, "linear_weight must have at least one class", {"linear_weight": HEAD[:0]}),
+    "a layer of other features": (ValueError, "linear_weight must have a column for", {"linear_weight": HEAD[:, :4]}),
+    "a layer elsewhere": (ValueError, "linear_weight must be on the device", {"linear_weight": HEAD.to("meta")}),
+}
+for which, called in LINEAR.items():
+    for what, (kind, message, changed) in REFUSED_LINEAR.items():
+        REFUSED[f"{which}: {what}"] = (
+            kind,
+            message,
+            functools.partial(called, **{"linear_weight": HEAD, "target": Y} | changed),
+        )
+
 
 @pytest.mark.cpu
 @pytest.mark.parametrize("name", REFUSED)
@@ -256,3 +279,30 @@ def test_transforms_refuse_what_the_functions_refuse(name: str) -> None:
     for call in (function, torch.func.grad(lambda x: function(x).sum())):
         with pytest.raises(error, match=words):
             call(X)
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("name", LINEAR)
+def test_transforms_cast_the_layer_as_autocast_does(name: str) -> None:
+    """Of floating-point tensors all but float64."""
+    function = LINEAR[name]
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in (X.double(), X.int()):
+            for call in (function, lambda x, w, y: torch.vmap(lambda a: function(a, w, y))(x.expand(2, 3, 5))):
+                with pytest.raises(TypeError, match=r"^npu_xent: (linear_weight|input) must"):
+                    call(x, HEAD, Y)
+        for x, head in ((X, HEAD.half()), (X.double(), HEAD.double())):
+            expected = function(x, head, Y)
+            actual = torch.vmap(functools.partial(function, target=Y), in_dims=(0, None))(x.expand(2, 3, 5), head)
+            torch.testing.assert_close(actual, expected.expand(2, 3))
+
+
+@pytest.mark.cpu
+def test_autocast_casts_the_class_weight_of_a_linear_layer() -> None:
+    weight, probabilities = torch.arange(1, 6).half(), F.one_hot(Y, 5).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = npu_xent.linear_cross_entropy(X, HEAD, Y, weight=weight, reduction="sum")
+        actual = npu_xent.linear_cross_entropy(X, HEAD, probabilities, weight=weight, reduction="sum")
+        torch.testing.assert_close(actual, expected)
+        with pytest.raises(TypeError, match="weight must be float32"):
+            npu_xent.linear_cross_entropy(X, HEAD, probabilities, weight=weight.int())

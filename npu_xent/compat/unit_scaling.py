@@ -69,6 +69,14 @@ def _require_defaults(
             )
 
 
+def _numbers(name: str, mult: Any, ignore_index: Any) -> tuple[float, int]:
+    """Return both as plain numbers, or raise."""
+    mult = as_number(f"compat.unit_scaling.{name}", "mult", mult, float)
+    if not -math.inf < mult < math.inf:
+        raise ValueError(f"unit_scaling.{name}: mult must be finite, but is {mult}")
+    return mult, as_number(f"compat.unit_scaling.{name}", "ignore_index", ignore_index, int)
+
+
 def cross_entropy(
     input: Tensor,
     target: Tensor,
@@ -121,10 +129,7 @@ def cross_entropy(
         raise AssertionError(
             f"unit_scaling.cross_entropy: input must have shape [N, V] or [V], but has shape {list(input.shape)}"
         )
-    mult = as_number("compat.unit_scaling.cross_entropy", "mult", mult, float)
-    if not -math.inf < mult < math.inf:
-        raise ValueError(f"unit_scaling.cross_entropy: mult must be finite, but is {mult}")
-    ignore_index = as_number("compat.unit_scaling.cross_entropy", "ignore_index", ignore_index, int)
+    mult, ignore_index = _numbers("cross_entropy", mult, ignore_index)
     require_storages(input=input, target=target)
     rows, classes = (1, input.shape[0]) if input.dim() == 1 else input.shape
     if classes == 0:
@@ -179,7 +184,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`cross_entropy` as a module; drop-in replacement for unit_scaling.CrossEntropyLoss, with mult first.
 
     Raises:
-        ValueError: weight, size_average, reduce or label_smoothing is not at its default.
+        ValueError: weight, size_average, reduce or label_smoothing is not at its default; mult is not finite.
+        TypeError: mult or ignore_index is not a number, or would be trained.
     """
 
     __constants__: list[str] = [*nn.CrossEntropyLoss.__constants__, "mult"]  # noqa: RUF012
@@ -195,6 +201,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0.0,
     ) -> None:
         _require_defaults("CrossEntropyLoss", weight, size_average, reduce, label_smoothing)
+        # Plain numbers: torch would register a constant parameter as one of the module's.
+        mult, ignore_index = _numbers("CrossEntropyLoss", mult, ignore_index)
         super().__init__(ignore_index=ignore_index, reduction=reduction)
         self.mult = mult
 

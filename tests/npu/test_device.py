@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from reference import make_logits, make_target, make_weight
@@ -21,18 +23,35 @@ def problem(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[T
 
 
 def test_float64_is_refused(device: torch.device) -> None:
+    """With the same message by the operators and by torch operations."""
     y = make_target(4, 5, device)
     x = torch.empty(4, 5, dtype=torch.float64, device=device)
-    words = f"logits must be float32, bfloat16 or float16 on {x.device}, which has no float64 arithmetic"
+
+    def words(argument: str) -> str:
+        return (
+            re.escape(
+                f"npu_xent: {argument} must be float32, bfloat16 or float16 on {x.device}, which has no float64 "
+                f"arithmetic, but is @; convert it with {argument}.float(), or compute on the CPU."
+            ).replace("@", r"(Double|torch\.float64)")
+            + "$"
+        )
+
     for function in (npu_xent.cross_entropy, npu_xent.CrossEntropyLoss(), torch.ops.npu_xent.row_stats):
-        with pytest.raises(TypeError, match=words):
+        with pytest.raises(TypeError, match=words("logits")):
             function(x, y)
-    with pytest.raises(TypeError, match=words):  # by torch operations, as the transforms are
+    with pytest.raises(TypeError, match=words("logits")):  # by torch operations, as the transforms are
         npu_xent.cross_entropy(x, torch.rand(4, 5, device=device))
     of_rows = {npu_xent.cross_entropy: y, npu_xent.token_log_probs: y, npu_xent.selected_log_probs: y[:, None]}
     for function, target in of_rows.items():
-        with pytest.raises(TypeError, match=words):
+        with pytest.raises(TypeError, match=words("logits")):
             torch.func.jvp(lambda x, f=function, t=target: f(x, t), (x,), (x,))
+    for function in (npu_xent.linear_cross_entropy, npu_xent.linear_token_log_probs):
+        with pytest.raises(TypeError, match=words("input")):
+            function(x, x, y)
+        with pytest.raises(TypeError, match=words("input")):
+            torch.func.jvp(lambda x, f=function: f(x, x, y), (x,), (x,))
+    with pytest.raises(TypeError, match=words("input")):
+        npu_xent.linear_cross_entropy(x, x, torch.rand(4, 4, device=device))
 
 
 @pytest.mark.parametrize("name", ["row_grad_", "scale_"])
