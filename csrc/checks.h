@@ -322,7 +322,7 @@ inline void check_linear_rows(const Options& o, const LinearRows& rows) {
     TORCH_CHECK_TYPE(other.scalar_type() == dtype, "npu_xent: ", name, " must have the dtype of input, ", dtype,
                      ", but is ", other.scalar_type(), "; convert one of them, or call it under autocast.");
     TORCH_CHECK_VALUE(other.device() == input.device(), "npu_xent: ", name, " must be on the device of input, ",
-                      input.device(), ", but is on ", other.device(), ".");
+                      input.device(), ", but is on ", other.device(), "; move it with ", name, ".to(input.device).");
   };
   alike(linear_weight, "linear_weight");
   const auto classes = linear_weight.sym_size(0);
