@@ -251,7 +251,8 @@ endif
 # COVERAGE_PROCESS_START is measured. Branches that the compiler adds for exceptions do not count. A test that fails is
 # shown and does not end the measurement. The tests on the simulated NPU are those that reach csrc/npu.
 COVERED := build/coverage/copy
-NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs doctor)
+NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy token_log_probs selected_log_probs \
+  lse_gradient doctor)
 # Counters name the folder of the build.
 FOLDERS := tests/test_distribution.py::test_libraries_do_not_name_the_folders_of_the_build
 measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)):$(abspath $(COVERED))/tests \
