@@ -107,8 +107,8 @@ class CrossEntropyLoss(nn.Module):
         model_parallel = _get(parallel_config, "model_parallel", 1)
         self.model_parallel: int = 1 if model_parallel is None else int(model_parallel)
         self.group: dist.ProcessGroup | None = group
-        self.check_for_nan_in_loss_and_grad = bool(check_for_nan_in_loss_and_grad)
-        self.calculate_per_token_loss = bool(calculate_per_token_loss)
+        self.check_for_nan_in_loss_and_grad: bool = bool(check_for_nan_in_loss_and_grad)
+        self.calculate_per_token_loss: bool = bool(calculate_per_token_loss)
 
     def forward(self, logits: Tensor, label: Tensor, input_mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The masked loss; see the class."""
