@@ -104,7 +104,7 @@ def losses() -> Iterator[Loss]:
     yield "smoothing", loss, {"label_smoothing": 0.1}, [GATHER], 1, NUMBERS + 1
     yield "log-probabilities", log_probs, {}, [GATHER], 0, NUMBERS
     yield "entropy", log_probs, {"return_entropy": True}, [GATHER], 1, NUMBERS
-    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, NUMBERS
+    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, NUMBERS + 1
 
 
 def losses_of_others(ranks: int) -> Iterator[Loss]:
