@@ -321,7 +321,7 @@ class CMakeBuild(build_ext):
             version = re.sub(r"[^\w.-]", "-", npu.toolkit_version or "toolkit")
             build = ROOT / "build" / f"kernels-{soc}-{version}"
             # No rpath: importing torch_npu loads the toolkit's libraries before the kernels.
-            definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}", "-DCMAKE_SKIP_BUILD_RPATH=ON")
+            definitions = (f"-DASCEND_HOME_PATH={npu.toolkit}", f"-DSOC_VERSION={soc}", "-DCMAKE_SKIP_RPATH=ON")
             # The toolkit's build reads files that only Makefile generators write.
             self.run_cmake(ROOT / "csrc" / "ascendc", build, "-G", "Unix Makefiles", *definitions)
             library = "libnpu_xent_kernels.so"

@@ -220,6 +220,9 @@ def test_libraries_do_not_name_the_folders_of_the_build() -> None:
         content = library.read_bytes()
         for folder in {ROOT, package.parent, Path(torch.__file__).parents[1], Path(sysconfig.get_path("purelib"))}:
             assert os.fsencode(folder) not in content, library
+        if readelf := shutil.which("readelf"):
+            entries = subprocess.run([readelf, "-d", library], check=True, capture_output=True, text=True).stdout
+            assert "PATH)" not in entries, library  # RPATH, RUNPATH; an empty one is the current folder
 
 
 @IN_A_CHECKOUT
