@@ -96,9 +96,13 @@ def kill(tried: Tried, seconds: float) -> None:
         while tried.counts["kills"] < KILLS or tried.seconds() < seconds:
             number += 1
             name = f"run {number}"
-            for _ in range(8):
+
+            def start(name: str = name) -> subprocess.Popen[str]:
                 there = (runs.folder / name / "checkpoint.pt").is_file()
-                process = runs.start(name, "--save-every=1", *(["--resume"] if there else []))
+                return runs.start(name, "--save-every=1", *(["--resume"] if there else []))
+
+            for _ in range(8):
+                process = start()
                 try:
                     process.communicate(timeout=chosen.uniform(0.3, 0.8) * longest)
                 except subprocess.TimeoutExpired:
@@ -112,11 +116,9 @@ def kill(tried: Tried, seconds: float) -> None:
                     tried("checkpoints after a kill", whole, "a checksum is wrong")
                 if process.returncode != -signal.SIGKILL:
                     tried("ends that were no kill", process.returncode == 0, f"exit code {process.returncode}")
-                if process.returncode != -signal.SIGKILL or (runs.folder / name / "summary.json").is_file():
                     break
-            if not (runs.folder / name / "summary.json").is_file():
-                there = (runs.folder / name / "checkpoint.pt").is_file()
-                finished(runs.start(name, "--save-every=1", *(["--resume"] if there else [])))
+            else:
+                finished(start())
             tried("runs resumed with the same losses", runs.losses(name) == expected, f"{name} has other losses")
             tried("files left behind", not runs.extra(name), str(runs.extra(name)))
 
