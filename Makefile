@@ -255,9 +255,11 @@ NPU_COVERAGE := tests/npu $(patsubst %,tests/test_%.py,primitives cross_entropy 
   lse_gradient doctor)
 # Counters name the folder of the build.
 FOLDERS := tests/test_distribution.py::test_libraries_do_not_name_the_folders_of_the_build
-measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) PYTHONPATH=$(abspath $(COVERED)):$(abspath $(COVERED))/tests \
+measured = cd $(COVERED) && export COVERAGE_FILE=$(abspath build/coverage/python) \
+  PYTHONPATH=$(abspath $(COVERED)):$(abspath $(COVERED))/tests \
   COVERAGE_PROCESS_START=$(abspath pyproject.toml) TORCH_DEVICE_BACKEND_AUTOLOAD=0 &&
-report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --merge-lines --add-tracefile ../csrc.json --cobertura-add-tracefile ../python.xml
+report = cd $(COVERED) && $(VENV)/bin/gcovr --root . --merge-lines --add-tracefile ../csrc.json \
+  --cobertura-add-tracefile ../python.xml
 coverage:
 	+@$(call set_up,build/frameworks/.installed $(VENV)/.torch_npu $(VENV)/.cann_sim $(VENV)/.coverage)
 	@mkdir -p $(COVERED) && rm -rf $(addprefix $(COVERED)/,npu_xent csrc tests) build/coverage/python*
