@@ -26,7 +26,7 @@ from npu_xent import distributed
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
 GATHER, SCATTER, REDUCE, REDUCE_DTENSOR = "_allgather_base_", "_reduce_scatter_base_", "allreduce_", "all_reduce"
 INPUT = {GATHER: 1, SCATTER: 1, REDUCE: 0, REDUCE_DTENSOR: 0}  # which argument of the operator
-NUMBERS = 4  # that ranks compare in each all_gather on the CPU, in the dtype of the statistics
+FACTS = 4 * 8  # bytes that ranks compare in each all_gather on the CPU
 ROWS, COLUMNS, FEATURES, CHUNK = 4096, 3, 8, 1024
 MOST = 8  # ranks, on which the losses of others are counted too
 
@@ -89,7 +89,7 @@ def formulas(ranks: int) -> list[float]:
     return [round(size, 2) for size in (*gathered, *reduced)]
 
 
-# A loss: its name, function and options, its collectives, the page's column, and numbers that each call sends once.
+# A loss: its name, function and options, its collectives, the page's column, and the bytes that each call gathers once.
 Loss = tuple[str, Callable[..., Any], dict[str, Any], list[str], int, int]
 HALF, DOUBLE = {"dtype": torch.bfloat16}, {"dtype": torch.float64}
 
@@ -97,14 +97,14 @@ HALF, DOUBLE = {"dtype": torch.bfloat16}, {"dtype": torch.float64}
 def losses() -> Iterator[Loss]:
     """Ours."""
     loss, log_probs = distributed.vocab_parallel_cross_entropy, distributed.vocab_parallel_token_log_probs
-    yield "loss", loss, {}, [GATHER], 0, NUMBERS
-    yield "loss, bfloat16", loss, HALF, [GATHER], 0, NUMBERS
-    yield "loss, float64", loss, DOUBLE, [GATHER], 0, NUMBERS
-    yield "z-loss", loss, {"lse_square_scale": 0.1, "return_lse": True}, [GATHER], 0, NUMBERS
-    yield "smoothing", loss, {"label_smoothing": 0.1}, [GATHER], 1, NUMBERS + 1
-    yield "log-probabilities", log_probs, {}, [GATHER], 0, NUMBERS
-    yield "entropy", log_probs, {"return_entropy": True}, [GATHER], 1, NUMBERS
-    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, NUMBERS + 1
+    yield "loss", loss, {}, [GATHER], 0, FACTS
+    yield "loss, bfloat16", loss, HALF, [GATHER], 0, FACTS
+    yield "loss, float64", loss, DOUBLE, [GATHER], 0, FACTS
+    yield "z-loss", loss, {"lse_square_scale": 0.1, "return_lse": True}, [GATHER], 0, FACTS
+    yield "smoothing", loss, {"label_smoothing": 0.1}, [GATHER], 1, FACTS + 4
+    yield "log-probabilities", log_probs, {}, [GATHER], 0, FACTS
+    yield "entropy", log_probs, {"return_entropy": True}, [GATHER], 1, FACTS
+    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, FACTS + 4
 
 
 def losses_of_others(ranks: int) -> Iterator[Loss]:
@@ -163,7 +163,7 @@ def check(loss: Loss, ranks: int, page: list[float]) -> None:
     found, wire = counted(step)
     size = 8 if leaf.dtype == torch.float64 else 4
     assert found.calls == calls, f"{name}: {found.calls}"
-    row = round(float(found.sent - (ranks - 1) * size * once) / ROWS, 2)
+    row = round(float(found.sent - (ranks - 1) * once) / ROWS, 2)
     assert row == page[column] * size / 4, f"{name}: {row} bytes a row, not {page[column]} x {size // 4}"
     check_wire(name, found.sent, wire)
 
@@ -186,7 +186,7 @@ def linear(ranks: int, parallel: bool, page: list[float]) -> None:
     chunks = -(-rows // CHUNK)
     assert found.calls == ([GATHER] * (chunks + 1) + [SCATTER] if parallel else [GATHER] * chunks + [REDUCE])
     of_input = Fraction(2 * (ranks - 1), ranks) * rows * FEATURES * 4
-    row = round(float(found.sent - of_input - (ranks - 1) * 4 * NUMBERS * chunks) / rows, 2)
+    row = round(float(found.sent - of_input - (ranks - 1) * FACTS * chunks) / rows, 2)
     assert row == page[0], f"linear: {row} bytes a row besides the input, not {page[0]}"
     if not parallel:  # gloo's reduce_scatter is an all_reduce
         check_wire("linear", found.sent, wire)
