@@ -621,7 +621,7 @@ def _gather(
         parts = gathered.view(ranks, -1).split([part.numel() for part in mine.values()], 1)
         of = dict(zip(mine, parts, strict=True))
         if compares:
-            _check_facts(of.pop("facts").clone().view(torch.int64).tolist())
+            _check_facts(of.pop("facts").clone(memory_format=torch.contiguous_format).view(torch.int64).tolist())
         return _merged(of)
 
     return merged
