@@ -149,7 +149,9 @@ def vocab_parallel_cross_entropy(
         dtype=str(rows.dtype),
         num_classes=shard.num_classes,
         **options,
+        loss_dtype=str(loss_dtype),
         return_lse=return_lse,
+        normalizer=_kind(normalizer),
     )
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(rows), normalizer)
     loss, lse, z_loss = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
@@ -326,13 +328,20 @@ def vocab_parallel_linear_cross_entropy(
         )
     prepare(input)
     indices = index_target(target).reshape(-1)
-    facts = {
-        "rows": rows.shape[0],
-        "dtype": str(rows.dtype),
-        "num_classes": shard.num_classes,
-        "chunk_rows": chunk_rows,
-    }
-    _compare(name, group, **facts, **options, sequence_parallel=sequence_parallel)
+    _compare(
+        name,
+        group,
+        rows=rows.shape[0],
+        dtype=str(rows.dtype),
+        num_classes=shard.num_classes,
+        chunk_rows=chunk_rows,
+        **options,
+        loss_dtype=str(loss_dtype),
+        normalizer=_kind(normalizer),
+        sequence_parallel=sequence_parallel,
+        reduce_input_grad=reduce_input_grad,
+        **{"requires_grad of input": torch.is_grad_enabled() and rows.requires_grad},
+    )
     if chunk_rows is None:
         chunk_rows = _chunk_rows(len(indices), -(-shard.num_classes // ranks), input.element_size())
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(input), normalizer)
@@ -445,6 +454,11 @@ def _check_normalizer(name: str, normalizer: Any, reduction: Any) -> None:
             f"npu_xent.{name}: normalizer must be a tensor of one value, a process group or a tuple of these, but is "
             f"{what}; for a number pass torch.tensor(number), for a mesh mesh.get_group(dim)"
         )
+
+
+def _kind(normalizer: Any) -> str:
+    """What decides the collectives of a normalizer."""
+    return "groups" if isinstance(normalizer, (dist.ProcessGroup, tuple)) else type(normalizer).__name__
 
 
 def _check_loss_dtype(name: str, loss_dtype: torch.dtype | None, logits: Tensor) -> None:
@@ -628,9 +642,11 @@ def _gather(
 
 
 def _checksum(target: Tensor) -> int:
-    """A number that depends on each target and its place."""
-    places = torch.arange(1, len(target) + 1)
-    return int(((target + 1) * places).sum())
+    """A number that depends on each target and its place: the sum of hashes, by the steps of SplitMix64."""
+    hashes = target * -0x61C8864680B583EB + torch.arange(1, len(target) + 1) * -0x40A7B892E31B1A47
+    for multiplier, shift in ((-0x40A7B892E31B1A47, 30), (-0x6B2FB644ECCEEE15, 27)):
+        hashes = (hashes ^ (hashes >> shift)) * multiplier
+    return int((hashes ^ (hashes >> 31)).sum())
 
 
 def _check_facts(of_ranks: list[list[int]]) -> None:
@@ -687,9 +703,9 @@ def _of_this_shard(
         largest = lse  # -inf
         if shard.columns != 0:
             largest = columns.amax(1) if scale > 0 else -columns.amin(1) if scale < 0 else torch.zeros_like(lse)
-        # Ranks may be in any order. float32 rounds a start beyond 2^24, but not past that of another shard.
-        start = torch.full((1,), shard.start, dtype=dtype, device=rows.device)
-        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype), "start": start})
+        # Ranks may be in any order. float32 has no integers above 2^24, so the start comes in two.
+        start = [torch.full((1,), part, dtype=dtype, device=rows.device) for part in divmod(shard.start, 1 << 24)]
+        found.update({"top1": top1.to(dtype), "largest": largest.to(dtype), "start": torch.cat(start)})
     return found
 
 
@@ -713,8 +729,9 @@ def _merged(of: dict[str, Tensor]) -> _Statistics:
         entropy = (shares * (of["entropy"] - below)).masked_fill(shares == 0, 0).sum(0)
     if "top1" in of:  # of the shards with a largest logit, the one with the first classes decides
         leads = (of["largest"] == of["largest"].amax(0)) & (of["top1"] >= 0)
-        first = of["start"].where(leads, math.inf).amin(0)
-        top1 = (leads & (of["start"] == first) & (of["top1"] == 1)).any(0) & lse.isfinite()
+        for part in of["start"].split(1, 1):
+            leads = leads & (part == part.where(leads, math.inf).amin(0))
+        top1 = (leads & (of["top1"] == 1)).any(0) & lse.isfinite()
     return _Statistics(lse, low, of["picked"].sum(0), wsum, entropy, top1)
 
 
@@ -866,9 +883,16 @@ class _Products:
     """The logits of chunks of rows, and the sums of the gradients that come from theirs."""
 
     def __init__(
-        self, rows: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, layer: _Layer, wanted: list[bool]
+        self,
+        rows: Tensor,
+        linear_weight: Tensor,
+        linear_bias: Tensor | None,
+        target: Tensor,
+        layer: _Layer,
+        wanted: list[bool],
     ) -> None:
         self.rows, columns = rows, layer.shard.columns
+        self.ignored = (target == layer.options["ignore_index"]).unsqueeze(1)
         self.weight, self.bias = linear_weight[:columns], linear_bias if linear_bias is None else linear_bias[:columns]
         self.padding = len(linear_weight) - columns
         # One at least: without rows too, ranks compare their classes.
@@ -890,10 +914,11 @@ class _Products:
         if self.grad_rows is not None:
             torch.mm(grad, self.weight, out=self.grad_rows[chunk])
         if self.grad_weight is not None:
+            rows = self.rows[chunk].masked_fill(self.ignored[chunk], 0)  # 0 times NaN would be NaN
             if self.grad_weight.dtype == grad.dtype:
-                self.grad_weight.addmm_(grad.T, self.rows[chunk])
+                self.grad_weight.addmm_(grad.T, rows)
             else:
-                self.grad_weight.add_(grad.T @ self.rows[chunk])
+                self.grad_weight.add_(grad.T @ rows)
         if self.grad_bias is not None:
             self.grad_bias.add_(grad.sum(0, dtype=self.grad_bias.dtype))
 
@@ -926,7 +951,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _all_gather(rows, own.contiguous(), group=layer.group)
         at_once = layer.options["reduction"] != "none" and rows.dtype != torch.float16
         wanted = [at_once and needed for needed in ctx.needs_input_grad[:3]]
-        products = _Products(rows, linear_weight, linear_bias, layer, wanted)
+        products = _Products(rows, linear_weight, linear_bias, target, layer, wanted)
         need = _Wanted(need_wsum=layer.options["label_smoothing"] != 0)
         found: list[_Statistics] = []
         one = totals.new_ones(())
@@ -986,13 +1011,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.at_once:
             grads = [grad if grad is None else (grad * grad_loss).to(grad.dtype) for grad in saved]
         else:
-            products = _Products(saved[0], saved[1], saved[2], layer, list(ctx.needs_input_grad[:3]))
-            for chunk in products.chunks:
-                of_chunk = grad_loss if grad_loss.dim() == 0 else grad_loss[chunk]
-                operands = {"totals": totals, "grad_loss": of_chunk, **layer.options}
-                stats = (lse[chunk], low[chunk])
-                grad = _row_grad(products.logits(chunk), target[chunk], weight, stats, layer.shard, True, **operands)
-                products.add(chunk, grad)
+            products = _Products(saved[0], saved[1], saved[2], target, layer, list(ctx.needs_input_grad[:3]))
+            # The backward may be called under autocast where the forward was not.
+            with torch.autocast(grad_loss.device.type, enabled=False):
+                for chunk in products.chunks:
+                    of_chunk = grad_loss if grad_loss.dim() == 0 else grad_loss[chunk]
+                    operands = {"totals": totals, "grad_loss": of_chunk, **layer.options}
+                    stats = (lse[chunk], low[chunk])
+                    logits = products.logits(chunk)
+                    grad = _row_grad(logits, target[chunk], weight, stats, layer.shard, True, **operands)
+                    products.add(chunk, grad)
             grads = list(products.gradients())
         if grads[0] is not None and layer.sequence_parallel:
             own = grads[0].new_empty(len(grads[0]) // dist.get_world_size(layer.group), grads[0].shape[1])

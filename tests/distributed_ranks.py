@@ -184,7 +184,7 @@ def log_probs(at: Rank, case: dict[str, Any]) -> list[Tensor]:
         )
     )
     by_row = 3 + case["return_entropy"] + 2 * case["return_top1"]
-    assert sent == [N * by_row + case["return_top1"] + facts(dtype)], f"sent {sent} values"
+    assert sent == [N * by_row + 2 * case["return_top1"] + facts(dtype)], f"sent {sent} values"
     whole = logits.double().requires_grad_()
     expected = npu_xent.token_log_probs(whole, target, **options)
     mine, true = ((x, None, None) if isinstance(x, Tensor) else x for x in (out, expected))
@@ -214,6 +214,7 @@ def linear(at: Rank, case: dict[str, Any]) -> list[Tensor]:
     bias = torch.randn(classes, generator=generator).to(dtype) if case["bias"] else None
     target = torch.randint(classes, (rows,), generator=generator)
     target[::5] = -100
+    x[0], x[5] = float("nan"), float("inf")  # ignored
     weight = make_weight(classes, torch.float32, torch.device("cpu")) if case["weighted"] else None
     options = {name: case[name] for name in ("reduction", "label_smoothing", "lse_square_scale", "softcap")}
     options["logit_scale"] = case["logit_scale"]
@@ -512,6 +513,19 @@ def many_classes(at: Rank, _: Any) -> list[Tensor]:
     target = torch.tensor([classes - 1])
     mine = distributed.vocab_parallel_cross_entropy(torch.zeros(1, end - begin), target, num_classes=classes)
     torch.testing.assert_close(mine, torch.tensor([math.log(classes)]))
+    if at.ranks > 2:  # the classes 2^24 and 2^24 + 1 are equally large
+        shards = [(0, 1 << 24), ((1 << 24) + 1, (1 << 24) + 2), (1 << 24, (1 << 24) + 1)]
+        begin, end = shards[at.rank] if at.rank < 3 else ((1 << 24) + 2,) * 2
+        logits = torch.full((2, end - begin), float(at.rank != 0))
+        out = distributed.vocab_parallel_token_log_probs(
+            logits,
+            (1 << 24) + torch.arange(2),
+            num_classes=(1 << 24) + 2,
+            class_range=(begin, end),
+            return_top1=True,
+        )
+        assert out.top1 is not None
+        assert out.top1.tolist() == [True, False]
     return [mine]
 
 
@@ -572,6 +586,18 @@ def disagreeing(at: Rank, _: Any) -> list[Tensor]:
         for function in (distributed.vocab_parallel_cross_entropy, distributed.vocab_parallel_token_log_probs):
             with pytest.raises(ValueError, match=words):
                 function(shard, target, num_classes=60, logit_scale=1.0 + at.rank)
+        x = torch.ones(N, 8)
+        own: dict[str, tuple[Tensor, dict[str, Any]]] = {
+            "loss_dtype": (x, {"loss_dtype": (torch.float32, torch.float64)[min(at.rank, 1)]}),
+            "reduce_input_grad": (x, {"reduce_input_grad": at.rank == 0}),
+            "normalizer": (x, {"normalizer": dist.group.WORLD if at.rank == 0 else None}),
+            "requires_grad of input": (x.clone().requires_grad_(at.rank == 0), {}),
+        }
+        for word, (rows, options) in own.items():
+            with pytest.raises(ValueError, match=f"{word} must be the same on all ranks"):
+                distributed.vocab_parallel_linear_cross_entropy(
+                    rows, torch.ones(shard.shape[1], 8), target, num_classes=60, **options
+                )
     return []
 
 
@@ -603,6 +629,9 @@ def inconsistent(at: Rank, _: Any) -> list[Tensor]:
             ),
         ),
     ]
+    of_few = torch.tensor([[2, 0], [0, 1]])[min(at.rank, 1)]  # their sums agree, also where a place counts twice
+    words = "target must be the same on all ranks"
+    calls.append((words, lambda: distributed.vocab_parallel_cross_entropy(leaf[:2], of_few, num_classes=61)))
     for words, call in calls:
         with pytest.raises(ValueError, match=re.escape(words)):
             call()
@@ -625,6 +654,12 @@ def autocast(at: Rank, _: Any) -> list[Tensor]:
     torch.testing.assert_close(grads[0], expected[0], rtol=0.02, atol=2e-3)
     torch.testing.assert_close(grads[1], expected[1][begin:end], rtol=0.02, atol=2e-3)
     assert grads[0].dtype == torch.float32
+    mine = distributed.vocab_parallel_linear_cross_entropy(*leaves, target, num_classes=60, reduction="none")
+    true = npu_xent.linear_cross_entropy(*whole, target, reduction="none")
+    with torch.autocast("cpu", torch.bfloat16):  # of the backward alone, which has the dtype of the forward
+        grads, expected = torch.autograd.grad(mine.sum(), leaves), torch.autograd.grad(true.sum(), whole)
+    torch.testing.assert_close(grads[0], expected[0])
+    torch.testing.assert_close(grads[1], expected[1][begin:end])
     weight = torch.linspace(0.5, 1.5, 60, dtype=torch.float16)  # of any floating-point dtype
     with torch.autocast("cpu", torch.bfloat16):
         mine = distributed.vocab_parallel_linear_cross_entropy(*leaves, target, weight=weight, num_classes=60)

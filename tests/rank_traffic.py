@@ -104,7 +104,7 @@ def losses() -> Iterator[Loss]:
     yield "smoothing", loss, {"label_smoothing": 0.1}, [GATHER], 1, FACTS + 4
     yield "log-probabilities", log_probs, {}, [GATHER], 0, FACTS
     yield "entropy", log_probs, {"return_entropy": True}, [GATHER], 1, FACTS
-    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, FACTS + 4
+    yield "top1", log_probs, {"return_entropy": True, "return_top1": True}, [GATHER], 2, FACTS + 8
 
 
 def losses_of_others(ranks: int) -> Iterator[Loss]:
