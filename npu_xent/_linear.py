@@ -206,9 +206,12 @@ def linear_cross_entropy(
         check_as_the_operator_does(
             input, linear_weight, linear_bias, weight, options["ignore_index"], softcap, chunk_rows
         )
+        target = target.reshape(shape.numel(), *target.shape[len(shape) :])
+        if not (probabilities or return_lse):  # ignored rows have an lse
+            input = without_ignored(input, target, options["ignore_index"])
         loss, lse, z_loss = cross_entropy(
             linear(input, linear_weight, linear_bias),
-            target.reshape(shape.numel(), *target.shape[len(shape) :]),
+            target,
             weight,
             **options,
             return_lse=True,
@@ -235,6 +238,11 @@ def linear_cross_entropy(
         lse.view(shape) if return_lse else None,
         z_loss_like(loss, z_loss) if return_z_loss else None,
     )
+
+
+def without_ignored(input: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The rows, with 0 for the ignored ones: the gradient of linear_weight multiplies them by 0, and 0 * NaN is NaN."""
+    return input.masked_fill((index_target(target) == ignore_index).unsqueeze(-1), 0.0)
 
 
 def check_as_the_operator_does(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from torch.overrides import has_torch_function_variadic
 
-from ._linear import check_as_the_operator_does
+from ._linear import check_as_the_operator_does, without_ignored
 from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
 from ._overrides import not_scriptable, output_type, overridden
@@ -252,7 +252,7 @@ def linear_token_log_probs(
         chunk_rows = options.pop("chunk_rows")
         check_ranges(options)
         check_as_the_operator_does(_rows(input), linear_weight, linear_bias, None, ignore_index, softcap, chunk_rows)
-        logits = linear(input, linear_weight, linear_bias)
+        logits = linear(without_ignored(input, target, ignore_index), linear_weight, linear_bias)
         return _returned(
             _by_torch_operations(logits, target, row_temperature, options), target, return_entropy, return_top1
         )

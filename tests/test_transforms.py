@@ -88,6 +88,40 @@ def test_vmap(reduction: str, device: torch.device) -> None:
     torch.testing.assert_close(actual, torch.stack(expected))
 
 
+LINEAR_LOSSES: dict[str, Callable[..., Tensor]] = {
+    **{
+        reduction: functools.partial(npu_xent.linear_cross_entropy, reduction=reduction)
+        for reduction in ("mean", "sum", "none")
+    },
+    "log_probs": npu_xent.linear_token_log_probs,
+}
+
+
+@pytest.mark.parametrize("transform", ["autograd", "grad", "vmap"])
+@pytest.mark.parametrize("name", LINEAR_LOSSES)
+def test_special_values_in_ignored_rows_of_a_linear_loss(name: str, transform: str, device: torch.device) -> None:
+    """They change no gradient, also where 0 would be multiplied by them."""
+    given = torch.randn(5, 8, device=device), torch.randn(6, 8, device=device), torch.randn(6, device=device)
+    target = torch.tensor([1, -100, 5, -100, 2], device=device)
+    special = given[0].clone()
+    special[1], special[3] = float("nan"), float("inf")
+
+    def loss(x: Tensor, w: Tensor, bias: Tensor) -> Tensor:
+        return LINEAR_LOSSES[name](x, w, target, linear_bias=bias).sum()
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        if transform == "autograd":
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            return torch.autograd.grad(loss(*leaves), leaves)
+        gradient = torch.func.grad(loss, (0, 1, 2))
+        if transform == "grad":
+            return gradient(*tensors)
+        return torch.func.vmap(gradient, (0, None, None))(tensors[0].unsqueeze(0), *tensors[1:])
+
+    for found, expected in zip(gradients(special, *given[1:]), gradients(*given), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", ["mean", "none", "consumed", "contract", "unit_scaling"])
 def test_activation_checkpointing(name: str, use_reentrant: bool, device: torch.device) -> None:
