@@ -82,21 +82,33 @@ def start(method: str, names: list[str], expected: dict[str, list[Tensor]]) -> l
         process.join()
 
 
+def raw(results: list[Tensor]) -> list[bytes]:
+    """Their bits."""
+    return [t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in results]
+
+
 def forks(tried: Tried, seconds: float) -> None:
     """Children by fork and spawn and workers of a DataLoader, before the parent's first call, and between its calls."""
     calls = new_calls(large=False)
     names = list(calls)
     torch.set_num_threads(1)
-    expected: dict[str, list[Tensor]] = {}
-    first = os.fork()  # nothing has been called yet
+    # Nothing has been called yet.
+    here, there = multiprocessing.Pipe(duplex=False)
+    first = os.fork()
     if first == 0:
         try:
-            results = {name: call() for name, call in calls.items()}
-            os._exit(0 if all(same_bits(calls[name](), results[name]) for name in names) else 1)
+            there.send([raw(call()) for call in (*calls.values(), *calls.values())])
         finally:
-            os._exit(2)
-    tried("children by fork before the first call", os.waitpid(first, 0)[1] == 0, "its calls failed")
+            os._exit(0)
+    there.close()
+    try:
+        of_child = here.recv() if here.poll(120) else []
+    except EOFError:
+        of_child = []
+    os.waitpid(first, 0)
     expected = {name: call() for name, call in calls.items()}
+    mine = [raw(results) for results in expected.values()]
+    tried("children by fork before the first call", of_child == 2 * mine, "other bits, or no answer")
     while tried.seconds() < seconds or not tried.counts["calls in workers of a DataLoader"]:
         torch.set_num_threads(1 + tried.counts["children by spawn"] % 3)
         for name in names[:9]:
@@ -152,7 +164,7 @@ def signals(tried: Tried, seconds: float) -> None:
     chosen, received = random.Random(0), [0]
     torch.set_num_threads(1)
     expected = {name: call() for name, call in calls.items()}
-    lasts = {}
+    lasts, sent, interrupts = {}, 0, 0
     for name, call in calls.items():
         began = time.perf_counter()
         call()
@@ -175,14 +187,18 @@ def signals(tried: Tried, seconds: float) -> None:
         delay = chosen.uniform(0, 1.2) * lasts[name]
         sender = threading.Timer(delay, signal.pthread_kill, (main_thread, number))
         try:
+            sent += 1
             sender.start()
             right = same_bits(calls[name](), expected[name])
             tried(f"calls during which {number.name} came", right, name)
             sender.join()
-        except (Alarm, KeyboardInterrupt):
+        except (Alarm, KeyboardInterrupt) as error:
+            interrupts += isinstance(error, KeyboardInterrupt)
             tried(f"calls that {number.name} ended", number != signal.SIGUSR1)
         sender.join()
         tried("calls after a signal", same_bits(calls[name](), expected[name]), f"{name} after {number.name}")
+    arrived = received[0] + interrupts
+    tried("looks at how many signals arrived", arrived == sent, f"{arrived} of {sent}")
 
 
 def held() -> dict[str, int]:
@@ -202,7 +218,7 @@ def steps(tried: Tried, seconds: float) -> None:
     before, n = held(), 0
     while n < STEPS or tried.seconds() < seconds:
         name = names[n % len(names)]
-        if not name.endswith("large output") or n % 10 == 0:
+        if not name.endswith("large output") or n // len(names) % 10 == 0:
             calls[name]()
             tried("steps")
         if n % 100 == 0:  # more large outputs at once than the pool keeps afterwards
