@@ -387,11 +387,11 @@ def _shard_of(
             )
         first, second = class_range
         class_range = as_number(name, "class_range", first, int), as_number(name, "class_range", second, int)
+    if num_classes is None and class_range is not None:
+        raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
     if num_classes == 0 or (num_classes is None and columns == 0):
         raise ValueError(f"npu_xent.{name}: logits must have at least one class on some rank")
     if num_classes is None:
-        if class_range is not None:
-            raise ValueError(f"npu_xent.{name}: class_range needs num_classes, the number of classes of all ranks")
         return _Shard(rank * columns, columns, ranks * columns)
     if num_classes < 0:
         raise ValueError(f"npu_xent.{name}: num_classes must not be negative, but is {num_classes}")

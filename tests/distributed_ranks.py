@@ -691,6 +691,11 @@ REFUSED: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"normalizer": (dist.GroupMember.NON_GROUP_MEMBER,), "reduction": "mean"},
     ),
     "class_range alone": (ValueError, "class_range needs num_classes", {"class_range": (0, 4), "num_classes": None}),
+    "class_range of no columns": (
+        ValueError,
+        "class_range needs num_classes",
+        {"class_range": (0, 0), "num_classes": None, "logits": torch.zeros(N, 0)},
+    ),
     "class_range": (ValueError, "class_range must lie in [0, 60] and be no longer than", {"class_range": (2, 1)}),
     "columns": (ValueError, "neither this rank's chunk of 1000000 classes", {"num_classes": 1000000}),
     "weight": (ValueError, "weight must have one value for each of the 60 classes of all", {"weight": torch.ones(59)}),

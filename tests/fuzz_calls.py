@@ -36,7 +36,7 @@ import fuzz_functions as functions
 import fuzz_others as others
 import torch
 from fuzz_functions import Call, Near, Rules
-from fuzz_inputs import Source
+from fuzz_inputs import LOGITS, Source
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -128,6 +128,9 @@ class Case:
                 self.mode = "no_grad"
             self.leaves: dict[str, Tensor] = {}
             self._place()
+            if "npu_xent.linear" in self.call.name or "parallel_linear" in self.call.name:
+                with contextlib.suppress(RuntimeError):  # tensors of kinds that have no sizes, and the like
+                    self._spoil_ignored()
 
     def _place(self) -> None:
         """Put the tensors into their memory, and let some of them require a gradient."""
@@ -163,6 +166,23 @@ class Case:
                     if consumes and source.maybe(0.03):
                         value = torch._neg_view(leaf.neg())  # contiguous, and with torch's negative bit
             call.arguments[name] = value
+
+    def _spoil_ignored(self) -> None:
+        """Put NaN or an infinity into the ignored rows of the input of a layer, where these change no result."""
+        arguments = self.call.arguments
+        x, y, index = arguments.get("input"), arguments.get("target"), arguments.get("ignore_index")
+        index = -100 if index is None else index
+        tensors = all(type(t) is Tensor and t.layout is torch.strided and t.is_contiguous() for t in (x, y))
+        if not tensors or not (isinstance(index, int) and abs(index) < 1 << 62) or arguments.get("return_lse"):
+            return
+        if x.is_meta or x.is_neg() or x.dtype not in LOGITS or functions.is_freed(x) or functions.is_freed(y):
+            return
+        if y.is_floating_point() or y.shape != x.shape[:-1]:
+            return
+        ignored = y.to(x.device).long() == index
+        if self.source.maybe(0.5):
+            with torch.no_grad():
+                x.masked_fill_(ignored.unsqueeze(-1), self.source.pick((float("nan"), float("inf"), -float("inf"))))
 
     def __str__(self) -> str:
         lines = [f"{self.call.name} ({self.mode}) with"]
@@ -406,11 +426,13 @@ class Case:
                 eps = max(eps, torch.finfo(x.dtype).eps)
             a, b = (t.detach().double().as_subclass(Tensor) for t in (a, b))
             size = b.abs().nan_to_num(0, 0, 0).amax() if b.numel() else 1.0
-            close = ((a - b).abs() <= 64 * eps * (size + largest + 1)) | (a == b)
-            if x.dtype is torch.float16 and bool((b.isinf() & a.isfinite()).any()):  # torch's sums overflow
+            if eps < 1e-4 or (out.device.type != "cpu" and self.mode == "autocast"):
+                close = ((a - b).abs() <= 64 * eps * (size + largest + 1)) | (a == b)
+            else:  # torch rounds in between: what is not torch's own result must be better
                 wide = wide or self._of_torch_in_float64(upstream)
                 true = wide[name].to(b.device)
-                close |= b.isinf() & ((a - true).abs() <= 64 * eps * (true.abs() + largest + 1))
+                of_sums = 64 * torch.finfo(torch.float32).eps * (size + largest + 1)
+                close = ((a - true).abs() <= 2 * eps * true.abs() + of_sums) | (a == b)
             if not bool((close | (a.isnan() & b.isnan())).all()):
                 raise Failure(f"{name}: {a.flatten()[:8].tolist()}, and torch {b.flatten()[:8].tolist()}")
         return "right"
@@ -422,7 +444,8 @@ class Case:
         wide = dict(call.arguments)
         for name, value in wide.items():
             if isinstance(value, Tensor):
-                value = value.detach().cpu().as_subclass(Tensor)
+                value = value.detach().cpu()
+                value = value.as_subclass(Tensor) if value.layout is torch.strided else value.to_dense()
                 wide[name] = value.double() if value.is_floating_point() else value
         leaves = {name: wide[name].requires_grad_() for name in self.leaves}
         with warnings.catch_warnings():
@@ -450,11 +473,11 @@ def compare(name: str, actual: Tensor, expected: Near) -> None:
         return
     values = actual.detach().cpu().as_subclass(Tensor).double()
     wanted = expected.value
-    if actual.dtype.is_floating_point:  # beyond the dtype, infinity
-        largest = torch.finfo(actual.dtype).max
-        beyond = wanted.abs() > largest * 0.99
-        wanted = torch.where(beyond, values, wanted) if bool(beyond.any()) else wanted
     fits = ((values - wanted).abs() <= expected.allowed) | (values == wanted) | (values.isnan() & wanted.isnan())
+    if actual.dtype.is_floating_point:  # what is finite, but beyond the dtype, is infinite or the largest number
+        largest = torch.finfo(actual.dtype).max
+        beyond = wanted.isfinite() & (wanted.abs() > largest * 0.99)
+        fits |= beyond & (values * wanted.sign() >= largest * 0.98)
     if not bool(fits.all()):
         i = int(fits.logical_not().flatten().nonzero()[0])
         seen, true, off = (t.flatten()[i].item() for t in (values, wanted, expected.allowed.expand(wanted.shape)))

@@ -1131,7 +1131,7 @@ class _Layer:
             x, w, b = x.to(AUTOCAST), w.to(AUTOCAST), b if b is None else b.to(AUTOCAST)
         self.x, self.shape = x, x.shape
         self.rows, self.weight, self.bias = (
-            x.reshape(x.shape[:-1].numel(), x.shape[-1]).double(),
+            x.reshape(x.shape[:-1].numel(), x.shape[-1]).double().nan_to_num(0, 0, 0),  # in ignored rows
             w.double(),
             b if b is None else b.double(),
         )
