@@ -107,9 +107,9 @@ def token_log_probs(
         operations, which support all derivatives.)
 
         Logits of -inf have probability 0, add nothing to the entropy, and get gradient 0 (except at the target, whose
-        log-probability is -inf). A row that is not ignored
-        has log-probability and entropy NaN, top1 False and gradient NaN if it has a NaN, or, without softcap, a +inf
-        or only -inf.
+        log-probability is -inf, and whose gradient is the upstream gradient times logit_scale / temperature). A row
+        that is not ignored has log-probability and entropy NaN, top1 False and gradient NaN if it has a NaN, or,
+        without softcap, a +inf or only -inf.
 
     Raises:
         ValueError: a shape, temperature, softcap or logit_scale that breaks the rules above (the values of a tensor of
