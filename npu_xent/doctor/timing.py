@@ -1,9 +1,10 @@
 """Time and memory of a training step, compared with PyTorch and the vendor. Only an absurdly slow step is a failure.
 
 Candidates take turns, so that other load on the machine affects all of them; a ratio is the median of the ratios of the
-turns. Times are wall-clock times from idle device to idle device, and include launches. Memory is a step's peak beyond
-its inputs, as the allocator counts it: torch.npu.max_memory_allocated on an NPU, and on the CPU the running sum of the
-allocations and releases that torch.profiler records.
+rounds, and may differ from the ratio of the median times. Times are wall-clock times from idle device to idle device,
+and include launches. Memory is a step's peak beyond its inputs, as the allocator counts it:
+torch.npu.max_memory_allocated on an NPU, and on the CPU the running sum of the allocations and releases that
+torch.profiler records.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def table(report: Report) -> list[str]:
     """Format one line per shape. On a simulated toolkit the header marks the figures as simulated."""
     said = ", simulated" if report.simulated else ""
     lines = [
-        f"  Median milliseconds{said}; in brackets, the time relative to npu_xent's; peak memory in MiB{said}.",
+        f"  Median milliseconds{said}; in brackets, the median over the rounds of time / npu_xent's time; peak memory "
+        f"in MiB{said}.",
         f"    {'shape':<16}{'dtype':<6}" + "".join(f"{name + said:>28}" for name in (OURS, TORCH, VENDOR)),
     ]
     for check in report.of(SECTION):
