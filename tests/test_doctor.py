@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import npu_xent
+from npu_xent._options import OPTIONS
 from npu_xent.doctor import __main__ as program
 from npu_xent.doctor import behaviour, calls, correctness, environment, repeatability, run, timing, vendor
 from npu_xent.doctor.cases import CASES, ROW_MODES, Case, make_problem, shapes
@@ -269,6 +270,13 @@ def test_a_class_that_is_lost_is_seen_in_every_case(case: Case, device: torch.de
     if case.grad:
         assert lost["gradient"]
         assert failures({"gradient": seen["gradient"].roll(1, dims=0)}, truth(problem), device)["gradient"]
+
+
+def test_every_option_has_a_case() -> None:
+    """The README says that the doctor checks the options of all losses."""
+    given = {name for case in CASES for name in case.options} | {"ignore_index", "weight"}
+    given |= {"temperature", "return_entropy", "return_top1", "need_log_prob"}  # always, or by the case's kind
+    assert {option.name for option in OPTIONS} - given == set()
 
 
 def failures(seen: dict[str, torch.Tensor], expected: Any, device: torch.device) -> dict[str, bool]:

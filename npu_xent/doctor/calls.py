@@ -32,6 +32,8 @@ def observe(problem: Problem, device: torch.device) -> dict[str, Tensor]:
     found = {name: value.detach().cpu() for name, value in found.items()}
     if case.grad and case.layout == "classes second":
         found["gradient"] = found["gradient"].movedim(1, -1).flatten(0, 1)
+    if case.grad and case.layout == "layer":
+        found["gradient"] = found["gradient"].T
     shape = problem.upstream.shape
     return {name: value.view(shape) if name in ("loss", "z_loss") else value for name, value in found.items()}
 
@@ -44,13 +46,18 @@ def laid_out(layout: str, rows: Tensor, device: torch.device) -> Tensor:
         wider = torch.full((rows.shape[0], rows.shape[1] + 5), float("nan"), dtype=rows.dtype)
         wider[:, 2:-3] = rows
         return wider.to(device)[:, 2:-3]
+    if layout == "layer":
+        return rows.T.contiguous().to(device)
     return rows.to(device)
 
 
 def _ours(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
-    # consume_logits does not accept a leaf tensor.
-    logits = leaf.clone() if case.options.get("consume_logits") else leaf
-    result = npu_xent.cross_entropy(logits, target, weight, **case.options)
+    if case.layout == "layer":
+        unit = torch.eye(len(target)).to(leaf)
+        result = npu_xent.linear_cross_entropy(unit, leaf, target, weight=weight, **case.options)
+    else:  # consume_logits does not accept a leaf tensor.
+        logits = leaf.clone() if case.options.get("consume_logits") else leaf
+        result = npu_xent.cross_entropy(logits, target, weight, **case.options)
     if isinstance(result, Tensor):
         return {"loss": result}
     found = {"loss": result.loss, "lse": result.lse, "z_loss": result.z_loss}
@@ -60,9 +67,11 @@ def _ours(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> di
 def _log_probs(case: Case, leaf: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, Tensor]:
     logits = leaf.clone() if case.options.get("consume_logits") else leaf
     temperature = temperatures(len(target)).to(leaf.device) if case.temperature_by_row else 1.0
-    result = npu_xent.token_log_probs(
-        logits, target, temperature=temperature, return_entropy=True, return_top1=True, **case.options
-    )
+    options = {"temperature": temperature, "return_entropy": True, "return_top1": True, **case.options}
+    if case.layout == "layer":
+        result = npu_xent.linear_token_log_probs(torch.eye(len(target)).to(leaf), leaf, target, **options)
+    else:
+        result = npu_xent.token_log_probs(logits, target, **options)
     assert not isinstance(result, Tensor)
     assert result.entropy is not None
     assert result.top1 is not None

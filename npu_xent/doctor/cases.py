@@ -26,9 +26,11 @@ class Case:
     ignored: bool = False  # every third row
     upstream: float = 1.0  # the gradient that reaches the loss
     grad: bool = True  # False: only the loss, which other kernels compute
-    layout: str = "rows"  # "classes second": [B, C, T]; "strided": columns of a wider tensor, full of NaN
+    # "classes second": [B, C, T]; "strided": columns of a wider tensor, full of NaN; "layer": [C, N], the weight of a
+    # linear layer whose input is the unit matrix, so that its output is exactly the logits.
+    layout: str = "rows"
     contract: bool = False  # npu_cross_entropy_loss instead of cross_entropy
-    log_probs: bool = False  # token_log_probs instead: log-probabilities, entropy and top1
+    log_probs: bool = False  # token_log_probs instead (or linear_token_log_probs): log-probabilities, entropy and top1
     temperature_by_row: bool = False
     everywhere: bool = False  # also run on long rows, where other cases take too much time
     transform: Callable[[Tensor], Tensor] = lambda logits: logits  # an option's change to each logit
@@ -61,6 +63,8 @@ CASES = (
     Case("z-loss", Z_LOSS),
     # Run everywhere, because softcap changes the arithmetic of every row mode.
     Case("softcap", {"softcap": CAP, **SMOOTHING}, True, everywhere=True, transform=lambda x: CAP * (x / CAP).tanh()),
+    Case("logit_scale", {"logit_scale": 0.7, **SMOOTHING}, everywhere=True, transform=lambda x: 0.7 * x),
+    Case("loss_dtype", {"loss_dtype": torch.float32, "reduction": "none"}),
     Case("return_lse", {"return_lse": True}),
     Case("consume_logits", {"consume_logits": True}),
     Case("all options", ALL, weight=True, ignored=True, everywhere=True),
@@ -69,6 +73,7 @@ CASES = (
     Case("all, consume_logits", {**ALL, "consume_logits": True}, weight=True, ignored=True),
     Case("classes second", {"reduction": "none", **SMOOTHING}, layout="classes second"),
     Case("strided rows", ALL, weight=True, ignored=True, layout="strided"),
+    Case("linear_cross_entropy", {**SMOOTHING, "chunk_rows": 32}, weight=True, ignored=True, layout="layer"),
     Case("npu_cross_entropy_loss", contract=True),
     Case("npu_cross_entropy_loss, all", CONTRACT_ALL, weight=True, ignored=True, contract=True),
     Case("token_log_probs", log_probs=True, everywhere=True),
@@ -81,6 +86,7 @@ CASES = (
         everywhere=True,
         transform=lambda x: CAP * (x / CAP).tanh() / temperatures(len(x)).double()[:, None].to(x.dtype),
     ),
+    Case("linear_token_log_probs", {"chunk_rows": 32}, ignored=True, log_probs=True, layout="layer"),
 )
 
 
