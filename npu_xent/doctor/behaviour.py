@@ -115,7 +115,7 @@ def bad_target(device: torch.device) -> list[Failure]:
 
 @named("NaN in ignored rows")
 def nan_in_ignored_rows(device: torch.device) -> list[Failure]:
-    """The gradient of ignored rows is 0, and NaN in them changes no other result."""
+    """The gradient of ignored rows is 0 if the upstream gradient is finite. NaN in them changes no other result."""
     found = []
     for index in (0, 1):
         logits, target = inputs(device, index)

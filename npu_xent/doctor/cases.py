@@ -1,4 +1,4 @@
-"""The cases that the doctor computes: every option of the operators, on shapes for every row mode."""
+"""The cases that the doctor computes: every option of the losses, on shapes for every row mode."""
 
 from __future__ import annotations
 
