@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 
 from ._func import fused_gradient, one_compiled_gradient, one_gradient, whole
 from ._loading import prepare
-from ._options import check_types
+from ._options import check_flags, check_types
 from ._overrides import not_scriptable, overridden
 from ._tensors import (
     check_device,
@@ -131,8 +131,8 @@ def linear_cross_entropy(
     Raises:
         ValueError: a shape, reduction, label_smoothing, lse_square_scale, logit_scale, softcap or chunk_rows that
             breaks the rules above; tensors on different devices.
-        TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed;
-            different dtypes of input, linear_weight and linear_bias; float64 on an NPU.
+        TypeError: an argument that must be a tensor, a number, a bool or a string and is not; a dtype that is not
+            listed; different dtypes of input, linear_weight and linear_bias; float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
             checking would synchronize: the row's loss is NaN, and so is every gradient that the row contributes to.
         RuntimeError: weight requires a gradient; a second backward without retain_graph=True in the first; a second or
@@ -163,6 +163,7 @@ def linear_cross_entropy(
         weight=weight,
     )
     check_types("linear_cross_entropy", options)
+    check_flags("linear_cross_entropy", return_lse=return_lse, return_z_loss=return_z_loss)
     chunk_rows = options.pop("chunk_rows")
     if has_dtensor(input, linear_weight, target, linear_bias, weight):
         from . import _dtensor

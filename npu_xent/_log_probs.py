@@ -11,7 +11,7 @@ from torch.overrides import has_torch_function_variadic
 
 from ._linear import check_as_the_operator_does, without_ignored
 from ._loading import prepare
-from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_ranges, check_types
+from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_flags, check_ranges, check_types
 from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
@@ -125,6 +125,7 @@ def token_log_probs(
         output: Tensor | TokenLogProbs = overridden(token_log_probs, locals())
         return output
     check_tensors(LOG_PROBS, logits=logits, target=target)
+    check_flags(LOG_PROBS, return_entropy=return_entropy, return_top1=return_top1, consume_logits=consume_logits)
     if has_dtensor(logits, target, temperature):
         from . import _dtensor
 
@@ -241,6 +242,7 @@ def linear_token_log_probs(
         output: Tensor | TokenLogProbs = overridden(linear_token_log_probs, locals())
         return output
     check_tensors(LINEAR_LOG_PROBS, input=input, linear_weight=linear_weight, target=target, linear_bias=linear_bias)
+    check_flags(LINEAR_LOG_PROBS, return_entropy=return_entropy, return_top1=return_top1)
     if input.dim() == 0 or target.shape != input.shape[:-1]:
         raise ValueError(
             "npu_xent.linear_token_log_probs: target must have the shape of input without its last dimension, but "

@@ -102,7 +102,7 @@ def options_of(function: str) -> tuple[Option, ...]:
     return tuple(option for option in OPTIONS if function in option.functions)
 
 
-# The options of each function whose type is checked. Flags are not: any truthy or falsy value is accepted.
+# The options of each function whose type check_types checks; check_flags checks flags.
 _CHECKED = {
     function: tuple((option.name, option.kind) for option in options_of(function) if option.kind is not bool)
     for function in (*_EVERY, *_TOKEN, SELECTED)
@@ -135,6 +135,26 @@ def check_types(function: str, options: dict[str, Any], named: str = "") -> None
             raise TypeError(f"npu_xent.{named}: {name} must be a torch.dtype, but is a {type(value).__name__}")
         else:
             options[name] = as_number(named, name, value, kind)
+
+
+def check_flags(function: str, **flags: Any) -> None:
+    """Raise TypeError for a flag that is no bool: the string "False" is true, and would overwrite the logits.
+
+    0 and 1, symbols, and bools of numpy and tensors that hold one are bools too.
+    """
+    for name, value in flags.items():
+        if type(value) is bool or _is_flag(value):
+            continue
+        seen = str(value) if isinstance(value, int) else f"a {type(value).__name__}"
+        way_out = "; leave it out for the default" if value is None else ""
+        raise TypeError(f"npu_xent.{function}: {name} must be a bool, but is {seen}{way_out}")
+
+
+def _is_flag(value: Any) -> bool:
+    if isinstance(value, int):
+        return value in (0, 1)
+    of_bools = str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool"
+    return isinstance(value, torch.SymBool) or (of_bools and math.prod(value.shape) == 1)
 
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)

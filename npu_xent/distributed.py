@@ -27,7 +27,7 @@ from torch.overrides import has_torch_function_variadic
 
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
-from ._options import as_number, check_loss_dtype, check_ranges, check_types
+from ._options import as_number, check_flags, check_loss_dtype, check_ranges, check_types
 from ._overrides import overridden
 from ._tensors import (
     LOGITS,
@@ -137,6 +137,7 @@ def vocab_parallel_cross_entropy(
         "loss_dtype": loss_dtype,
     }
     check_types("cross_entropy", options, name)
+    check_flags(name, consume_logits=consume_logits, return_lse=return_lse, return_z_loss=return_z_loss)
     check_ranges(options)
     _check_loss_dtype(name, options.pop("loss_dtype"), logits)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
@@ -208,6 +209,7 @@ def vocab_parallel_token_log_probs(
         "temperature": temperature,
     }
     check_types("token_log_probs", options, name)
+    check_flags(name, return_entropy=return_entropy, return_top1=return_top1, consume_logits=consume_logits)
     check_ranges(options)
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
@@ -311,6 +313,7 @@ def vocab_parallel_linear_cross_entropy(
         "chunk_rows": chunk_rows,
     }
     check_types("linear_cross_entropy", options, name)
+    check_flags(name, sequence_parallel=sequence_parallel, reduce_input_grad=reduce_input_grad)
     chunk_rows = options.pop("chunk_rows")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"npu_xent.{name}: chunk_rows must be at least 1, but is {chunk_rows}")

@@ -16,7 +16,7 @@ from . import _C
 from ._constraints import Lifted, check_documented_constraints, target_errors_as_constraints, warn_of_lifted
 from ._func import fused_gradient, one_compiled_gradient, one_gradient, whole
 from ._loading import prepare
-from ._options import check_loss_dtype, check_ranges, check_types, legacy_reduction
+from ._options import check_flags, check_loss_dtype, check_ranges, check_types, legacy_reduction
 from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
     INTEGERS,
@@ -162,8 +162,8 @@ def cross_entropy(
             above; tensors on different devices; consume_logits for a leaf, for memory that is not contiguous (or, on
             an NPU, in a private format), for a view with torch's negative bit, with class probabilities, or in a
             transform of torch.func.
-        TypeError: an argument that must be a tensor, a number or a string and is not; a dtype that is not listed, or
-            float64 on an NPU.
+        TypeError: an argument that must be a tensor, a number, a bool or a string and is not; a dtype that is not
+            listed, or float64 on an NPU.
         IndexError: a target that is out of range and not ignore_index, on the CPU. Other devices do not check, because
             checking would synchronize: the row's loss and gradient are NaN, and nothing is read out of bounds.
             (The environment variable NPU_XENT_DEBUG=1 makes an NPU check.)
@@ -174,7 +174,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = legacy_reduction(size_average, reduce)
         size_average = reduce = None
-    if not (return_lse or return_z_loss or consume_logits or torch.compiler.is_compiling()):
+    plain = return_lse is False and return_z_loss is False and consume_logits is False
+    if plain and not torch.compiler.is_compiling():
         usual: Tensor | None = _C.cross_entropy(
             input,
             target,
@@ -203,6 +204,7 @@ def cross_entropy(
     }
     check_tensors("cross_entropy", input=input, target=target, weight=weight)
     check_types("cross_entropy", options)
+    check_flags("cross_entropy", return_lse=return_lse, return_z_loss=return_z_loss, consume_logits=consume_logits)
     if has_dtensor(input, target, weight):
         from . import _dtensor
 
@@ -312,6 +314,8 @@ def npu_cross_entropy_loss(
         "loss_dtype": loss_dtype,
     }
     check_types("npu_cross_entropy_loss", options)
+    flags = {"return_zloss": return_zloss, "need_log_prob": need_log_prob}
+    check_flags("npu_cross_entropy_loss", **flags, strict=True if strict is None else strict)
     if loss_dtype is None:
         options["loss_dtype"] = input.dtype
     lse_square_scale = options.pop("lse_square_scale_for_zloss")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._options import CROSS_ENTROPY, check_types, options_of
+from ._options import CROSS_ENTROPY, check_flags, check_types, options_of
 from ._overrides import not_scriptable
 from .functional import CrossEntropyOutput, cross_entropy
 
@@ -60,6 +60,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         return_z_loss: bool = False,
         consume_logits: bool = False,
     ) -> None:
+        check_flags(
+            "CrossEntropyLoss", return_lse=return_lse, return_z_loss=return_z_loss, consume_logits=consume_logits
+        )
         options: dict[str, Any] = {
             "lse_square_scale": lse_square_scale,
             "logit_scale": logit_scale,

@@ -17,6 +17,7 @@ from reference import make_logits, make_target
 from torch.nn import functional as F
 
 import npu_xent
+from npu_xent import distributed
 from npu_xent._options import (
     CONTRACT,
     CROSS_ENTROPY,
@@ -28,6 +29,7 @@ from npu_xent._options import (
     Option,
     options_of,
 )
+from npu_xent.compat import mindformers, nnsight
 
 PACKAGE = Path(npu_xent.__file__).parent
 NAMES = (CROSS_ENTROPY, LINEAR, CONTRACT, LOG_PROBS, LINEAR_LOG_PROBS, SELECTED)
@@ -212,6 +214,74 @@ def test_a_number_that_is_a_tensor_is_refused(name: str, value: torch.Tensor, de
     else:
         loss = npu_xent.cross_entropy(logits, target, **{name: constant})
         assert torch.equal(loss, npu_xent.cross_entropy(logits, target, **{name: 0.5}))
+
+
+FLAGS = [option for option in OPTIONS if option.kind is bool]
+
+
+@pytest.mark.parametrize("value", ["False", "", 2, [], 1.0, torch.ones(2, dtype=torch.bool), torch.ones(())], ids=repr)
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda option: option.name)
+def test_a_flag_that_is_no_bool_is_refused(flag: Option, value: Any, device: torch.device) -> None:
+    """The string "False" is true: consume_logits="False" overwrote the logits, strict="False" was strict."""
+    logits, target = make_logits(3, 5, torch.float32, device), make_target(3, 5, device)
+    tensors = {CONTRACT: (logits, target), CROSS_ENTROPY: (logits, target), LOG_PROBS: (logits, target)}
+    linear = (logits, torch.ones(5, 5, device=device), target)
+    for name in flag.functions:
+        call = partial(FUNCTIONS[name], *tensors.get(name, linear))
+        seen = "2" if isinstance(value, int) else f"a {type(value).__name__}"
+        with pytest.raises(TypeError, match=rf"npu_xent\.{name}: {flag.name} must be a bool, but is {seen}$"):
+            call(**{flag.name: value})
+        with pytest.raises(TypeError, match=f"{flag.name} must be a bool, but is a NoneType; leave it out for the def"):
+            call(**{flag.name: None})
+    if CROSS_ENTROPY in flag.functions:
+        with pytest.raises(TypeError, match=f"CrossEntropyLoss: {flag.name} must be a bool, but is {seen}"):
+            npu_xent.CrossEntropyLoss(**{flag.name: value})
+
+
+@pytest.mark.cpu
+def test_flags_of_the_other_functions_are_checked() -> None:
+    logits, target = torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long)
+    linear = distributed.vocab_parallel_linear_cross_entropy
+    calls: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        "return_z_loss": (distributed.vocab_parallel_cross_entropy, (logits, target)),
+        "consume_logits": (distributed.vocab_parallel_token_log_probs, (logits, target)),
+        "sequence_parallel": (linear, (logits, torch.ones(5, 5), target)),
+        "reduce_input_grad": (linear, (logits, torch.ones(5, 5), target)),
+        "strict": (npu_xent.npu_cross_entropy_loss, (logits[0], target[0])),
+        "shift": (nnsight.cross_entropy_loss, (logits, target)),
+        "avg_batch": (nnsight.cross_entropy_loss, (logits, target)),
+        "avg_token": (nnsight.cross_entropy_loss, (logits, target)),
+        "calculate_per_token_loss": (mindformers.CrossEntropyLoss, ()),
+        "check_for_nan_in_loss_and_grad": (mindformers.CrossEntropyLoss, ()),
+        "need_log_prob": (npu_xent.patch_torch_npu, ()),
+    }
+    for name, (function, tensors) in calls.items():
+        with pytest.raises(TypeError, match=f"{name} must be a bool, but is a str"):
+            function(*tensors, **{name: "False"})
+    with pytest.raises(TypeError, match="strict must be a bool, but is a str"):
+        npu_xent.patch_torch_npu(strict="False")
+
+
+@pytest.mark.cpu
+def test_nothing_is_overwritten_for_a_flag_that_is_no_bool() -> None:
+    logits = torch.randn(3, 5, requires_grad=True) * 1
+    kept = logits.detach().clone()
+    with pytest.raises(TypeError, match="consume_logits must be a bool, but is a str"):
+        npu_xent.cross_entropy(logits, torch.tensor([0, 1, 2]), consume_logits="False")
+    assert torch.equal(logits, kept)
+
+
+@pytest.mark.cpu
+def test_a_comparison_of_sizes_is_a_flag_to_compilers() -> None:
+    logits, target = torch.randn(6, 5), torch.zeros(6, dtype=torch.long)
+
+    def lse_of_many(x: torch.Tensor, y: torch.Tensor) -> Any:
+        return npu_xent.cross_entropy(x, y, return_lse=x.shape[0] > 4, consume_logits=x.shape[0] > 9)[1]
+
+    compiled = torch.compile(lse_of_many, backend="eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(logits, target), logits.logsumexp(1))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(lse_of_many, tracing_mode="symbolic")(logits, target)
+    assert torch.equal(traced(logits, target), npu_xent.cross_entropy(logits, target, return_lse=True).lse)
 
 
 def test_sums_of_16_bit_logits_keep_their_digits(device: torch.device) -> None:

@@ -150,9 +150,9 @@ def test_numbers_of_other_types_are_numbers(name: str, value: Any, device: torch
         )
 
 
-@pytest.mark.parametrize("flag", ["yes", [], 2, None], ids=str)
-def test_flags_may_be_anything(flag: Any, device: torch.device) -> None:
-    """A string or a list raised torch's RuntimeError about the schema."""
+@pytest.mark.parametrize("flag", [0, 1, np.True_, np.False_, torch.tensor(True)], ids=repr)
+def test_flags_may_be_bools_of_other_types(flag: Any, device: torch.device) -> None:
+    """Some raised torch's RuntimeError about the schema."""
     logits, target = make_logits(5, 7, torch.float32, device), make_target(5, 7, device)
     out = npu_xent.cross_entropy(logits, target, return_lse=flag, return_z_loss=True)
     assert (out.lse is not None) == bool(flag)
@@ -339,7 +339,7 @@ def test_sharded_losses_of_no_features_and_of_freed_storages(alone: None) -> Non
     with pytest.raises(RuntimeError, match=r"linear_weight with shape .* needs"):
         distributed.vocab_parallel_linear_cross_entropy(**layer)
     logits = torch.zeros(2, 5)
-    out = distributed.vocab_parallel_token_log_probs(logits, layer["target"], return_entropy="yes", return_top1=[])
+    out = distributed.vocab_parallel_token_log_probs(logits, layer["target"], return_entropy=1, return_top1=np.False_)
     assert out.entropy is not None
     assert out.top1 is None
 
@@ -542,8 +542,8 @@ def constant(value: float) -> torch.nn.Parameter:
 @pytest.mark.parametrize("value", [False, True])
 @pytest.mark.parametrize("name", ["return_lse", "return_z_loss", "consume_logits"])
 def test_constant_parameters_are_flags_for_the_module(name: str, value: bool, device: torch.device) -> None:
-    """As for numbers. A flag may be any truthy or falsy value."""
-    for given in (constant(value), "yes" if value else []):
+    """As for numbers. Other types that hold a bool are flags too."""
+    for given in (constant(value), np.bool_(value), int(value)):
         module = npu_xent.CrossEntropyLoss(**{name: given})
         assert not list(module.parameters())
         assert getattr(module, name) is value

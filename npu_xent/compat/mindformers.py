@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .._options import check_flags
 from .._tensors import LOGITS, check_float64, check_tensors, require_storages, transformed
 from ..functional import cross_entropy
 
@@ -102,6 +103,11 @@ class CrossEntropyLoss(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        check_flags(
+            "compat.mindformers.CrossEntropyLoss",
+            check_for_nan_in_loss_and_grad=check_for_nan_in_loss_and_grad,
+            calculate_per_token_loss=calculate_per_token_loss,
+        )
         for name in kwargs:
             warnings.warn(f"mindformers.CrossEntropyLoss: {name} is ignored; {INSTEAD.get(name, READ)}", stacklevel=2)
         model_parallel = _get(parallel_config, "model_parallel", 1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._options import check_flags
 from .._tensors import check_tensors, is_autocast_on, require_storages
 from ..functional import cross_entropy
 
@@ -54,6 +55,7 @@ def cross_entropy_loss(
     - The page asks for both tensors on one device. The code moves both to the CPU, so they may be on different ones.
     """
     check_tensors("compat.nnsight.cross_entropy_loss", logits=logits, target_ids=target_ids)
+    check_flags("compat.nnsight.cross_entropy_loss", shift=shift, avg_batch=avg_batch, avg_token=avg_token)
     require_storages(logits=logits, target_ids=target_ids)
     if logits.dim() == 2:
         logits = logits.unsqueeze(0)

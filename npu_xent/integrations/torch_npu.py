@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from .._options import check_flags
 from ..functional import npu_cross_entropy_loss
 from ._patch import PatchHandle
 
@@ -44,6 +45,7 @@ def patch_torch_npu(
         RuntimeError: torch_npu has not been imported (npu_xent does not import it), is not installed, or has no such
             function.
     """
+    check_flags("patch_torch_npu", strict=True if strict is None else strict, need_log_prob=need_log_prob)
     module = sys.modules.get("torch_npu")
     if module is None:
         if importlib.util.find_spec("torch_npu") is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from .._options import check_flags
 from . import _lm_head
 from . import torch as _of_torch
 from ._lm_head import FusedHead, base_model, loss_of, per_item, reduction_of, set_loss, targets_of
@@ -76,6 +77,7 @@ def compute_loss_func(label_smoothing: float = 0.0, *, shift: bool = True) -> Ca
     Returns:
         A function of (outputs, labels, num_items_in_batch=None).
     """
+    check_flags("compute_loss_func", shift=shift)
 
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits: Tensor = outputs["logits"] if isinstance(outputs, dict) else outputs[0]
