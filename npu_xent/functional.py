@@ -421,13 +421,21 @@ def _check_shapes(input: Tensor, target: Tensor) -> None:
         raise ValueError(f"npu_xent: logits must have at least one class, but have shape {list(input.shape)}.")
     expected = input.shape
     if not target.is_floating_point():
-        if input.dim() == 2 and not transformed():
-            return  # the operator checks these shapes itself
+        if input.dim() == 2 and target.dim() == 1 and not transformed():
+            return  # the operator compares their lengths itself
         expected = _shape_of_rows(input)
     if input.dim() == 0 or target.shape != expected:
         hint = ""
-        if target.is_floating_point():
+        if target.is_floating_point() and not input.is_floating_point():
+            hint = f"; input is {input.dtype} and target {target.dtype}, so they may be swapped"
+        elif target.is_floating_point():
             hint = f"; class indices are integers, and this target is {target.dtype}"
+        elif target.shape == input.shape:  # bool or complex
+            hint = "; probabilities are floating point: target.float()"
+        elif input.dim() == 2 and target.numel() == input.shape[0]:
+            hint = "; pass target.flatten()"
+        elif input.dim() > 2 and target.dim() == 1 and target.numel() == input.shape[:-1].numel():
+            hint = "; classes are dimension 1, so for classes last, flatten input too: input.flatten(0, -2)"
         elif input.dim() > 2 and target.shape == input.shape[:-1]:
             hint = (
                 "; classes are dimension 1, so for classes last, flatten both: input.flatten(0, -2), target.flatten()"

@@ -150,6 +150,28 @@ def test_numbers_of_other_types_are_numbers(name: str, value: Any, device: torch
         )
 
 
+@pytest.mark.parametrize(
+    "logits, target, hint",
+    [
+        (torch.zeros(12, 5), torch.zeros(2, 6).long(), "[12, 5] and target [2, 6]; pass target.flatten()"),
+        (torch.zeros(12, 5), torch.zeros(12, 1).long(), "[12, 5] and target [12, 1]; pass target.flatten()"),
+        (torch.zeros(2, 6, 5), torch.zeros(12).long(), "for classes last, flatten input too: input.flatten(0, -2)"),
+        (torch.zeros(12, 5), torch.zeros(3, 6).long(), "but input has [12, 5] and target [3, 6]"),
+        (torch.zeros(3, 5), torch.zeros(3, 5).bool(), "probabilities are floating point: target.float()"),
+        (torch.zeros(12).long(), torch.zeros(12, 5), "input is torch.int64 and target torch.float32, so they may be s"),
+        (torch.zeros(2, 6).long(), torch.zeros(2, 6, 5), "so they may be swapped"),
+    ],
+    ids=lambda value: str(list(value.shape)) if isinstance(value, torch.Tensor) else "",
+)
+def test_shapes_that_do_not_go_together_are_both_named(
+    logits: torch.Tensor, target: torch.Tensor, hint: str, device: torch.device
+) -> None:
+    """With the way out of each usual mistake."""
+    with pytest.raises(ValueError, match=r"npu_xent\.cross_entropy: target must have the shape of input .*") as caught:
+        npu_xent.cross_entropy(logits.to(device), target.to(device))
+    assert hint in str(caught.value)
+
+
 @pytest.mark.parametrize("flag", [0, 1, np.True_, np.False_, torch.tensor(True)], ids=repr)
 def test_flags_may_be_bools_of_other_types(flag: Any, device: torch.device) -> None:
     """Some raised torch's RuntimeError about the schema."""
