@@ -14,7 +14,6 @@ from ._loading import prepare
 from ._options import LINEAR_LOG_PROBS, LOG_PROBS, SELECTED, check_flags, check_ranges, check_types
 from ._overrides import not_scriptable, output_type, overridden
 from ._tensors import (
-    INTEGERS,
     check_logits_dtype,
     check_overwritable,
     check_tensors,
@@ -162,7 +161,7 @@ def token_log_probs(
     op = torch.ops.npu_xent.token_log_probs_ if overwrite else torch.ops.npu_xent.token_log_probs
     outputs = op.default(
         _rows(logits, overwrite),
-        _indices(target).reshape(-1),
+        index_target(target).reshape(-1),
         row_temperature,
         **options,
         need_entropy=bool(return_entropy),
@@ -265,7 +264,7 @@ def linear_token_log_probs(
         _rows(input),
         linear_weight,
         linear_bias,
-        _indices(target).reshape(-1),
+        index_target(target).reshape(-1),
         row_temperature,
         **options,
         need_entropy=bool(return_entropy),
@@ -317,12 +316,12 @@ def selected_log_probs(
     if transformed():
         check_ranges(options)
         check_logits_dtype(logits)
-        return _log_softmax(logits, row_temperature, options).gather(-1, _indices(index, "index"))
+        return _log_softmax(logits, row_temperature, options).gather(-1, index_target(index, "index"))
     prepare(logits)
     require_storage("logits", logits)
     require_storage("index", index)
     log_probs: Tensor = torch.ops.npu_xent.selected_log_probs.default(
-        _rows(logits), _rows(_indices(index, "index")), row_temperature, **options
+        _rows(logits), _rows(index_target(index, "index")), row_temperature, **options
     )
     return log_probs.view(index.shape)
 
@@ -364,13 +363,6 @@ def _row_temperature(function: str, temperature: float | Tensor, shape: torch.Si
         )
     require_storage("temperature", temperature)
     return temperature.expand(shape).reshape(-1)
-
-
-def _indices(tensor: Tensor, argument: str = "target") -> Tensor:
-    """Return class indices as int64."""
-    if tensor.dtype not in (torch.int64, *INTEGERS):
-        raise TypeError(f"npu_xent: {argument} must be int64 or another integer dtype, but is {tensor.dtype}.")
-    return index_target(tensor)
 
 
 def _rows(tensor: Tensor, in_place: bool = False) -> Tensor:
@@ -420,7 +412,7 @@ def _by_torch_operations(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """token_log_probs by torch operations, for torch.func."""
     check_logits_dtype(logits)
-    target = _indices(target)
+    target = index_target(target)
     kept = target != options["ignore_index"]
     logits = logits.masked_fill(kept.logical_not().unsqueeze(-1), 0.0)  # 0 * NaN would be NaN
     log_prob = _log_softmax(logits, row_temperature, options)

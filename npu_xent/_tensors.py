@@ -138,14 +138,20 @@ def check_not_negative(function: str, argument: str, logits: Tensor) -> None:
         )
 
 
-def index_target(target: Tensor) -> Tensor:
-    """Convert integer dtypes to int64, which the operators take. The operators reject the other dtypes."""
-    if target.dtype in INTEGERS:
-        require_storage("target", target)
+def index_target(target: Tensor, argument: str = "target") -> Tensor:
+    """Convert integer dtypes to int64, which the operators take, or raise TypeError."""
+    if target.dtype is torch.int64:
+        return target
+    if target.dtype not in INTEGERS:
+        raise TypeError(
+            f"npu_xent: {argument} must be int64 or another integer dtype, but is {target.dtype}; "
+            f"convert it with {argument}.long()."
+        )
+    require_storage(argument, target)
     if target.dtype == torch.uint64:  # values above int64 must not wrap to ignore_index
         target = target.view(torch.int64)
         return target.masked_fill(target < 0, torch.iinfo(torch.int64).max)
-    return target.long() if target.dtype in INTEGERS else target
+    return target.long()
 
 
 def transformed() -> bool:

@@ -529,8 +529,6 @@ def _by_torch_operations(
         kept = torch.ones(target.select(class_dim, 0).shape, dtype=torch.bool, device=target.device)
     else:
         target = index_target(target)
-        if target.dtype != torch.int64:
-            raise TypeError(f"npu_xent: target must be int64 or another integer dtype, but is {target.dtype}.")
         kept = target != ignore_index
         logits = logits.masked_fill(kept.logical_not().unsqueeze(class_dim), 0.0)  # 0 * NaN would be NaN
     logits = _capped(logits, softcap)

@@ -215,7 +215,8 @@ def test_signed_targets_may_hold_the_default_ignore_index(device: torch.device) 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64], ids=str)
 def test_other_targets_are_a_type_error(dtype: torch.dtype, device: torch.device) -> None:
-    with pytest.raises(TypeError, match="target must be int64, but is"):
+    words = rf"target must be int64 or another integer dtype, but is {dtype}; convert it with target\.long\(\)\."
+    with pytest.raises(TypeError, match=words):
         npu_xent.cross_entropy(torch.zeros(2, 3, device=device), torch.zeros(2, dtype=dtype, device=device))
 
 

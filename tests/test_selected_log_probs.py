@@ -467,7 +467,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "index of floating point": (
         {"index": lambda d: torch.zeros(4, 2, device=d)},
         TypeError,
-        "index must be int64 or another integer dtype, but is",
+        "index must be int64 or another integer dtype, but is torch.float32; convert it with index.long().",
     ),
     "index elsewhere": (
         {"index": lambda d: torch.zeros(4, 2, dtype=torch.int64, device="meta")},
