@@ -147,7 +147,7 @@ def token_log_probs(
             f"logits has {list(logits.shape)} and target {list(target.shape)}{hint}"
         )
     options = _options(LOG_PROBS, temperature, softcap, logit_scale, ignore_index)
-    row_temperature = _row_temperature(LOG_PROBS, temperature, target.shape)
+    row_temperature = _row_temperature(LOG_PROBS, temperature, target.shape, logits=logits)
     overwrite = consume_logits and logits.requires_grad and torch.is_grad_enabled()
     if transformed():
         check_overwritable(LOG_PROBS, "logits", logits, overwrite)
@@ -248,7 +248,7 @@ def linear_token_log_probs(
             f"input has {list(input.shape)} and target {list(target.shape)}"
         )
     options = _options(LINEAR_LOG_PROBS, temperature, softcap, logit_scale, ignore_index, chunk_rows=chunk_rows)
-    row_temperature = _row_temperature(LINEAR_LOG_PROBS, temperature, target.shape)
+    row_temperature = _row_temperature(LINEAR_LOG_PROBS, temperature, target.shape, input=input)
     if transformed():
         chunk_rows = options.pop("chunk_rows")
         check_ranges(options)
@@ -312,7 +312,7 @@ def selected_log_probs(
             f"but logits has {list(logits.shape)} and index {list(index.shape)}"
         )
     options = _options(SELECTED, temperature, softcap, logit_scale)
-    row_temperature = _row_temperature(SELECTED, temperature, logits.shape[:-1])
+    row_temperature = _row_temperature(SELECTED, temperature, logits.shape[:-1], logits=logits)
     if transformed():
         check_ranges(options)
         check_logits_dtype(logits)
@@ -346,8 +346,8 @@ def _options(
     return options
 
 
-def _row_temperature(function: str, temperature: float | Tensor, shape: torch.Size) -> Tensor | None:
-    """Return the temperature of each row, [N], or None if it is a number."""
+def _row_temperature(function: str, temperature: float | Tensor, shape: torch.Size, **of_rows: Tensor) -> Tensor | None:
+    """Return the temperature of each row, [N], or None if it is a number. `of_rows` is what has the rows, by name."""
     if not isinstance(temperature, Tensor):
         return None
     check_tensors(function, temperature=temperature)
@@ -360,6 +360,12 @@ def _row_temperature(function: str, temperature: float | Tensor, shape: torch.Si
         raise ValueError(
             f"npu_xent.{function}: temperature must be a number, or a tensor with one value for each row, of shape "
             f"{list(shape)}, but has shape {list(temperature.shape)}; expand a temperature of each sequence"
+        )
+    ((argument, tensor),) = of_rows.items()
+    if temperature.device != tensor.device:
+        raise ValueError(
+            f"npu_xent.{function}: temperature must be on the device of {argument}, {tensor.device}, but is on "
+            f"{temperature.device}; move it with temperature.to({argument}.device)"
         )
     require_storage("temperature", temperature)
     return temperature.expand(shape).reshape(-1)

@@ -183,6 +183,9 @@ def as_number(function: str, name: str, value: Any, kind: type[Any]) -> Any:
     except (TypeError, ValueError, RuntimeError):  # torch's for tensors of the meta device, sparse ones and others
         seen = type(value).__name__ + (f" of {value.dtype} on {value.device}" if is_tensor else "")
         way_out = "; leave it out for the default" if value is None else ""
+        several = hasattr(value, "__len__") and not isinstance(value, (str, bytes))
+        if several and name == "temperature" and function in (*_TOKEN, SELECTED):
+            way_out = "; for one of each row pass a float32 tensor"
         if kind is int:
             raise TypeError(f"npu_xent.{function}: {name} must be an integer, but is a {seen}{way_out}") from None
         raise TypeError(f"npu_xent.{function}: {name} must be a number, but is a {seen}{way_out}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import assert_same_bits, make_logits, make_target
@@ -96,7 +97,21 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "fewer temperatures": ({"temperature": lambda d: torch.ones(3, device=d)}, ValueError, "temperature must"),
     "temperatures of another shape": ({"temperature": lambda d: torch.ones(4, 1, device=d)}, ValueError, "temperature"),
-    "temperatures elsewhere": ({"temperature": lambda d: torch.ones(4, device="meta")}, ValueError, "temperature must"),
+    "temperatures elsewhere": (
+        {"temperature": lambda d: torch.ones(4, device="meta")},
+        ValueError,
+        "token_log_probs: temperature must be on the device of logits,",
+    ),
+    "temperatures in a list": (
+        {"temperature": [0.7] * 4},
+        TypeError,
+        "temperature must be a number, but is a list; for one of each row pass a float32 tensor",
+    ),
+    "temperatures of numpy": (
+        {"temperature": np.full(4, 0.7)},
+        TypeError,
+        "temperature must be a number, but is a ndarray; for one of each row pass a float32 tensor",
+    ),
     "softcap of 0": ({"softcap": 0.0}, ValueError, "softcap must lie in [1e-6, 1e6], but is 0"),
     "softcap as text": ({"softcap": "30"}, TypeError, "token_log_probs: softcap must be a number, but is a str"),
     "logit_scale of infinity": ({"logit_scale": torch.inf}, ValueError, "logit_scale must be finite, but is inf"),
