@@ -172,6 +172,11 @@ def linear_cross_entropy(
         return _dtensor.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options
         )
+    if linear_weight.dim() != 2:  # the operator's words, before those about target
+        raise ValueError(
+            f"npu_xent: linear_weight must have shape [C, H], but has {linear_weight.dim()} dimensions: "
+            f"{list(linear_weight.shape)}."
+        )
     probabilities = target.is_floating_point()
     expected = input.shape[:-1] + (linear_weight.shape[:1] if probabilities else ())
     if input.dim() == 0 or target.shape != expected:

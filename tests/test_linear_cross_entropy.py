@@ -557,6 +557,11 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "input in int64": ({"input": torch.ones(4, 3, dtype=torch.int64)}, TypeError, "input must be float32, bfloat16"),
     "input no tensor": ({"input": [1.0]}, TypeError, "linear_cross_entropy: input must be a torch.Tensor"),
+    "linear_weight of three dimensions, with a target that does not fit": (
+        {"linear_weight": torch.ones(5, 3, 3), "target": torch.zeros(2, 3, dtype=torch.long)},
+        ValueError,
+        "linear_weight must have shape [C, H], but has 3 dimensions: [5, 3, 3].",
+    ),
     "linear_weight no tensor": ({"linear_weight": None}, TypeError, "linear_weight must be a torch.Tensor"),
     "linear_weight of one dimension": (
         {"linear_weight": torch.ones(3)},
