@@ -336,8 +336,8 @@ def npu_cross_entropy_loss(
             warn_of_lifted(lifted)
     if input.dim() != 2:
         raise ValueError(
-            f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}; flatten them, and target, to "
-            "one row for each prediction, or call npu_xent.cross_entropy, which takes any rank."
+            f"npu_xent: logits must have shape [N, C], but have shape {list(input.shape)}; flatten them, and target, "
+            "to one row for each prediction, or call npu_xent.cross_entropy, which takes any rank."
         )
     fusable = not return_zloss and input.dtype is not torch.float16
     if fusable and one_compiled_gradient():
