@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -1016,7 +1017,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             products = _Products(saved[0], saved[1], saved[2], target, layer, list(ctx.needs_input_grad[:3]))
             # The backward may be called under autocast where the forward was not.
-            with torch.autocast(grad_loss.device.type, enabled=False):
+            device = grad_loss.device.type
+            with torch.autocast(device, enabled=False) if is_autocast_on(grad_loss) else nullcontext():
                 for chunk in products.chunks:
                     of_chunk = grad_loss if grad_loss.dim() == 0 else grad_loss[chunk]
                     operands = {"totals": totals, "grad_loss": of_chunk, **layer.options}
