@@ -30,6 +30,11 @@ struct Named {
   Named(const char* name_, const OptionalTensor& t) : name(name_), tensor(t ? &*t : nullptr) {}
 };
 
+// A dtype for messages, as Python names it: torch.float32.
+inline std::string name_of(at::ScalarType dtype) {
+  return "torch." + std::string(c10::getDtypeNames(dtype).first);
+}
+
 // For kernels, which read memory by its address: a storage can be freed or shrunk (untyped_storage().resize_) behind a
 // tensor, to save memory. Tensors without memory, of the meta device or of a compiler, pass.
 inline void check_storages(std::initializer_list<Named> tensors) {
@@ -47,13 +52,13 @@ inline void check_storages(std::initializer_list<Named> tensors) {
 }
 
 inline void check_loss_dtype(at::ScalarType dtype) {
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ", dtype,
-                   ".");
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype), "npu_xent: loss_dtype must be a floating-point dtype, but is ",
+                   name_of(dtype), ".");
 }
 inline void check_loss_dtype(at::ScalarType dtype, const Tensor& input) {
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == input.scalar_type(),
-                   "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, ", input.scalar_type(),
-                   ", but is ", dtype, ".");
+                   "npu_xent: loss_dtype must be float32, float64 or the dtype of the input, ",
+                   name_of(input.scalar_type()), ", but is ", name_of(dtype), ".");
   TORCH_CHECK_TYPE(dtype != at::kDouble || !input.is_privateuseone(), "npu_xent: loss_dtype must not be float64 on ",
                    input.device(), ", which has no float64 arithmetic; use float32.");
 }
@@ -92,8 +97,8 @@ inline void check_target_and_weight(const Tensor& target, const OptionalTensor& 
                                     c10::Device device) {
   TORCH_CHECK_VALUE(target.dim() == 1, "npu_xent: target must have shape [N], but has ", target.dim(),
                     " dimensions: ", target.sym_sizes(), ".");
-  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ", target.scalar_type(),
-                   "; convert it with target.long().");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong, "npu_xent: target must be int64, but is ",
+                   name_of(target.scalar_type()), "; convert it with target.long().");
   TORCH_CHECK_VALUE(target.device() == device, "npu_xent: target must be on the logits' device ", device,
                     ", but is on ", target.device(), ".");
   check_weight(weight, num_classes, device);
@@ -101,16 +106,16 @@ inline void check_target_and_weight(const Tensor& target, const OptionalTensor& 
 
 inline void check_weight_dtype(const OptionalTensor& weight, at::ScalarType logits) {
   TORCH_CHECK_TYPE(!weight || weight->scalar_type() == at::kFloat || weight->scalar_type() == logits,
-                   "npu_xent: weight must be float32 or of the logits' dtype ", logits, ", but is ",
-                   weight->scalar_type(), ".");
+                   "npu_xent: weight must be float32 or of the logits' dtype ", name_of(logits), ", but is ",
+                   name_of(weight->scalar_type()), ".");
 }
 
 // An NPU's vector unit has no float64.
 inline void check_npu_dtype(const Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() != at::kDouble || !tensor.is_privateuseone(), "npu_xent: ", name,
                    " must be float32, bfloat16 or float16 on ", tensor.device(),
-                   ", which has no float64 arithmetic, but is ", tensor.scalar_type(), "; convert it with ", name,
-                   ".float(), or compute on the CPU.");
+                   ", which has no float64 arithmetic, but is ", name_of(tensor.scalar_type()), "; convert it with ",
+                   name, ".float(), or compute on the CPU.");
 }
 
 // For a target that is neither a class nor ignore_index. Raises IndexError, as F.cross_entropy does on the CPU.
@@ -139,7 +144,7 @@ inline void check_logits(const Tensor& logits) {
                     " dimensions and are on ", logits.device(), ": ", logits.sym_sizes(), ".");
   const auto dtype = logits.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                   "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", dtype, ".");
+                   "npu_xent: logits must be float32, bfloat16, float16 or float64, but are ", name_of(dtype), ".");
   check_npu_dtype(logits, "logits");
   CHECK_SYM_VALUE(logits.sym_size(-1).sym_gt(0), "npu_xent: logits must have at least one class, but have shape ",
                   logits.sym_sizes(), ".");
@@ -160,8 +165,8 @@ inline void check_stats(const Tensor& stats, const char* name, const c10::SymInt
                         c10::Device device) {
   TORCH_CHECK_VALUE(stats.dim() == 1 && stats.device() == device, "npu_xent: ", name, " must have shape [N] and be on ",
                     device, ", but has ", stats.dim(), " dimensions and is on ", stats.device(), ".");
-  TORCH_CHECK_TYPE(stats.scalar_type() == dtype, "npu_xent: ", name, " must be ", dtype, ", but is ",
-                   stats.scalar_type(), ".");
+  TORCH_CHECK_TYPE(stats.scalar_type() == dtype, "npu_xent: ", name, " must be ", name_of(dtype), ", but is ",
+                   name_of(stats.scalar_type()), ".");
   CHECK_SYM_VALUE(stats.sym_size(0).sym_eq(n), "npu_xent: ", name, " must have ", n, " values, but has ",
                   stats.sym_size(0), ".");
 }
@@ -170,7 +175,7 @@ inline void check_totals(const Tensor& totals, c10::Device device) {
   TORCH_CHECK_VALUE(totals.dim() == 1 && totals.device() == device, "npu_xent: totals must have shape [3] and be on ",
                     device, ", but has ", totals.dim(), " dimensions and is on ", totals.device(), ".");
   TORCH_CHECK_TYPE(totals.scalar_type() == at::kFloat || totals.scalar_type() == at::kDouble,
-                   "npu_xent: totals must be float32 or float64, but is ", totals.scalar_type(), ".");
+                   "npu_xent: totals must be float32 or float64, but is ", name_of(totals.scalar_type()), ".");
   CHECK_SYM_VALUE(totals.sym_size(0).sym_eq(kTotals), "npu_xent: totals must have 3 values, but has ",
                   totals.sym_size(0), ".");
 }
@@ -184,7 +189,7 @@ inline void check_upstream(const OptionalTensor& grad, const char* name, Reducti
   TORCH_CHECK_VALUE(grad->device() == device, "npu_xent: ", name, " must be on ", device, ", but is on ",
                     grad->device(), ".");
   TORCH_CHECK_TYPE(at::isFloatingType(grad->scalar_type()), "npu_xent: ", name,
-                   " must be a floating-point tensor, but is ", grad->scalar_type(), ".");
+                   " must be a floating-point tensor, but is ", name_of(grad->scalar_type()), ".");
   CHECK_SYM_VALUE(grad->sym_numel().sym_eq(reduction == Reduction::none ? n : c10::SymInt(1)), "npu_xent: ", name,
                   " must have one value for each loss, but has ", grad->sym_numel(), ".");
 }
@@ -201,7 +206,7 @@ inline void check_row_temperature(const OptionalTensor& temperature, const c10::
                     "npu_xent: temperature must be a number, or have the shape of target and be on ", device,
                     ", but has ", temperature->dim(), " dimensions and is on ", temperature->device(), ".");
   TORCH_CHECK_TYPE(temperature->scalar_type() == at::kFloat || temperature->scalar_type() == stats_dtype(logits),
-                   "npu_xent: temperature must be a number or float32, but is ", temperature->scalar_type(),
+                   "npu_xent: temperature must be a number or float32, but is ", name_of(temperature->scalar_type()),
                    "; pass temperature.float().");
   CHECK_SYM_VALUE(temperature->sym_size(0).sym_eq(n), "npu_xent: temperature must have one value for each of the ", n,
                   " rows, but has ", temperature->sym_size(0), ".");
@@ -284,8 +289,8 @@ inline void check_prob_rows(const Options& o, const Tensor& logits, const Tensor
                     logits.dim(), " dimensions and are on ", logits.device(), ", but have ", probabilities.dim(),
                     " dimensions and are on ", probabilities.device(), ".");
   TORCH_CHECK_TYPE(probabilities.scalar_type() == logits.scalar_type(),
-                   "npu_xent: probabilities must have the dtype of the logits, ", logits.scalar_type(), ", but are ",
-                   probabilities.scalar_type(), ".");
+                   "npu_xent: probabilities must have the dtype of the logits, ", name_of(logits.scalar_type()),
+                   ", but are ", name_of(probabilities.scalar_type()), ".");
   for (int64_t d = 0; d < logits.dim(); ++d) {
     CHECK_SYM_VALUE(probabilities.sym_size(d).sym_eq(logits.sym_size(d)),
                     "npu_xent: probabilities must have the shape of the logits, ", logits.sym_sizes(), ", but have ",
@@ -316,11 +321,12 @@ inline void check_linear_rows(const Options& o, const LinearRows& rows) {
                     linear_weight.dim(), " dimensions: ", linear_weight.sym_sizes(), ".");
   const auto dtype = input.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                   "npu_xent: input must be float32, bfloat16, float16 or float64, but is ", dtype, ".");
+                   "npu_xent: input must be float32, bfloat16, float16 or float64, but is ", name_of(dtype), ".");
   check_npu_dtype(input, "input");
   const auto alike = [&](const Tensor& other, const char* name) {
-    TORCH_CHECK_TYPE(other.scalar_type() == dtype, "npu_xent: ", name, " must have the dtype of input, ", dtype,
-                     ", but is ", other.scalar_type(), "; convert one of them, or call it under autocast.");
+    TORCH_CHECK_TYPE(other.scalar_type() == dtype, "npu_xent: ", name, " must have the dtype of input, ",
+                     name_of(dtype), ", but is ", name_of(other.scalar_type()),
+                     "; convert one of them, or call it under autocast.");
     TORCH_CHECK_VALUE(other.device() == input.device(), "npu_xent: ", name, " must be on the device of input, ",
                       input.device(), ", but is on ", other.device(), "; move it with ", name, ".to(input.device).");
   };
@@ -328,7 +334,8 @@ inline void check_linear_rows(const Options& o, const LinearRows& rows) {
   const auto classes = linear_weight.sym_size(0);
   CHECK_SYM_VALUE(linear_weight.sym_size(1).sym_eq(input.sym_size(1)),
                   "npu_xent: linear_weight must have a column for each of the ", input.sym_size(1),
-                  " features of input, but has shape ", linear_weight.sym_sizes(), ".");
+                  " features of input, but has shape ", linear_weight.sym_sizes(),
+                  "; if it is [H, C], pass linear_weight.t().");
   CHECK_SYM_VALUE(classes.sym_gt(0), "npu_xent: linear_weight must have at least one class, but has shape ",
                   linear_weight.sym_sizes(), ".");
   if (linear_bias) {
@@ -366,9 +373,10 @@ inline void check_linear_row_stats_grad(const Options& o, const LinearRows& rows
 
 // Logits that will be overwritten must be contiguous.
 inline void check_dense(const Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.is_contiguous(),
-                    "npu_xent: logits that are overwritten with their gradient must be contiguous, but have shape ",
-                    logits.sym_sizes(), " and strides ", logits.sym_strides(), "; pass logits.contiguous().");
+  TORCH_CHECK_VALUE(
+      logits.is_contiguous(),
+      "npu_xent: consume_logits overwrites logits with their gradient, so they must be contiguous, but have shape ",
+      logits.sym_sizes(), " and strides ", logits.sym_strides(), "; leave it off, or pass logits.contiguous().");
 }
 
 // Nor with torch's negative bit, which other tensors of the same memory do not have.
@@ -382,7 +390,7 @@ inline void check_not_negative(const Tensor& written, const std::string& name) {
 inline void check_scale(const Tensor& self, const Tensor& factor) {
   const auto dtype = self.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kDouble,
-                   "npu_xent: scale_ takes float32, bfloat16, float16 or float64, but self is ", dtype, ".");
+                   "npu_xent: scale_ takes float32, bfloat16, float16 or float64, but self is ", name_of(dtype), ".");
   check_npu_dtype(self, "self");
   TORCH_CHECK_VALUE(self.is_non_overlapping_and_dense(),
                     "npu_xent: scale_ needs memory without gaps, but self has shape ", self.sym_sizes(),
@@ -400,7 +408,7 @@ inline void check_reduce_rows(const Options& o, const Tensor& target, const Opti
   CHECK_SYM_VALUE(o.num_classes->sym_gt(0), "npu_xent: num_classes must be positive, but is ", *o.num_classes, ".");
   check_target_and_weight(target, weight, *o.num_classes, target.device());
   TORCH_CHECK_TYPE(!weight || at::isFloatingType(weight->scalar_type()),
-                   "npu_xent: weight must be a floating-point tensor, but is ", weight->scalar_type(),
+                   "npu_xent: weight must be a floating-point tensor, but is ", name_of(weight->scalar_type()),
                    "; convert it with weight.float().");
   if (!lse) {
     return;
@@ -411,7 +419,7 @@ inline void check_reduce_rows(const Options& o, const Tensor& target, const Opti
       "is not 0.");
   const auto dtype = lse->scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble, "npu_xent: lse must be float32 or float64, but is ",
-                   dtype, ".");
+                   name_of(dtype), ".");
   check_npu_dtype(*lse, "lse");
   const auto n = target.sym_size(0);
   check_stats(*lse, "lse", n, dtype, target.device());

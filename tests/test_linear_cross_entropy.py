@@ -571,13 +571,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "linear_weight of other features": (
         {"linear_weight": torch.ones(5, 4)},
         ValueError,
-        "linear_weight must have a column for each of the 3 features of input, but has shape [5, 4]",
+        "of the 3 features of input, but has shape [5, 4]; if it is [H, C], pass linear_weight.t().",
     ),
     "no classes": ({"linear_weight": torch.ones(0, 3)}, ValueError, "linear_weight must have at least one class"),
     "linear_weight in bfloat16": (
         {"linear_weight": torch.ones(5, 3, dtype=torch.bfloat16)},
         TypeError,
-        "linear_weight must have the dtype of input, Float, but is BFloat16",
+        "linear_weight must have the dtype of input, torch.float32, but is torch.bfloat16",
     ),
     "linear_weight elsewhere": (
         {"linear_weight": torch.ones(5, 3, device="meta")},
@@ -599,7 +599,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight in float16": (
         {"weight": torch.ones(5).half()},
         TypeError,
-        "weight must be float32 or of the logits' dtype",
+        "weight must be float32 or of the logits' dtype torch.float32, but is torch.float16",
     ),
     "weight that learns": ({"weight": torch.ones(5, requires_grad=True)}, RuntimeError, "weight requires a gradient"),
     "target of bool": ({"target": torch.ones(4, dtype=torch.bool)}, TypeError, "target must be int64"),

@@ -527,13 +527,13 @@ REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "linear_weight of other features": (
         {"linear_weight": torch.ones(5, 4)},
         ValueError,
-        "linear_weight must have a column for each of the 3 features of input, but has shape [5, 4]",
+        "of the 3 features of input, but has shape [5, 4]; if it is [H, C], pass linear_weight.t().",
     ),
     "no classes": ({"linear_weight": torch.ones(0, 3)}, ValueError, "linear_weight must have at least one class"),
     "linear_weight in bfloat16": (
         {"linear_weight": torch.ones(5, 3, dtype=torch.bfloat16)},
         TypeError,
-        "linear_weight must have the dtype of input, Float, but is BFloat16",
+        "linear_weight must have the dtype of input, torch.float32, but is torch.bfloat16",
     ),
     "linear_weight elsewhere": (
         {"linear_weight": torch.ones(5, 3, device="meta")},

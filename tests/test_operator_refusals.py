@@ -63,7 +63,10 @@ REFUSALS = {
         "target must have shape [N], but has 2 dimensions",
     ),
     "target in int32": Refusal(
-        "row_stats", lambda p: {"target": p["target"].int()}, TypeError, "target must be int64, but is Int; convert it"
+        "row_stats",
+        lambda p: {"target": p["target"].int()},
+        TypeError,
+        "target must be int64, but is torch.int32; convert it",
     ),
     "target of another length": Refusal(
         "row_stats",
@@ -93,7 +96,7 @@ REFUSALS = {
         "row_stats",
         lambda p: {"weight": p["weight"].half()},
         TypeError,
-        "weight must be float32 or of the logits' dtype",
+        "weight must be float32 or of the logits' dtype torch.float32, but is torch.float16",
     ),
     # class probabilities
     "probabilities of three dimensions": Refusal(
@@ -112,7 +115,7 @@ REFUSALS = {
         "prob_row_stats",
         lambda p: {"probabilities": p["probabilities"].half()},
         TypeError,
-        "probabilities must have the dtype of the logits, Float, but are Half",
+        "probabilities must have the dtype of the logits, torch.float32, but are torch.float16",
     ),
     "probabilities of another shape": Refusal(
         "prob_row_stats",
@@ -144,7 +147,7 @@ REFUSALS = {
         "row_grad", lambda p: {"lse": p["lse"][None]}, ValueError, "lse must have shape [N] and be on"
     ),
     "lse in another dtype": Refusal(
-        "row_grad", lambda p: {"lse": p["lse"].half()}, TypeError, "lse must be Float, but is Half"
+        "row_grad", lambda p: {"lse": p["lse"].half()}, TypeError, "lse must be torch.float32, but is torch.float16"
     ),
     "lse of another length": Refusal(
         "row_grad", lambda p: {"lse": p["lse"][:2]}, ValueError, "lse must have 3 values, but has 2"
@@ -153,7 +156,10 @@ REFUSALS = {
         "row_grad", lambda p: {"totals": p["totals"][None]}, ValueError, "totals must have shape [3] and be on"
     ),
     "totals of integers": Refusal(
-        "row_grad", lambda p: {"totals": p["totals"].int()}, TypeError, "totals must be float32 or float64, but is Int"
+        "row_grad",
+        lambda p: {"totals": p["totals"].int()},
+        TypeError,
+        "totals must be float32 or float64, but is torch.int32",
     ),
     "two totals": Refusal(
         "row_grad", lambda p: {"totals": p["totals"][:2]}, ValueError, "totals must have 3 values, but has 2"
@@ -165,7 +171,7 @@ REFUSALS = {
         "row_grad",
         lambda p: {"grad_loss": torch.ones((), dtype=torch.int64, device=p["lse"].device)},
         TypeError,
-        "grad_loss must be a floating-point tensor, but is Long",
+        "grad_loss must be a floating-point tensor, but is torch.int64",
     ),
     "one grad_loss a row for a mean": Refusal(
         "row_grad",
@@ -183,7 +189,7 @@ REFUSALS = {
         "row_grad_",
         lambda p: {"logits": p["logits"].repeat(1, 2)[:, :5]},
         ValueError,
-        "logits that are overwritten with their gradient must be contiguous, but have shape [3, 5] and strides [10, 1]",
+        "so they must be contiguous, but have shape [3, 5] and strides [10, 1]; leave it off, or pass",
     ),
     "one sweep for none": Refusal(
         "row_stats_grad",
@@ -195,7 +201,7 @@ REFUSALS = {
         "row_stats_grad_",
         lambda p: {"logits": p["logits"].t().contiguous().t()},
         ValueError,
-        "logits that are overwritten with their gradient must be contiguous",
+        "consume_logits overwrites logits with their gradient, so they must be contiguous",
     ),
     # temperatures and entropy
     "temperature of 0": Refusal(
@@ -217,7 +223,7 @@ REFUSALS = {
         "row_grad",
         lambda p: {"row_temperature": p["lse"].half()},
         TypeError,
-        "temperature must be a number or float32, but is Half",
+        "temperature must be a number or float32, but is torch.float16",
     ),
     "two temperatures": Refusal(
         "row_stats",
@@ -229,7 +235,7 @@ REFUSALS = {
         "row_grad",
         lambda p: {"entropy": p["lse"].half(), "grad_entropy": p["lse"]},
         TypeError,
-        "entropy must be Float, but is Half",
+        "entropy must be torch.float32, but is torch.float16",
     ),
     "entropy of another length": Refusal(
         "row_grad",
@@ -275,10 +281,16 @@ REFUSALS = {
         "reduce_rows with lse also needs picked, totals for a mean, and wsum when label_smoothing is not 0",
     ),
     "lse in float16": Refusal(
-        "reduce_rows", lambda p: {"lse": p["lse"].half()}, TypeError, "lse must be float32 or float64, but is Half"
+        "reduce_rows",
+        lambda p: {"lse": p["lse"].half()},
+        TypeError,
+        "lse must be float32 or float64, but is torch.float16",
     ),
     "picked in another dtype": Refusal(
-        "reduce_rows", lambda p: {"picked": p["picked"].half()}, TypeError, "picked must be Float, but is Half"
+        "reduce_rows",
+        lambda p: {"picked": p["picked"].half()},
+        TypeError,
+        "picked must be torch.float32, but is torch.float16",
     ),
     "wsum of another length": Refusal(
         "reduce_rows",
@@ -306,7 +318,7 @@ REFUSALS = {
         "cross_entropy",
         lambda p: {"loss_dtype": torch.int32},
         TypeError,
-        "loss_dtype must be float32, float64 or the dtype of the input, Float, but is Int",
+        "loss_dtype must be float32, float64 or the dtype of the input, torch.float32, but is torch.int32",
     ),
 }
 

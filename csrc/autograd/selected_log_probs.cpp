@@ -165,8 +165,8 @@ void check_index(const Tensor& index, const Tensor& logits) {
   TORCH_CHECK_VALUE(index.dim() == 2 && index.device() == logits.device(),
                     "npu_xent: index must have shape [N, K] and be on the logits' device ", logits.device(),
                     ", but has ", index.dim(), " dimensions and is on ", index.device(), ".");
-  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "npu_xent: index must be int64, but is ", index.scalar_type(),
-                   "; convert it with index.long().");
+  TORCH_CHECK_TYPE(index.scalar_type() == at::kLong, "npu_xent: index must be int64, but is ",
+                   name_of(index.scalar_type()), "; convert it with index.long().");
   CHECK_SYM_VALUE(index.sym_size(0).sym_eq(n_rows(logits)), "npu_xent: index must have a row for each of the ",
                   n_rows(logits), " rows of the logits, but has ", index.sym_size(0), ".");
 }

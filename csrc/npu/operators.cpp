@@ -448,7 +448,7 @@ void scale_npu(const Tensor& self, const Tensor& factor) {
   TORCH_CHECK_VALUE(factor.device() == self.device(), "npu_xent: factor must be on the device of self, ", self.device(),
                     ", but is on ", factor.device(), ".");
   TORCH_CHECK_TYPE(at::isReducedFloatingType(factor.scalar_type()) || factor.scalar_type() == at::kFloat,
-                   "npu_xent: factor must be float32, bfloat16 or float16, but is ", factor.scalar_type(),
+                   "npu_xent: factor must be float32, bfloat16 or float16, but is ", name_of(factor.scalar_type()),
                    "; convert it with factor.float().");
   XentArgs args{};
   args.dtype = static_cast<int64_t>(logits_type(self.scalar_type()));
