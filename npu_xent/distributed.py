@@ -144,17 +144,8 @@ def vocab_parallel_cross_entropy(
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     weight = _class_weight(name, weight, shard, rows)
     indices = index_target(target).reshape(-1)
-    _compare(
-        name,
-        group,
-        rows=rows.shape[0],
-        dtype=str(rows.dtype),
-        num_classes=shard.num_classes,
-        **options,
-        loss_dtype=str(loss_dtype),
-        return_lse=return_lse,
-        normalizer=_kind(normalizer),
-    )
+    of_loss = {"loss_dtype": str(loss_dtype), "return_lse": return_lse, "normalizer": _kind(normalizer)}
+    _compare(name, group, rows, shard, **options, **of_loss)
     totals, options = _totals(indices, weight, shard, options, _stats_dtype(rows), normalizer)
     loss, lse, z_loss = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         rows, indices, weight, totals, shard, group, options, loss_dtype, bool(return_lse), bool(consume_logits)
@@ -215,7 +206,7 @@ def vocab_parallel_token_log_probs(
     rows, shard = _rows_of(name, logits, target, group, num_classes, class_range, consume_logits)
     indices = index_target(target).reshape(-1)
     wanted = {"return_entropy": return_entropy, "return_top1": return_top1}
-    _compare(name, group, rows=rows.shape[0], dtype=str(rows.dtype), num_classes=shard.num_classes, **options, **wanted)
+    _compare(name, group, rows, shard, **options, **wanted)
     log_probs, *extras = _TokenLogProbs.apply(  # type: ignore[no-untyped-call]
         rows, indices, shard, group, options, bool(return_entropy), bool(return_top1), bool(consume_logits)
     )
@@ -335,9 +326,8 @@ def vocab_parallel_linear_cross_entropy(
     _compare(
         name,
         group,
-        rows=rows.shape[0],
-        dtype=str(rows.dtype),
-        num_classes=shard.num_classes,
+        rows,
+        shard,
         chunk_rows=chunk_rows,
         **options,
         loss_dtype=str(loss_dtype),
@@ -543,10 +533,11 @@ def _rows_of(
     return logits.reshape(target.numel(), logits.shape[-1]), shard
 
 
-def _compare(name: str, group: dist.ProcessGroup | None, **facts: Any) -> None:
-    """With NPU_XENT_DEBUG=1, raise ValueError on every rank if ranks differ in a fact."""
+def _compare(name: str, group: dist.ProcessGroup | None, rows: Tensor, shard: _Shard, **facts: Any) -> None:
+    """With NPU_XENT_DEBUG=1, raise ValueError on every rank if ranks differ in the sizes or another fact."""
     if group is ALONE or torch.compiler.is_compiling() or os.environ.get("NPU_XENT_DEBUG") != "1":
         return
+    facts = {"rows": rows.shape[0], "dtype": str(rows.dtype), "num_classes": shard.num_classes} | facts
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(of_ranks, facts, group=group)
     for fact in facts:
