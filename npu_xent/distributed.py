@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.overrides import has_torch_function_variadic
 
+from ._linear import without_ignored
 from ._loading import prepare
 from ._log_probs import TokenLogProbs
 from ._options import as_number, check_flags, check_loss_dtype, check_ranges, check_types
@@ -887,7 +888,7 @@ class _Products:
         wanted: list[bool],
     ) -> None:
         self.rows, columns = rows, layer.shard.columns
-        self.ignored = (target == layer.options["ignore_index"]).unsqueeze(1)
+        self.target, self.ignore_index = target, layer.options["ignore_index"]
         self.weight, self.bias = linear_weight[:columns], linear_bias if linear_bias is None else linear_bias[:columns]
         self.padding = len(linear_weight) - columns
         # One at least: without rows too, ranks compare their classes.
@@ -909,7 +910,7 @@ class _Products:
         if self.grad_rows is not None:
             torch.mm(grad, self.weight, out=self.grad_rows[chunk])
         if self.grad_weight is not None:
-            rows = self.rows[chunk].masked_fill(self.ignored[chunk], 0)  # 0 times NaN would be NaN
+            rows = without_ignored(self.rows[chunk], self.target[chunk], self.ignore_index)
             if self.grad_weight.dtype == grad.dtype:
                 self.grad_weight.addmm_(grad.T, rows)
             else:
